@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Trains: ./run_train.sh [--config NAME or PATH] [--section.key=value ...]      (--help lists every option)
+#
+# NPROC=n processes on this node (default: all GPUs, else 1). More nodes: NNODES, NODE_RANK, RDZV_ENDPOINT, MAX_RESTARTS.
+set -u
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup.sh"
+_setup || exit 1
+export PYTHONPATH="$_root${PYTHONPATH:+:$PYTHONPATH}"
+
+if [ -z "${NPROC:-}" ]; then
+    NPROC=1
+    if command -v nvidia-smi >/dev/null 2>&1; then
+        NPROC="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
+        [ "$NPROC" -gt 0 ] || NPROC=1
+    fi
+fi
+if [ "$NPROC" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
+    exec "$PYTHON" -m titan_moe.cli train "$@"
+fi
+
+# Configuration and inputs are checked here, once, since torchrun turns every failure into status 1 and 45 lines.
+WORLD_SIZE=$((NPROC * ${NNODES:-1})) "$PYTHON" -m titan_moe.cli train --check "$@" || exit $?
+exec "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" --nnodes "${NNODES:-1}" \
+    --node-rank "${NODE_RANK:-0}" --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}" \
+    --max-restarts "${MAX_RESTARTS:-0}" -m titan_moe.cli train "$@"

@@ -1,0 +1,120 @@
+"""Checks that need more than one key, and options that are not built yet. They run before anything is built."""
+
+from collections.abc import Callable
+
+from titan_moe import extend
+from titan_moe.config.tables import Config
+from titan_moe.errors import UserError
+
+Origin = Callable[[str], str]  # key -> "file: key", for error messages
+
+
+def check_config(config: Config, origin: Origin, world_size: int) -> None:
+    """Raises UserError for a combination that can't work or isn't built."""
+    extend.load_modules(config.extensions.modules, origin("extensions.modules"))
+    check_model(config, origin)
+    check_batch(config, origin)
+    check_regularizers(config, origin)
+    check_names(config, origin)
+    check_not_built(config, origin, world_size)
+
+
+def check_model(config: Config, origin: Origin) -> None:
+    model, moe = config.model, config.model.moe
+    if moe.top_k > moe.experts:
+        raise UserError(f"{origin('model.moe.top_k')} = {moe.top_k} is more than model.moe.experts = {moe.experts}")
+    if model.head_dim == 0 and model.dim % model.heads:
+        raise UserError(
+            f"{origin('model.heads')} = {model.heads} does not divide model.dim = {model.dim}; "
+            "change one of them or set model.head_dim"
+        )
+    head_dim = model.head_dim or model.dim // model.heads
+    if head_dim % 2:
+        raise UserError(f"{origin('model.head_dim')}: rotary embeddings need an even head width, not {head_dim}")
+    if model.kv_heads and model.heads % model.kv_heads:
+        raise UserError(
+            f"{origin('model.kv_heads')} = {model.kv_heads} does not divide model.heads = {model.heads}"
+        )
+    if moe.first_dense_layers > model.layers:
+        raise UserError(
+            f"{origin('model.moe.first_dense_layers')} = {moe.first_dense_layers} "
+            f"is more than model.layers = {model.layers}"
+        )
+
+
+def check_batch(config: Config, origin: Origin) -> None:
+    training = config.training
+    if training.microbatch_size and training.batch_size % training.microbatch_size:
+        raise UserError(
+            f"{origin('training.batch_size')} = {training.batch_size} is not a multiple of "
+            f"training.microbatch_size = {training.microbatch_size}"
+        )
+    if config.lr_scheduler.warmup_steps > training.steps:
+        raise UserError(
+            f"{origin('lr_scheduler.warmup_steps')} = {config.lr_scheduler.warmup_steps} "
+            f"is more than training.steps = {training.steps}"
+        )
+
+
+def check_regularizers(config: Config, origin: Origin) -> None:
+    weights = config.regularizers.weights()
+    known = {*weights, *extend.regularizers}
+    for name in config.regularizers.measure:
+        if name not in known:
+            raise UserError(
+                f"{origin('regularizers.measure')}: no term {name!r}; there are {', '.join(sorted(known))}"
+            )
+    for name in config.regularizers.custom:
+        if name not in extend.regularizers:
+            raise UserError(
+                f"{origin(f'regularizers.custom.{name}')}: no module of extensions.modules registers a "
+                f"regularizer {name!r}"
+            )
+    wanted = {name for name, weight in weights.items() if weight > 0} | set(config.regularizers.measure)
+    for name in ("o", "v", "erc"):
+        if name in wanted:
+            raise UserError(f"{origin(f'regularizers.{name}.weight')}: the term {name} is not built yet; set it to 0")
+    if "sp" in wanted and config.regularizers.sp.method != "exact":
+        method = config.regularizers.sp.method
+        raise UserError(f"{origin('regularizers.sp.method')} = {method!r} is not built yet; use 'exact'")
+    if "cp" in wanted and config.regularizers.cp.source == "transition":
+        raise UserError(f"{origin('regularizers.cp.source')} = 'transition' is not built yet; use 'all' or 'activated'")
+    moe_layers = config.model.layers - config.model.moe.first_dense_layers
+    if wanted and moe_layers == 0:
+        terms = ", ".join(sorted(wanted))
+        raise UserError(
+            f"{origin('model.moe.first_dense_layers')}: the model has no MoE layer, but {terms} need one; "
+            "set their weights to 0"
+        )
+    if "cp" in wanted and moe_layers == 1:
+        raise UserError(f"{origin('regularizers.cp.weight')}: cp couples neighbouring MoE layers, the model has one")
+    if "sp" in wanted and config.model.moe.top_k == 1:
+        raise UserError(
+            f"{origin('regularizers.sp.weight')}: sp compares the experts of a token, and model.moe.top_k = 1; "
+            "set the weight to 0"
+        )
+
+
+def check_names(config: Config, origin: Origin) -> None:
+    for name in config.metrics.trackers:
+        if name not in extend.trackers:
+            raise UserError(
+                f"{origin('metrics.trackers')}: no module of extensions.modules registers a tracker {name!r}"
+            )
+    if "/" in config.job.name or config.job.name in (".", ".."):
+        raise UserError(f"{origin('job.name')} = {config.job.name!r} must be a plain name, without '/'")
+
+
+def check_not_built(config: Config, origin: Origin, world_size: int) -> None:
+    degrees = config.parallelism
+    for name in ("dp_replicate", "tp", "cp", "pp", "ep"):
+        if getattr(degrees, name) != 1:
+            raise UserError(f"{origin(f'parallelism.{name}')}: parallelism is not built yet; leave it at 1")
+    if degrees.dp_shard not in (-1, 1):
+        raise UserError(f"{origin('parallelism.dp_shard')}: parallelism is not built yet; leave it at -1")
+    if world_size != 1:
+        raise UserError(f"environment: {world_size} processes asked for, but parallelism is not built yet; use NPROC=1")
+    if config.float8.enable:
+        raise UserError(f"{origin('float8.enable')}: float8 is not built yet; set it to false")
+    if config.checkpoint.async_save:
+        raise UserError(f"{origin('checkpoint.async_save')}: not built yet; set it to false")

@@ -1,0 +1,371 @@
+"""One class per TOML table. The docstring under a field is its help text, in `--help` and in the JSON schema alike.
+
+Checks of one table on its own are constraints on its fields. Checks that need two tables are in `checks.py`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NaturalInt = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class Job(Table):
+    """What the run is called, where it is written, and the seed of everything random."""
+
+    name: str = ""
+    """Name of the run and of its directory; empty: the name of the configuration file."""
+    output_dir: str = "runs"
+    """Directory that holds the run directories."""
+    seed: NaturalInt = 0
+    """Seed of the initial weights, the order of the data and every other draw."""
+
+
+class MoE(Table):
+    """The Mixture-of-Experts feed-forward layers."""
+
+    experts: PositiveInt = 16
+    """Routed experts per layer (E)."""
+    top_k: PositiveInt = 2
+    """Experts that each token is sent to (k)."""
+    hidden_dim: PositiveInt = 256
+    """Hidden width of each expert's SwiGLU (F)."""
+    shared_experts: NaturalInt = 0
+    """Experts of the same width that every token passes through, beside the routed ones (DeepSeekMoE)."""
+    first_dense_layers: NaturalInt = 0
+    """The first layers that get one dense SwiGLU, as wide as the active experts together, in place of an MoE."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become routing scores."""
+    normalize_topk: bool = False
+    """Divide the gate weights of the chosen experts by their sum."""
+    route_scale: Positive = 1.0
+    """Factor on the gate weights."""
+
+
+class Model(Table):
+    """The network: a Llama-style decoder whose feed-forward layers are Mixtures of Experts."""
+
+    dim: PositiveInt = 256
+    """Width of the residual stream (D)."""
+    layers: PositiveInt = 4
+    """Transformer blocks."""
+    heads: PositiveInt = 4
+    """Query heads."""
+    kv_heads: NaturalInt = 0
+    """Key and value heads (grouped-query attention); 0: as many as query heads."""
+    head_dim: NaturalInt = 0
+    """Width of a head; 0: dim / heads."""
+    qk_norm: bool = False
+    """RMSNorm on every head's queries and keys."""
+    rope_theta: Positive = 10000.0
+    """Base of the rotary position embedding."""
+    norm_eps: Positive = 1e-5
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as output projection too."""
+    vocab_size: NaturalInt = 0
+    """Rows of the embedding; 0: the tokenizer's number of pieces."""
+    document_mask: bool = False
+    """Attend only inside a document and count positions from its start; off: packed documents see what stands before."""
+    moe: MoE = MoE()
+
+
+class LoadBalance(Table):
+    """lb, Switch/GShard load balance: E * sum_e f_e P_e."""
+
+    weight: Weight = 0.01
+    """Weight in the objective."""
+    scope: Literal["global", "sequence", "microbatch"] = "global"
+    """Tokens over which load and mean score are taken: all of the micro-step, each sequence, or this rank's."""
+
+
+class ZLoss(Table):
+    """z, router z-loss (ST-MoE): mean squared log-sum-exp of the router logits."""
+
+    weight: Weight = 0.0
+    """Weight in the objective; 1e-3 is customary."""
+
+
+class Specialization(Table):
+    """sp, intra-layer specialization: squared cosine of co-activated experts' SwiGLU activations."""
+
+    weight: Weight = 0.0
+    """Weight in the objective; the paper uses 2e-3."""
+    method: Literal["exact", "sketch", "sample"] = "exact"
+    """All tokens and full width, or an estimator. Only "exact" is built yet."""
+    sketch_dim: PositiveInt = 64
+    """Width of the sketch (method "sketch")."""
+    sample_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.125
+    """Share of the tokens (method "sample")."""
+
+
+class Coupling(Table):
+    """cp, cross-layer coupling: minus the joint top-k routing mass of neighbouring layers."""
+
+    weight: Weight = 0.0
+    """Weight in the objective; the paper uses 1e-3."""
+    source: Literal["all", "activated", "transition"] = "all"
+    """Experts of the earlier layer that the sum runs over. "transition" is not built yet."""
+
+
+class Orthogonality(Table):
+    """o, orthogonality of expert outputs (Guo et al.). Not built yet."""
+
+    weight: Weight = 0.0
+    """Weight in the objective."""
+    variant: Literal["paper", "code"] = "paper"
+    """The paper's formula or that of its published code."""
+    match_lb: bool = False
+    """Scale to the size of lb, once, at the first step."""
+
+
+class RoutingVariance(Table):
+    """v, variance of the gate weights (Guo et al.). Not built yet."""
+
+    weight: Weight = 0.0
+    """Weight in the objective."""
+    variant: Literal["paper", "code"] = "paper"
+    """The paper's formula or that of its published code."""
+    scope: Literal["global", "sequence", "microbatch"] = "sequence"
+    """Tokens over which both means are taken."""
+    match_lb: bool = False
+    """Scale to the size of lb, once, at the first step."""
+
+
+class ExpertRouterCoupling(Table):
+    """erc, expert-router coupling (Lv et al.). Not built yet."""
+
+    weight: Weight = 0.0
+    """Weight in the objective."""
+    alpha: Weight = 1.0
+    """Margin factor on the diagonal."""
+    detach_router: bool = False
+    """Stop the gradient into the router."""
+
+
+class Regularizers(Table):
+    """The terms beside cross-entropy: means over tokens, summed over layers, weighted."""
+
+    measure: list[str] = []
+    """Terms that are measured although their weight is 0."""
+    lb: LoadBalance = LoadBalance()
+    z: ZLoss = ZLoss()
+    sp: Specialization = Specialization()
+    cp: Coupling = Coupling()
+    o: Orthogonality = Orthogonality()
+    v: RoutingVariance = RoutingVariance()
+    erc: ExpertRouterCoupling = ExpertRouterCoupling()
+    custom: dict[str, Weight] = {}
+    """Weights of terms that `extensions.modules` register, by name."""
+
+    def weights(self) -> dict[str, float]:
+        """Weight of every term, built-in ones first, in the order of the tables."""
+        built_in = {name: float(getattr(self, name).weight) for name in ("lb", "z", "sp", "cp", "o", "v", "erc")}
+        return built_in | self.custom
+
+
+class Balancer(Table):
+    """Auxiliary-loss-free load balancing: a bias per expert that enters only the choice (Wang et al. 2408.15664)."""
+
+    rate: Weight = 0.0
+    """Step of the bias after every optimizer step; 0: off. DeepSeek uses 1e-3."""
+    center: bool = False
+    """Subtract the mean of the bias after every step."""
+
+
+class Data(Table):
+    """The text."""
+
+    corpus: str | list[str] = "stdlib"
+    """"stdlib", "wikitext2", "domains", "c4", a registered name, a file or directory (text, JSONL(.gz), Parquet), or a list of paths."""
+    tokens: NaturalInt = 0
+    """Budget of training tokens to prepare; 0: all of the corpus."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    """Share of the documents kept for validation and never trained on."""
+    cache_dir: str = ""
+    """Where tokenizers and token shards are kept; empty: $TITAN_MOE_CACHE or the user's cache directory."""
+
+
+class Tokenizer(Table):
+    """The tokenizer: sentencepiece."""
+
+    path: str = ""
+    """A sentencepiece .model (LLaMA-2's, Mistral's); empty: train one on the corpus, once."""
+    vocab_size: Annotated[int, Field(ge=512)] = 4096
+    """Pieces of the tokenizer that is trained when `path` is empty."""
+
+
+class Training(Table):
+    """The loop."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 32
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+    microbatch_size: NaturalInt = 0
+    """Sequences per forward pass and rank; 0: all of the rank's share at once."""
+    seq_len: Annotated[int, Field(ge=2)] = 1024
+    """Tokens per sequence (S)."""
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Compute type. bfloat16 keeps float32 master weights; float64 is for proofs."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this total 2-norm."""
+    deterministic: bool = False
+    """Refuse operations whose result differs from run to run (slower on GPUs)."""
+
+
+class Optimizer(Table):
+    """The optimizer. Weight decay spares norms and biases."""
+
+    name: Literal["adamw"] = "adamw"
+    """AdamW, decoupled weight decay."""
+    lr: Positive = 3e-4
+    """Peak learning rate."""
+    beta1: Beta = 0.9
+    """Decay of the first moment."""
+    beta2: Beta = 0.999
+    """Decay of the second moment."""
+    weight_decay: Weight = 0.1
+    """Decoupled weight decay on matrices."""
+    eps: Positive = 1e-8
+    """Epsilon in the denominator."""
+
+
+class LRScheduler(Table):
+    """Learning rate over the steps."""
+
+    warmup_steps: NaturalInt = 0
+    """Steps of linear warm-up from 0."""
+    decay: Literal["cosine", "linear", "wsd", "none"] = "cosine"
+    """Shape after warm-up; "wsd" stays at the peak and falls linearly over the last `decay_fraction`."""
+    decay_fraction: Fraction = 0.2
+    """Share of all steps in which "wsd" decays."""
+    min_lr_fraction: Fraction = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+
+class Parallelism(Table):
+    """Degrees of parallelism. Only one process is built yet."""
+
+    dp_replicate: PositiveInt = 1
+    """Replicas of the (sharded) model."""
+    dp_shard: Annotated[int, Field(ge=-1)] = -1
+    """Ranks that parameters are sharded over; -1: what is left."""
+    tp: PositiveInt = 1
+    """Tensor-parallel ranks."""
+    cp: PositiveInt = 1
+    """Context-parallel ranks."""
+    pp: PositiveInt = 1
+    """Pipeline stages."""
+    ep: PositiveInt = 1
+    """Expert-parallel ranks."""
+    pp_schedule: str = "1F1B"
+    """Pipeline schedule."""
+
+
+class Compile(Table):
+    """torch.compile."""
+
+    enable: bool = False
+    """Compile every transformer block."""
+
+
+class Float8(Table):
+    """float8 training through torchao. Not built yet."""
+
+    enable: bool = False
+    """Use float8 for the linear layers."""
+    recipe: str = "tensorwise"
+    """Scaling recipe."""
+
+
+class ActivationCheckpoint(Table):
+    """Recomputation of activations in the backward pass."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    """"selective" keeps matrix products and attention, "full" recomputes whole blocks; routing is never chosen anew."""
+
+
+class Checkpoint(Table):
+    """Saving and resuming."""
+
+    interval: NaturalInt = 500
+    """Steps between checkpoints; 0: only at the end."""
+    keep: PositiveInt = 3
+    """Newest checkpoints kept."""
+    async_save: bool = False
+    """Write in the background. Not built yet."""
+    load_path: str = ""
+    """A checkpoint directory whose weights a new run starts from."""
+
+
+class Validation(Table):
+    """Perplexity and bits per byte on text that is never trained on."""
+
+    interval: NaturalInt = 500
+    """Steps between validations; 0: only before the first step and at the end."""
+    sequences: NaturalInt = 64
+    """Sequences per validation, always the same ones; 0: all."""
+
+
+class Metrics(Table):
+    """What is logged."""
+
+    interval: PositiveInt = 10
+    """Steps between console lines and TensorBoard points; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    """Write TensorBoard files."""
+    trackers: list[str] = []
+    """Names of trackers that `extensions.modules` register."""
+
+
+class Profiling(Table):
+    """torch.profiler traces, for chrome://tracing or Perfetto."""
+
+    enable: bool = False
+    """Record `steps` steps from `start` on into the run directory's `profile/`."""
+    start: PositiveInt = 10
+    """First recorded step."""
+    steps: PositiveInt = 2
+    """Steps recorded."""
+
+
+class Extensions(Table):
+    """The user's own code."""
+
+    modules: list[str] = []
+    """Importable modules or .py files that register regularizers, corpora and trackers; see docs/extending.md."""
+
+
+class Config(Table):
+    """Everything that makes a run."""
+
+    job: Job = Job()
+    model: Model = Model()
+    regularizers: Regularizers = Regularizers()
+    balancer: Balancer = Balancer()
+    data: Data = Data()
+    tokenizer: Tokenizer = Tokenizer()
+    training: Training = Training()
+    optimizer: Optimizer = Optimizer()
+    lr_scheduler: LRScheduler = LRScheduler()
+    parallelism: Parallelism = Parallelism()
+    compile: Compile = Compile()
+    float8: Float8 = Float8()
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+    metrics: Metrics = Metrics()
+    profiling: Profiling = Profiling()
+    extensions: Extensions = Extensions()

@@ -1,0 +1,9 @@
+"""The two ways a command ends other than well: the user's mistake, and numbers that went wrong."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line that names the file, key or value and says what to do. Exit status 2."""
+
+
+class TrainingError(Exception):
+    """The run can't go on (a loss that is not finite, say): one line that names the step and the term. Exit status 1."""

@@ -1,0 +1,1 @@
+"""The network, written as for one device: transformer, attention, moe, head, init."""

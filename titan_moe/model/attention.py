@@ -1,0 +1,70 @@
+"""Grouped-query attention with rotary positions, through scaled_dot_product_attention.
+
+B sequences, S tokens, H query heads, G key-value heads, d head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_moe.config.tables import Model
+from titan_moe.model.gemm import Linear, product_dtype
+from torchtitan_ext.gram import accumulation_dtype
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), computed in at least float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = accumulation_dtype(x.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+
+
+def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, each (B, S, 1, d/2). Source: RoFormer, Eq. 34, halves instead of pairs."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BS.device) / head_dim
+    angles = positions_BS.to(torch.float64).unsqueeze(-1) * theta**-exponent
+    return angles.cos().to(dtype).unsqueeze(2), angles.sin().to(dtype).unsqueeze(2)
+
+
+def rotate(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (x_j, x_{j + d/2}) by their angle."""
+    first, second = x_BSHd.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BSHd.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.heads = model.heads
+        self.kv_heads = model.kv_heads or model.heads
+        self.head_dim = model.head_dim or model.dim // model.heads
+        self.wq = Linear(model.dim, self.heads * self.head_dim)
+        self.wk = Linear(model.dim, self.kv_heads * self.head_dim)
+        self.wv = Linear(model.dim, self.kv_heads * self.head_dim)
+        self.wo = Linear(self.heads * self.head_dim, model.dim)
+        self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
+
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
+        """mask_BSS: which (query, key) pairs may attend; None: all earlier ones."""
+        batch, seq, _ = x_BSD.shape
+        q = self.wq(x_BSD).view(batch, seq, self.heads, self.head_dim)
+        k = self.wk(x_BSD).view(batch, seq, self.kv_heads, self.head_dim)
+        v = self.wv(x_BSD).view(batch, seq, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        dtype = product_dtype(q)
+        out_BHSd = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2).to(dtype) for t in (q, k, v)),
+            attn_mask=None if mask_BSS is None else mask_BSS.unsqueeze(1),
+            is_causal=mask_BSS is None,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.wo(out_BHSd.transpose(1, 2).reshape(batch, seq, -1).to(x_BSD.dtype))

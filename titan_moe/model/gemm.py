@@ -1,0 +1,124 @@
+"""Matrix products: the dense one, and the grouped one that every expert layer goes through.
+
+`grouped_linear` is the one seam for expert products: replace it to try another kernel. On a GPU it is PyTorch's grouped
+GEMM. On a CPU it is one product per expert, written into place; that also covers float64, which the grouped GEMM refuses.
+
+R routed rows sorted by expert, D inner width, N outer width, E experts.
+"""
+
+import functools
+import platform
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 units. Without them an x86 CPU is eight times slower in bfloat16 than in float32."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type to multiply in: bfloat16 values go through float32 units where a CPU has no others (same rounding of inputs
+    and results, same float32 accumulation)."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_multiplies_bfloat16():
+        return torch.float32
+    return x.dtype
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` in the type of x: (..., D), (N, D) -> (..., N). A float32 master weight is rounded to that type first."""
+    dtype = product_dtype(x)
+    return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype)).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """A linear map without bias whose weight keeps its own type."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outer, inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+def grouped_linear(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:
+    """Row r times the transposed weight of its expert: (R, D), (E, N, D) -> (R, N), in the type of x.
+
+    offsets_E: (E,) int32, the end of each expert's rows; an expert may have none.
+    """
+    weight_END = weight_END.to(x_RD.dtype)
+    if x_RD.is_cuda and x_RD.dtype != torch.float64:
+        return F.grouped_mm(x_RD, weight_END.transpose(1, 2), offs=offsets_E)
+    result: Tensor = torch.ops.titan_moe.grouped_linear(x_RD, weight_END, offsets_E)
+    return result
+
+
+def _groups(offsets_E: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, end row) of every expert that has rows."""
+    ends = offsets_E.tolist()
+    return [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
+
+
+@torch.library.custom_op("titan_moe::grouped_linear", mutates_args=())
+def _grouped_linear(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:
+    dtype = product_dtype(x_RD)
+    out_RN = x_RD.new_empty(x_RD.shape[0], weight_END.shape[1])
+    for e, start, end in _groups(offsets_E):
+        if dtype == x_RD.dtype:
+            torch.mm(x_RD[start:end], weight_END[e].t(), out=out_RN[start:end])
+        else:
+            out_RN[start:end] = x_RD[start:end].to(dtype) @ weight_END[e].to(dtype).t()
+    return out_RN
+
+
+@_grouped_linear.register_fake
+def _(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:  # noqa: ARG001 - the op's signature
+    return x_RD.new_empty(x_RD.shape[0], weight_END.shape[1])
+
+
+@torch.library.custom_op("titan_moe::grouped_linear_backward", mutates_args=())
+def _grouped_linear_backward(
+    grad_RN: Tensor, x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    dtype = product_dtype(x_RD)
+    grad_x_RD = torch.empty_like(x_RD)
+    grad_weight_END = torch.empty_like(weight_END)
+    groups = _groups(offsets_E)
+    for e, start, end in groups:
+        grad, x, weight = grad_RN[start:end], x_RD[start:end], weight_END[e]
+        if dtype == x_RD.dtype:
+            torch.mm(grad, weight, out=grad_x_RD[start:end])
+            torch.mm(grad.t(), x, out=grad_weight_END[e])
+        else:
+            grad, x = grad.to(dtype), x.to(dtype)
+            grad_x_RD[start:end] = grad @ weight.to(dtype)
+            grad_weight_END[e] = grad.t() @ x
+    reached = {e for e, _, _ in groups}
+    for e in range(weight_END.shape[0]):
+        if e not in reached:
+            grad_weight_END[e].zero_()
+    return grad_x_RD, grad_weight_END
+
+
+@_grouped_linear_backward.register_fake
+def _(grad_RN: Tensor, x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return torch.empty_like(x_RD), torch.empty_like(weight_END)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001 - torch's signature
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor, Tensor, None]:
+    grad_x, grad_weight = torch.ops.titan_moe.grouped_linear_backward(grad_RN.contiguous(), *ctx.saved_tensors)
+    return grad_x, grad_weight, None
+
+
+_grouped_linear.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,72 @@
+"""Vocabulary projection and cross-entropy, a slice of the tokens at a time: the logits never exist whole.
+
+T tokens, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_moe.model.gemm import product_dtype
+from torchtitan_ext.gram import accumulation_dtype
+
+SLICE_LOGITS = 1 << 22  # logits alive at once
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The forward pass computes the gradients too, since a slice's logits are there once: three products instead of four."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
+        dtype, exact = product_dtype(hidden_TD), accumulation_dtype(hidden_TD.dtype)
+        w_VD = weight_VD.to(hidden_TD.dtype).to(dtype)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_TD = torch.empty_like(hidden_TD) if need_hidden else None
+        grad_VD = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
+        total = weights_T.new_zeros((), dtype=exact)
+        step = max(1, SLICE_LOGITS // weight_VD.shape[0])
+        for start in range(0, hidden_TD.shape[0], step):
+            part = slice(start, start + step)
+            h_tD = hidden_TD[part].to(dtype)
+            weights = weights_T[part].to(exact)
+            logits = (h_tD @ w_VD.t()).to(exact)
+            lse = logits.logsumexp(-1, keepdim=True)
+            labels = labels_T[part].unsqueeze(1)
+            total += ((lse - logits.gather(1, labels)).squeeze(1) * weights).sum()
+            if grad_TD is None and grad_VD is None:
+                continue
+            grad_logits = logits.sub_(lse).exp_()
+            grad_logits.scatter_add_(1, labels, torch.full_like(lse, -1.0))
+            grad_logits = grad_logits.mul_(weights.unsqueeze(1)).to(dtype)
+            if grad_TD is not None:
+                grad_TD[part] = grad_logits @ w_VD
+            if grad_VD is not None:
+                if grad_VD.dtype == dtype:
+                    grad_VD.addmm_(grad_logits.t(), h_tD)
+                else:
+                    grad_VD += grad_logits.t() @ h_tD
+        ctx.save_for_backward(*(grad for grad in (grad_TD, grad_VD) if grad is not None))
+        ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        saved = list(ctx.saved_tensors)
+        grad_TD = grad_VD = None
+        if ctx.needs_input_grad[0]:
+            grad_TD = saved.pop(0)
+            grad_TD = grad_TD * grad.to(grad_TD.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_VD = (saved.pop(0) * grad).to(ctx.weight_dtype)
+        return grad_TD, grad_VD, None, None
+
+
+def chunked_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
+    """`sum_i weights_i * CE_i` in at least float32.
+
+    hidden_TD: (T, D) after the last norm. weight_VD: (V, D). labels_T: (T,) int64, any valid id where the weight is 0.
+    weights_T: (T,), 1 / (labelled tokens of the global batch), or 0 where there is no label.
+    """
+    result: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, weights_T)
+    return result

@@ -1,0 +1,142 @@
+"""The decoder: embedding, blocks `(h, carry) -> (h, carry)`, norm, and a head that returns the cross-entropy itself.
+
+B sequences, S tokens, T = B * S, D model width, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_moe.config.tables import Model
+from titan_moe.model.attention import Attention, RMSNorm, rotary_tables
+from titan_moe.model.feed_forward import FeedForward
+from titan_moe.model.gemm import Linear, linear
+from titan_moe.model.head import chunked_cross_entropy
+from titan_moe.model.moe import MoELayer
+from torchtitan_ext.carry import Carry, empty_carry
+from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.terms import Terms
+
+
+class Inputs(NamedTuple):
+    """One micro-batch. What has no label (padding, the last token of a document) has `token_weights` 0."""
+
+    tokens: Tensor
+    """(B, S) int64."""
+    labels: Tensor
+    """(B, S) int64, the next token."""
+    document_ids: Tensor
+    """(B, S) int64, equal inside a document."""
+    positions: Tensor
+    """(B, S) int64, the position that rotary embeddings see."""
+    token_weights: Tensor
+    """(B, S), 1 / (labelled tokens of the global batch) or 0; at least float32."""
+
+
+class Output(NamedTuple):
+    ce: Tensor
+    """Sum over this micro-batch of token weight times cross-entropy, in nats."""
+    carry: Carry
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and beside a residual path."""
+
+    def __init__(self, model: Model, terms: Terms, layer: int) -> None:
+        super().__init__()
+        moe = model.moe
+        self.attention_norm = RMSNorm(model.dim, model.norm_eps)
+        self.attention = Attention(model)
+        self.feed_forward_norm = RMSNorm(model.dim, model.norm_eps)
+        self.feed_forward: FeedForward | None = None
+        self.moe: MoELayer | None = None
+        if layer < moe.first_dense_layers:
+            self.feed_forward = FeedForward(model.dim, moe.hidden_dim * (moe.top_k + moe.shared_experts))
+        else:
+            self.moe = MoELayer(model.dim, moe, terms, layer - moe.first_dense_layers)
+
+    def forward(
+        self,
+        h_BSD: Tensor,
+        carry: Carry,
+        rotary: tuple[Tensor, Tensor],
+        mask_BSS: Tensor | None,
+        token_weights: Tensor,
+    ) -> tuple[Tensor, Carry, Tensor | None]:
+        """The new hidden states and carry, and the chosen experts (T, k) of an MoE layer."""
+        h_BSD = h_BSD + self.attention(self.attention_norm(h_BSD), rotary, mask_BSS)
+        x_TD = self.feed_forward_norm(h_BSD).flatten(0, 1)
+        topk_ids = None
+        if self.moe is not None:
+            out_TD, carry, topk_ids = self.moe(x_TD, carry, token_weights)
+        else:
+            assert self.feed_forward is not None
+            out_TD = self.feed_forward(x_TD)
+        return h_BSD + out_TD.view_as(h_BSD), carry, topk_ids
+
+
+class Transformer(nn.Module):
+    def __init__(self, model: Model, terms: Terms, dtype: torch.dtype) -> None:
+        """model: with its vocabulary size filled in. dtype: of the computation; parameters are at least float32."""
+        super().__init__()
+        assert model.vocab_size > 0, "the vocabulary size comes from the tokenizer"
+        self.settings = model
+        self.terms = terms
+        self.dtype = dtype
+        self.moe_layers = model.layers - model.moe.first_dense_layers
+        self.embedding = nn.Parameter(torch.empty(model.vocab_size, model.dim))
+        self.layers = nn.ModuleDict({str(n): Block(model, terms, n) for n in range(model.layers)})
+        self.norm = RMSNorm(model.dim, model.norm_eps)
+        self.output = None if model.tie_embeddings else Linear(model.dim, model.vocab_size)
+        self.to(accumulation_dtype(dtype))
+        for moe in self.moe_modules():
+            moe.router.expert_bias = moe.router.expert_bias.to(torch.float32)
+
+    def moe_modules(self) -> list[MoELayer]:
+        return [block.moe for block in self.layers.values() if block.moe is not None]
+
+    def forward(self, inputs: Inputs) -> Output:
+        hidden_TD, carry, _ = self.hidden(inputs)
+        weights_T = inputs.token_weights.flatten()
+        return Output(chunked_cross_entropy(hidden_TD, self.output_weight, inputs.labels.flatten(), weights_T), carry)
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.embedding if self.output is None else self.output.weight
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """(B, S, V), for evaluation of short texts."""
+        hidden_TD, _, _ = self.hidden(inputs)
+        return linear(hidden_TD, self.output_weight).unflatten(0, inputs.tokens.shape)
+
+    def hidden(self, inputs: Inputs) -> tuple[Tensor, Carry, list[Tensor]]:
+        """Hidden states after the last norm (T, D), the carry, and every MoE layer's chosen experts (T, k)."""
+        settings = self.settings
+        exact = accumulation_dtype(self.dtype)
+        h_BSD = F.embedding(inputs.tokens, self.embedding).to(self.dtype)
+        head_dim = settings.head_dim or settings.dim // settings.heads
+        rotary = rotary_tables(inputs.positions, head_dim, settings.rope_theta, exact)
+        mask_BSS = document_mask(inputs.document_ids) if settings.document_mask else None
+        carry = empty_carry(
+            len(self.terms.names),
+            inputs.tokens.numel(),
+            self.moe_layers,
+            settings.moe.experts,
+            exact,
+            inputs.tokens.device,
+        )
+        routing = []
+        for block in self.layers.values():
+            h_BSD, carry, topk_ids = block(h_BSD, carry, rotary, mask_BSS, inputs.token_weights)
+            if topk_ids is not None:
+                routing.append(topk_ids)
+        return self.norm(h_BSD).flatten(0, 1), carry, routing
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """Causal attention inside each document: (B, S) -> (B, S, S) bool."""
+    seq = document_ids.shape[1]
+    causal = torch.ones(seq, seq, dtype=torch.bool, device=document_ids.device).tril()
+    return (document_ids.unsqueeze(2) == document_ids.unsqueeze(1)) & causal

@@ -1,0 +1,36 @@
+"""What travels through the network beside the hidden states: every block is `(h, carry) -> (h, carry)`.
+
+A regularizer is an ordinary output of an ordinary forward pass. Nothing is stored on modules or injected by hooks, so
+recomputing a block counts no token twice, compilers see pure functions, and a pipeline stage hands the carry on like any
+other activation.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MEASURES = ("entropy", "topk_mass", "overlap")
+
+
+class Carry(NamedTuple):
+    """N terms, T tokens, L MoE layers, E experts."""
+
+    terms: Tensor
+    """(N,) running sum over layers of every enabled term, at least float32; has a gradient."""
+    previous: Tensor
+    """(T,) cp's source mass of the previous MoE layer; has a gradient. (`transition` will hold its (T, E) scores.)"""
+    counts: Tensor
+    """(L, E) int64, assignments of labelled tokens to experts; no gradient."""
+    sums: Tensor
+    """(L, 3) weighted sums over tokens of MEASURES; no gradient."""
+
+
+def empty_carry(terms: int, tokens: int, layers: int, experts: int, dtype: torch.dtype, device: torch.device) -> Carry:
+    """The carry that enters the first block. dtype: at least float32."""
+    return Carry(
+        terms=torch.zeros(terms, dtype=dtype, device=device),
+        previous=torch.zeros(tokens, dtype=dtype, device=device),
+        counts=torch.zeros(layers, experts, dtype=torch.int64, device=device),
+        sums=torch.zeros(layers, len(MEASURES), dtype=dtype, device=device),
+    )

@@ -1,0 +1,81 @@
+"""Gram matrices of each token's k expert activations: the one small matrix that sp and o are functions of.
+
+T tokens, K experts per token, R routed rows, F width. Forward and backward are one pass over the rows each; rows are
+gathered in slices of a few MiB, so no (T, K, F) copy exists.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SLICE_ELEMENTS = 1 << 20  # of gathered float32 values; a slice stays in cache between gather and product
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which losses are computed: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _slices(rows_TK: Tensor, width: int) -> list[Tensor]:
+    tokens, k = rows_TK.shape
+    if torch.compiler.is_compiling():
+        return [rows_TK]
+    step = max(1, SLICE_ELEMENTS // max(1, k * width))
+    return list(rows_TK.split(step)) if tokens > step else [rows_TK]
+
+
+def _gather(z_RF: Tensor, rows_tK: Tensor) -> Tensor:
+    gathered = z_RF.index_select(0, rows_tK.reshape(-1)).to(accumulation_dtype(z_RF.dtype))
+    return gathered.reshape(*rows_tK.shape, z_RF.shape[-1])
+
+
+class _TokenGram(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+        parts = []
+        for rows in _slices(rows_TK, z_RF.shape[-1]):
+            x_tKF = _gather(z_RF, rows)
+            parts.append(torch.bmm(x_tKF, x_tKF.transpose(1, 2)))
+        return torch.cat(parts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004 - torch's signature
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TKK: Tensor) -> tuple[Tensor, None]:
+        z_RF, rows_TK = ctx.saved_tensors
+        coefficients = grad_TKK + grad_TKK.transpose(1, 2)
+        parts, start = [], 0
+        for rows in _slices(rows_TK, z_RF.shape[-1]):
+            product = torch.bmm(coefficients[start : start + rows.shape[0]], _gather(z_RF, rows))
+            parts.append(product.flatten(0, 1).to(z_RF.dtype))
+            start += rows.shape[0]
+        return torch.zeros_like(z_RF).index_copy(0, rows_TK.reshape(-1), torch.cat(parts)), None
+
+
+def token_gram(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    """Inner products of each token's k rows.
+
+    z_RF: (R, F) activations, sorted in any way. rows_TK: (T, k) int64, the row of token i's a-th expert; each row at most
+    once. Returns (T, k, k) in at least float32.
+    """
+    result: Tensor = _TokenGram.apply(z_RF, rows_TK)
+    return result
+
+
+def squared_cosines(gram_TKK: Tensor) -> Tensor:
+    """Sum over ordered pairs a != b of the squared cosine, per token: (T, k, k) -> (T,).
+
+    A zero vector has cosine 0 with everything, and gradient 0.
+    """
+    norms_TK = gram_TKK.diagonal(dim1=1, dim2=2)
+    positive = norms_TK > 0
+    inverse_TK = torch.where(positive, norms_TK, 1.0).rsqrt() * positive
+    cosine_TKK = gram_TKK * inverse_TK.unsqueeze(2) * inverse_TK.unsqueeze(1)
+    k = gram_TKK.shape[1]
+    off_diagonal = ~torch.eye(k, dtype=torch.bool, device=gram_TKK.device)
+    return (cosine_TKK.square() * off_diagonal).sum((1, 2))

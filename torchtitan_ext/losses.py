@@ -1,0 +1,131 @@
+"""The regularization losses of Mixture-of-Experts routing, as plain functions.
+
+Shapes: T tokens, E experts, k chosen experts, F expert hidden width, L layers. Every function is a mean over tokens for
+one layer (the caller sums over layers; only `coupling_loss` sees several) and returns a scalar in at least float32
+(float64 for float64 input). With no token the result is a connected 0.
+
+`weights` (T,) replaces the mean's 1/T: with 1/N for each of the N labelled tokens of the *global* batch and 0 for the
+others, the results of micro-batches and ranks add up to the value of the whole.
+
+Sources: Fedus et al. 2101.03961 (lb), Zoph et al. 2202.08906 (z), Hu et al., "Synergistic Intra- and Cross-Layer
+Regularization Losses for MoE Expert Specialization" (sp: Eq. 4, cp: Eq. 7).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchtitan_ext.gram import accumulation_dtype, squared_cosines, token_gram
+
+
+def mean_weights(values: Tensor, shape: Sequence[int] | torch.Size) -> Tensor:
+    """The weights of a plain mean over `shape` tokens: 1/T each."""
+    count = 1
+    for size in shape:
+        count *= size
+    return torch.full(tuple(shape), 1.0 / max(count, 1), dtype=values.dtype, device=values.device)
+
+
+def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    """`sum_i w_i values_i`; w is 1/T when not given."""
+    if weights is None:
+        weights = mean_weights(values, values.shape)
+    return (values * weights.to(values.dtype)).sum()
+
+
+def _accumulate(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x.dtype))
+
+
+def normalize_scores(scores: Tensor) -> Tensor:
+    """Scores divided by their sum over experts: (..., E) -> (..., E). Softmax scores come back as they are."""
+    return scores / scores.sum(-1, keepdim=True)
+
+
+def expert_shares(topk_ids: Tensor, experts: int, weights: Tensor) -> Tensor:
+    """f, the weighted share of the assignments that each expert got; no gradient.
+
+    topk_ids: (..., T, k) int64, weights: (..., T). Returns (..., E), all 0 where no token has weight.
+    """
+    k = topk_ids.shape[-1]
+    shares = weights.new_zeros(*topk_ids.shape[:-2], experts)
+    per_assignment = weights.detach().unsqueeze(-1).expand(topk_ids.shape).flatten(-2)
+    shares = shares.scatter_add(-1, topk_ids.flatten(-2), per_assignment)
+    total = weights.detach().sum(-1, keepdim=True) * k
+    return torch.where(total > 0, shares / torch.where(total > 0, total, 1.0), 0.0)
+
+
+def load_balance_loss(
+    scores: Tensor, topk_ids: Tensor, load: Tensor | None = None, *, weights: Tensor | None = None
+) -> Tensor:
+    """lb: `E * sum_e f_e P_e`, f the share of assignments (no gradient), P the mean normalised score.
+
+    scores: (T, E), normalised to sum to 1 here when they are sigmoids. topk_ids: (T, k), the real choice, bias included.
+    load: (E,) shares f taken elsewhere (over all ranks, say). weights: (T,). A leading dimension, (B, S, E) and (B, S, k),
+    forms f and P per sequence and averages over sequences. 1 when balanced. Source: Switch Transformer, Eqs. 4-6.
+    """
+    scores = normalize_scores(_accumulate(scores))
+    if weights is None:
+        weights = mean_weights(scores, scores.shape[:-1])
+    weights = weights.to(scores.dtype)
+    if load is None:
+        load = expert_shares(topk_ids, scores.shape[-1], weights)
+    mean_scores = (weights.unsqueeze(-2) @ scores).squeeze(-2)
+    return scores.shape[-1] * (load.to(scores.dtype).detach() * mean_scores).sum()
+
+
+def router_z_loss(logits: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """z: mean squared log-sum-exp of the router logits (T, E). Source: ST-MoE, Eq. 5."""
+    return weighted_sum(_accumulate(logits).logsumexp(-1).square(), weights)
+
+
+def specialization_loss(z: Tensor, *, rows: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    """sp: mean over tokens of the sum over ordered pairs of chosen experts of `cos(z_e, z_v)^2`, in [0, k(k-1)].
+
+    z: (T, k, F) SwiGLU activations of each token's chosen experts; or (R, F) in any order together with rows: (T, k)
+    int64, where each token's are. A zero vector has cosine 0 with everything. Source: Hu et al., Eq. 4.
+    """
+    if rows is None:
+        tokens, k, width = z.shape
+        rows = torch.arange(tokens * k, device=z.device).reshape(tokens, k)
+        z = z.reshape(tokens * k, width)
+    return weighted_sum(squared_cosines(token_gram(z, rows)), weights)
+
+
+def coupling_source_mass(scores: Tensor, topk_ids: Tensor | None, source: str) -> Tensor:
+    """cp's factor of the earlier layer: the score mass of the experts that the sum runs over, (T, E) -> (T,)."""
+    if source == "all":
+        return _accumulate(scores).sum(-1)
+    if source == "activated":
+        if topk_ids is None:
+            raise ValueError("coupling_loss: source='activated' needs topk_ids, the experts chosen in each layer")
+        return _accumulate(scores).gather(-1, topk_ids).sum(-1)
+    raise ValueError(f"coupling_loss: source={source!r} is not one of 'all', 'activated'")
+
+
+def coupling_target_mass(scores: Tensor, top_k: int) -> Tensor:
+    """cp's factor of the later layer: the mass of the k largest clean scores, (T, E) -> (T,)."""
+    return _accumulate(scores).topk(top_k, dim=-1).values.sum(-1)
+
+
+def coupling_loss(
+    scores: Sequence[Tensor],
+    top_k: int,
+    source: str = "all",
+    topk_ids: Sequence[Tensor] | None = None,
+    *,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """cp: `- sum over layer pairs of mean_i sum_e sum_{v in T_i(l,e)} s^l_ie s^{l+1}_iv`, in closed form.
+
+    scores: L tensors (T, E), normalised by the caller when they are sigmoids. top_k: experts per token. source: "all", e
+    runs over all experts; "activated", over topk_ids, L tensors (T, k). `T_i(l,e)` is the same top-k of the later layer
+    for every e, so the triple sum is a product of two masses per token; its infimum is -(L-1). O(T*E).
+    Raises ValueError for an unknown source. Source: Hu et al., Eq. 7.
+    """
+    total = _accumulate(scores[0]).sum() * 0.0
+    for layer in range(len(scores) - 1):
+        mass = coupling_source_mass(scores[layer], None if topk_ids is None else topk_ids[layer], source)
+        total = total - weighted_sum(mass * coupling_target_mass(scores[layer + 1], top_k), weights)
+    return total
