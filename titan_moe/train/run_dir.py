@@ -1,0 +1,167 @@
+"""A run's directory `{job.output_dir}/{job.name}/`: what lies where, who may write, and what it already holds.
+
+    config.toml   metrics.jsonl   tensorboard/   checkpoints/step-00000100/   logs/rank-0.log
+
+Nothing here imports torch, so that a second `./run_train.sh` can say "finished" at once.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from titan_moe.config.describe import to_toml
+from titan_moe.config.tables import Config
+from titan_moe.errors import UserError
+
+FORMAT_VERSION = 1
+STATE_FILE = "state.json"
+
+# What a run may change when it goes on from its own checkpoint. Everything else is refused (docs/checkpoints.md).
+MAY_CHANGE = (
+    "job.name",
+    "job.output_dir",
+    "data.cache_dir",
+    "tokenizer.path",
+    "training.steps",
+    "training.microbatch_size",
+    "training.max_grad_norm",
+    "training.deterministic",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "lr_scheduler",
+    "parallelism",
+    "compile",
+    "activation_checkpoint",
+    "checkpoint",
+    "validation",
+    "metrics",
+    "profiling",
+    "extensions",
+)
+
+
+class RunDir:
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.job.output_dir) / config.job.name
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.profile = self.path / "profile"
+        self.log = self.path / "logs" / "rank-0.log"
+        self._lock: IO[str] | None = None
+
+    def open(self) -> None:
+        """Makes the directories and takes the lock, which ends with the process however it dies. Raises UserError."""
+        try:
+            for folder in (self.checkpoints, self.log.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"job.name: another process is training in {self.path}; wait for it, or choose another --job.name"
+            ) from error
+        except OSError as error:
+            raise UserError(f"job.output_dir: {error.filename or self.path}: can't be written: {error.strerror}") from error
+
+    def write_config(self, config: Config) -> None:
+        fresh = self.path / ".config.toml"
+        fresh.write_text(to_toml(config))
+        fresh.replace(self.path / "config.toml")
+
+    def saved_steps(self) -> list[int]:
+        """Steps of the whole checkpoints, oldest first."""
+        return saved_steps(self.checkpoints)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def newest(self) -> Path | None:
+        steps = self.saved_steps()
+        return self.checkpoint(steps[-1]) if steps else None
+
+    def cut_metrics(self, step: int) -> None:
+        """Removes the rows past `step` (all of them for step 0: the run starts over)."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break  # a line that a killed run left half written, and nothing good after it
+            if step > 0 and row["step"] <= step:
+                kept.append(line)
+        fresh = self.metrics.with_suffix(".tmp")
+        fresh.write_text("".join(kept))
+        fresh.replace(self.metrics)
+
+    def cut_tensorboard(self, step: int) -> None:
+        """Starting over removes TensorBoard's files; a resumed run's writer purges what is past its step."""
+        if step == 0:
+            shutil.rmtree(self.tensorboard, ignore_errors=True)
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in checkpoints.glob("step-*") if (path / STATE_FILE).exists())
+    return sorted(int(name.group(1)) for name in names if name)
+
+
+def read_state(checkpoint: Path, origin: str) -> dict[str, Any]:
+    """A checkpoint's state.json. Raises UserError for what is none, is damaged, or comes from another version."""
+    path = checkpoint / STATE_FILE
+    if not path.exists():
+        raise UserError(f"{origin}: {checkpoint} is not a checkpoint (it has no {STATE_FILE})")
+    try:
+        state = json.loads(path.read_text())
+        version, _ = state["format_version"], (state["step"], state["config"], state["data"], state["tokenizer"], state["loader"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{origin}: {path} is damaged: {error}") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{origin}: {checkpoint} has format version {version}; this program reads {FORMAT_VERSION}")
+    assert isinstance(state, dict)
+    return state
+
+
+def changed_keys(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    keys = []
+    for key in sorted({*saved, *current}):
+        name = f"{prefix}{key}"
+        a, b = saved.get(key), current.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys += changed_keys(a, b, f"{name}.")
+        elif a != b:
+            keys.append(name)
+    return keys
+
+
+def check_unchanged(saved: dict[str, Any], config: Config, checkpoint: Path) -> None:
+    """Raises UserError when a key differs that may not change on resuming."""
+    current = config.model_dump(mode="json")
+    for key in changed_keys(saved, current):
+        if not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE):
+            raise UserError(
+                f"{key}: is {value_at(current, key)!r}, but {checkpoint} was made with {value_at(saved, key)!r}; set it back, "
+                "or choose another --job.name (and checkpoint.load_path to start from these weights)"
+            )
+
+
+def value_at(values: dict[str, Any], key: str) -> Any:
+    node: Any = values
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes names in a directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

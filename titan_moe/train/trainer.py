@@ -1,0 +1,318 @@
+"""The training loop. Read `train_step` first: batch, forward, loss, backward, clip, step, balance."""
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+
+from titan_moe import __version__, extend
+from titan_moe.config.describe import to_toml
+from titan_moe.config.tables import Config
+from titan_moe.data.loader import Batch, Windows, training_loader
+from titan_moe.data.prepare import Prepared
+from titan_moe.data.shards import TokenStream
+from titan_moe.errors import TrainingError, UserError
+from titan_moe.model.counts import count
+from titan_moe.model.init import init_weights
+from titan_moe.model.transformer import Transformer
+from titan_moe.parallel.parallelize import parallelize
+from titan_moe.train.checkpoint import load_checkpoint, save_checkpoint
+from titan_moe.train.device import (
+    keep_freed_memory,
+    make_deterministic,
+    peak_flops,
+    peak_memory_gib,
+    pick_device,
+    synchronize,
+)
+from titan_moe.train.metrics import (
+    Console,
+    JsonLines,
+    TensorBoard,
+    add_carry,
+    first_non_finite,
+    non_finite_gradient,
+    routing_row,
+    short,
+)
+from titan_moe.train.optimizer import build_optimizer, lr_fraction, set_lr
+from titan_moe.train.profiling import profiler
+from titan_moe.train.run_dir import (
+    FORMAT_VERSION,
+    RunDir,
+    changed_keys,
+    check_unchanged,
+    read_state,
+    saved_steps,
+)
+from titan_moe.train.terms import build_terms
+from titan_moe.train.validation import validate
+from torchtitan_ext.balancer import update_expert_bias
+from torchtitan_ext.carry import Carry
+from torchtitan_ext.gram import accumulation_dtype
+
+log = logging.getLogger("titan_moe")
+
+
+class StepResult(NamedTuple):
+    loss: float
+    """J: cross-entropy plus weighted terms."""
+    ce: float
+    carry: Carry
+    grad_norm: float
+    """Before clipping."""
+
+
+def train_step(
+    model: Transformer, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, device: torch.device
+) -> StepResult:
+    """One optimizer step on a global batch. Raises TrainingError, before the update, for a value that is not finite."""
+    dtype = accumulation_dtype(model.dtype)
+    loss = ce = 0.0
+    carry: Carry | None = None
+    for micro_batch in batch.split(config.training.microbatch_size or config.training.batch_size):
+        out = model(micro_batch.inputs(dtype, device))
+        objective = out.ce + model.terms.objective(out.carry.terms)
+        objective.backward()
+        loss, ce, carry = loss + objective.item(), ce + out.ce.item(), add_carry(carry, out.carry)
+    assert carry is not None
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.max_grad_norm)
+    grad_norm = norm.item()
+    check_finite(model, {"ce": ce, **routing_row(carry, model.terms.names), "loss": loss, "grad_norm": grad_norm})
+    optimizer.step()
+    optimizer.zero_grad()
+    if config.balancer.rate > 0:
+        for moe, counts in zip(model.moe_modules(), carry.counts, strict=True):
+            update_expert_bias(moe.router.expert_bias, counts, config.balancer.rate, config.balancer.center)
+    return StepResult(loss, ce, carry, grad_norm)
+
+
+def check_finite(model: Transformer, values: dict[str, float]) -> None:
+    name = first_non_finite(values)
+    if name == "grad_norm":
+        name = f"grad_norm (gradient of {non_finite_gradient(model)})"
+    if name is not None:
+        raise TrainingError(f"{name} is not finite")
+
+
+class Trainer:
+    """A run: everything that lives as long as the process."""
+
+    def __init__(self, config: Config, prepared: Prepared, run_dir: RunDir) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.device = pick_device()
+        keep_freed_memory()
+        if config.training.deterministic:
+            make_deterministic()
+        self.tokenizer = prepared.tokenizer
+        self.data_fingerprint = prepared.manifest.fingerprint
+        train, self.validation_windows = (
+            Windows(
+                TokenStream(prepared.folder, prepared.manifest, split),
+                config.training.seq_len,
+                self.tokenizer.eos,
+                config.model.document_mask,
+            )
+            for split in ("train", "validation")
+        )
+        self.loader = training_loader(train, config.training.batch_size, config.job.seed)
+        self.epoch_sequences = len(train)
+        self.model = build_model(config, prepared.tokenizer.vocab_size, self.device)
+        parallelize(self.model, config)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.signal: int | None = None
+
+    def run(self) -> int:
+        """Trains to the end, or to a signal. Returns the exit status."""
+        config = self.config
+        start = self.resume()
+        self.announce(start)
+        console = Console(log.info, config.training.steps, start, config.metrics.interval)
+        tensorboard = None
+        trackers: list[extend.Tracker] = [JsonLines(self.run_dir.metrics), console]
+        if config.metrics.tensorboard:
+            folder, interval = self.run_dir.tensorboard, config.metrics.interval
+            tensorboard = TensorBoard(folder, interval, start + 1 if start else 0, to_toml(config))
+            trackers.append(tensorboard)
+        trackers += [extend.trackers[name](config, self.run_dir.path) for name in config.metrics.trackers]
+        try:
+            with self.signals(), profiler(config.profiling, self.run_dir.profile) as profile:
+                if start == 0:
+                    self.validate(0, trackers, tensorboard)
+                return self.loop(start, trackers, tensorboard, profile)
+        finally:
+            for tracker in trackers:
+                tracker.close()
+
+    def loop(self, start: int, trackers: list[extend.Tracker], tensorboard: TensorBoard | None, profile: Any) -> int:
+        config, steps = self.config, self.config.training.steps
+        batches = iter(self.loader)
+        saved = start
+        for step in range(start + 1, steps + 1):
+            began = time.perf_counter()
+            set_lr(self.optimizer, config.optimizer.lr * lr_fraction(step, steps, config.lr_scheduler))
+            try:
+                result = train_step(self.model, self.optimizer, next(batches), config, self.device)
+            except TrainingError as error:
+                newest = self.run_dir.newest()
+                where = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+                raise TrainingError(f"step {step}: {error}; nothing was updated, {where}") from error
+            synchronize(self.device)
+            row = self.row(step, result, time.perf_counter() - began)
+            for tracker in trackers:
+                tracker.log(row)
+            profile.step()
+            last = step == steps
+            if last or due(step, config.validation.interval):
+                self.validate(step, trackers, tensorboard)
+            if last or self.signal is not None or due(step, config.checkpoint.interval):
+                self.save(step)
+                saved = step
+            if self.signal is not None:
+                log.info(f"Stopped by {signal.Signals(self.signal).name} after step {saved}; the same command goes on from there")
+                return 0 if last else 128 + self.signal
+        log.info(f"Done: {self.run_dir.path}")
+        return 0
+
+    def row(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
+        """A train row of metrics.jsonl (INTERFACE of the file: docs/metrics.md)."""
+        training = self.config.training
+        tokens = training.batch_size * training.seq_len
+        return {
+            "kind": "train",
+            "step": step,
+            "tokens": step * tokens,
+            "loss": result.loss,
+            "ce": result.ce,
+            **routing_row(result.carry, self.model.terms.names),
+            "grad_norm": result.grad_norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "mfu": self.flops_per_token * tokens / seconds / self.peak,
+            "memory_gib": peak_memory_gib(self.device),
+        }
+
+    def validate(self, step: int, trackers: list[extend.Tracker], tensorboard: TensorBoard | None) -> None:
+        config = self.config
+        size = config.training.microbatch_size or config.training.batch_size
+        found = validate(
+            self.model, self.validation_windows, self.tokenizer, config.validation.sequences, size, self.device
+        )
+        row = {
+            "kind": "validation",
+            "step": step,
+            "loss": found.loss,
+            "perplexity": found.perplexity,
+            "bits_per_byte": found.bits_per_byte,
+        }
+        for tracker in trackers:
+            tracker.log(row)
+        if tensorboard is not None:
+            tensorboard.routing(step, found)
+
+    def save(self, step: int) -> None:
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "titan_moe": __version__,
+            "torch": torch.__version__,
+            "config": self.config.model_dump(mode="json"),
+            "data": self.data_fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "loader": self.loader.state_dict(),
+        }
+        save_checkpoint(self.run_dir, step, self.model, self.optimizer, facts, self.config.checkpoint.keep)
+
+    def resume(self) -> int:
+        """Loads the newest checkpoint, if there is one; returns the step that it was made after."""
+        newest = self.run_dir.newest()
+        step = 0
+        if newest is not None:
+            state = read_state(newest, "checkpoint")
+            check_unchanged(state["config"], self.config, newest)
+            self.check_data(state, newest)
+            load_checkpoint(newest, self.model, self.optimizer)
+            self.loader.load_state_dict(state["loader"])
+            step = int(state["step"])
+            log.info(f"Going on from {newest}")
+        elif self.config.checkpoint.load_path:
+            self.load_weights(Path(self.config.checkpoint.load_path))
+        self.run_dir.cut_metrics(step)
+        self.run_dir.cut_tensorboard(step)
+        self.run_dir.write_config(self.config)
+        return step
+
+    def check_data(self, state: dict[str, Any], newest: Path) -> None:
+        """Raises UserError when the run would go on with other text or another tokenizer."""
+        for what, key, now in (
+            ("the tokenizer", "tokenizer", self.tokenizer.fingerprint),
+            ("the training text", "data", self.data_fingerprint),
+        ):
+            if state[key] != now:
+                raise UserError(
+                    f"data.corpus: {what} is not the one that {newest} was trained with; give back the same, "
+                    "or choose another --job.name"
+                )
+
+    def load_weights(self, path: Path) -> None:
+        """Starts from the weights of `checkpoint.load_path`: a checkpoint, or a run directory's newest one."""
+        origin = f"checkpoint.load_path = {str(path)!r}"
+        steps = saved_steps(path / "checkpoints")
+        if steps:
+            path = path / "checkpoints" / f"step-{steps[-1]:08d}"
+        state = read_state(path, origin)
+        different = changed_keys(state["config"]["model"], self.config.model_dump(mode="json")["model"], "model.")
+        if different:
+            raise UserError(f"{origin}: a checkpoint of another model: {different[0]} differs")
+        load_checkpoint(path, self.model, None)
+        log.info(f"Starting from the weights of {path}")
+
+    def announce(self, start: int) -> None:
+        counts = count(self.model, self.config.training.seq_len)
+        self.flops_per_token = counts.flops_per_token
+        self.peak = peak_flops(self.device, self.model.dtype)
+        epochs = self.config.training.steps * self.config.training.batch_size / self.epoch_sequences
+        log.info(
+            f"{self.config.job.name}: {short(counts.total)} parameters, {short(counts.active)} active; "
+            f"{self.config.training.dtype} on {self.device.type}; {epochs:.2f} passes over the training text; "
+            f"writing to {self.run_dir.path}"
+        )
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT let the step finish and save; a second SIGINT leaves at once."""
+
+        def remember(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signal's signature
+            if self.signal is not None and number == signal.SIGINT:
+                os._exit(130)
+            self.signal = number
+            log.info(f"{signal.Signals(number).name}: finishing this step, then saving")
+
+        previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def build_model(config: Config, tokenizer_vocab: int, device: torch.device) -> Transformer:
+    """The network with its initial weights."""
+    vocab_size = config.model.vocab_size or tokenizer_vocab
+    settings = config.model.model_copy(update={"vocab_size": vocab_size})
+    with torch.device("meta"):
+        model = Transformer(settings, build_terms(config), getattr(torch, config.training.dtype))
+    model.to_empty(device=device)
+    init_weights(model, config.job.seed)
+    return model

@@ -1,0 +1,65 @@
+"""Perplexity and bits per byte on text that is never trained on, and the routing that goes with them."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titan_moe.data.loader import Windows, validation_batches
+from titan_moe.data.tokenizer import Tokenizer
+from titan_moe.model.transformer import Inputs, Transformer
+from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.metrics import conditional_routing
+
+
+class Validation(NamedTuple):
+    loss: float
+    """Mean cross-entropy in nats per token."""
+    bits_per_byte: float
+    """Bits per byte of source text."""
+    load: Tensor
+    """(L, E) share of the assignments per expert and MoE layer."""
+    cond: Tensor
+    """(L - 1, E, E), P(v in the next layer given e in this one)."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.no_grad()
+def validate(
+    model: Transformer, windows: Windows, tokenizer: Tokenizer, sequences: int, batch_size: int, device: torch.device
+) -> Validation:
+    """Goes over the first `sequences` windows (0: all), `batch_size` at a time."""
+    dtype = accumulation_dtype(model.dtype)
+    nats, labels, source_bytes = 0.0, 0, 0
+    experts, pairs = model.settings.moe.experts, max(model.moe_layers - 1, 0)
+    counts = torch.zeros(model.moe_layers, experts, dtype=torch.int64, device=device)
+    joint = torch.zeros(pairs, experts, experts, dtype=torch.float64, device=device)
+    for batch in validation_batches(windows, sequences, batch_size):
+        inputs = batch.inputs(dtype, device)
+        ce, carry, routing = model.evaluate(inputs)
+        nats += ce.item() * batch.label_count
+        labels += batch.label_count
+        source_bytes += labelled_bytes(inputs, tokenizer)
+        counts += carry.counts
+        mask = (inputs.token_weights > 0).flatten()
+        for pair in range(pairs):
+            earlier, later = routing[pair], routing[pair + 1]
+            used = torch.bincount(earlier[mask].flatten(), minlength=experts).unsqueeze(1)
+            joint[pair] += conditional_routing(earlier, later, experts, mask) * used
+    used_E = counts[:pairs].clamp(min=1).unsqueeze(2)
+    load = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    return Validation(nats / labels, nats / math.log(2) / source_bytes, load.cpu(), (joint / used_E).cpu())
+
+
+def labelled_bytes(inputs: Inputs, tokenizer: Tokenizer) -> int:
+    """Bytes of source text that the labels stand for."""
+    labels, tokens = inputs.labels.cpu().numpy(), inputs.tokens.cpu().numpy()
+    lengths = tokenizer.byte_lengths[labels]
+    if tokenizer.adds_blank:  # the blank that the tokenizer put before a document is not text
+        lengths = lengths - ((tokens == tokenizer.bos) & (lengths > 0))
+    return int(np.sum(lengths * (inputs.token_weights > 0).cpu().numpy()))

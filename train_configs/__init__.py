@@ -1,0 +1,1 @@
+"""The configurations that ship with titan_moe: `--config NAME` finds them here."""
