@@ -73,7 +73,10 @@ def check_regularizers(config: Config, origin: Origin) -> None:
     wanted = {name for name, weight in weights.items() if weight > 0} | set(config.regularizers.measure)
     for name in ("o", "v", "erc"):
         if name in wanted:
-            raise UserError(f"{origin(f'regularizers.{name}.weight')}: the term {name} is not built yet; set it to 0")
+            raise UserError(
+                f"{origin(f'regularizers.{name}.weight')}: the term {name} is not built yet; set its weight to 0 "
+                "and leave it out of regularizers.measure"
+            )
     if "sp" in wanted and config.regularizers.sp.method != "exact":
         method = config.regularizers.sp.method
         raise UserError(f"{origin('regularizers.sp.method')} = {method!r} is not built yet; use 'exact'")

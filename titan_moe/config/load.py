@@ -8,7 +8,7 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tomli
 from pydantic import BaseModel, ValidationError
@@ -180,12 +180,7 @@ def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) 
         raise UserError(f"{origin}: unknown key {key}{hint}")
     value = mistake["input"]
     wanted = mistake["msg"][0].lower() + mistake["msg"][1:]
-    raise UserError(f"{origin}: {key} = {value!r}: {wanted}{allowed(key)}")
-
-
-def allowed(key: str) -> str:
-    choices = [choice for choice in get_args(annotation_of(key)) if isinstance(choice, str)]
-    return "" if not choices else f" (one of {', '.join(choices)})"
+    raise UserError(f"{origin}: {key} = {value!r}: {wanted}")
 
 
 def world_size_from_environment() -> int:

@@ -1,0 +1,244 @@
+"""The network as a whole: cross-entropy, causality, documents, initial values, counts, and what may not change a result."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titan_moe.config.load import load_config
+from titan_moe.config.tables import ActivationCheckpoint, Compile, Config, MoE, Model
+from titan_moe.data.loader import Batch
+from titan_moe.model.counts import count, meta_model
+from titan_moe.model.head import chunked_cross_entropy
+from titan_moe.model.init import init_weights
+from titan_moe.model.transformer import Inputs, Transformer
+from titan_moe.parallel.parallelize import parallelize
+from titan_moe.train.metrics import add_carry
+from torchtitan_ext.carry import Carry
+from torchtitan_ext.losses import (
+    coupling_loss,
+    load_balance_loss,
+    router_z_loss,
+    specialization_loss,
+)
+from torchtitan_ext.terms import Terms
+
+BATCH, SEQ, VOCAB = 4, 12, 40
+WEIGHTS = {"lb": 1e-2, "z": 1e-3, "sp": 2e-3, "cp": 1e-3}
+
+
+def settings(**moe: object) -> Model:
+    options = {"experts": 6, "top_k": 2, "hidden_dim": 10, **moe}
+    return Model(dim=16, layers=3, heads=4, kv_heads=2, qk_norm=True, vocab_size=VOCAB, moe=MoE(**options))
+
+
+def network(
+    dtype: torch.dtype = torch.float64, scope: str = "sequence", model: Model | None = None, seed: int = 0
+) -> Transformer:
+    model = model or settings()
+    built = Transformer(model, Terms(WEIGHTS, model.moe.top_k, lb_scope=scope), dtype)
+    init_weights(built, seed)
+    return built
+
+
+def batch(seed: int = 0, masked: bool = True) -> Batch:
+    source = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=source)
+    mask = torch.ones(BATCH, SEQ, dtype=torch.bool)
+    if masked:  # different numbers of labels per sequence, one sequence almost without
+        mask[0, 5:] = False
+        mask[2, 1:] = False
+        mask[3, 7] = False
+    positions = torch.arange(SEQ).expand(BATCH, SEQ)
+    documents = torch.zeros(BATCH, SEQ, dtype=torch.int64)
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask, documents, positions, int(mask.sum()))
+
+
+def step(model: Transformer, whole: Batch, micro: int) -> tuple[float, Carry, dict[str, Tensor]]:
+    """Loss, carry and gradients of a global batch, `micro` sequences at a time."""
+    model.zero_grad()
+    loss, carry = 0.0, None
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    for part in whole.split(micro):
+        out = model(part.inputs(dtype, torch.device("cpu")))
+        objective = out.ce + model.terms.objective(out.carry.terms)
+        objective.backward()
+        loss, carry = loss + objective.item(), add_carry(carry, out.carry)
+    assert carry is not None
+    return loss, carry, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same_step(ours: tuple, theirs: tuple, tolerance: float) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
+    torch.testing.assert_close(ours[1].terms, theirs[1].terms, rtol=tolerance, atol=0)
+    assert torch.equal(ours[1].counts, theirs[1].counts)
+    torch.testing.assert_close(ours[1].sums, theirs[1].sums, rtol=10 * tolerance, atol=tolerance)
+    for name, grad in ours[2].items():
+        difference = (grad - theirs[2][name]).norm() / theirs[2][name].norm()
+        assert difference < 10 * tolerance, name
+
+
+def test_terms_in_the_carry_are_the_library_functions() -> None:
+    """What blocks accumulate equals the plain functions on the labelled tokens' routing, collected from outside."""
+    model, whole = network(scope="microbatch"), batch()
+    seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for moe in model.moe_modules():
+        original = moe.terms
+
+        class Spy(Terms):
+            def add(self, view, carry, layer, token_weights, original=original):  # type: ignore[no-untyped-def]
+                seen.append((view.logits_TE, view.scores_TE, view.topk_ids_TK, view.z_RF[view.rows_TK]))
+                return original.add(view, carry, layer, token_weights)
+
+        moe.terms = Spy(**vars(original))
+    out = model(whole.inputs(torch.float64, torch.device("cpu")))
+    keep = whole.loss_mask.flatten()
+    logits, scores, ids, z = ([layer[n][keep] for layer in seen] for n in range(4))
+    wanted = torch.stack(
+        [
+            sum(load_balance_loss(s, i) for s, i in zip(scores, ids, strict=True)),
+            sum(router_z_loss(q) for q in logits),
+            sum(specialization_loss(x) for x in z),
+            coupling_loss(scores, 2),
+        ]
+    )
+    torch.testing.assert_close(out.carry.terms, wanted, rtol=1e-12, atol=0)
+    counts = torch.stack([torch.bincount(i.flatten(), minlength=6) for i in ids])
+    assert torch.equal(out.carry.counts, counts)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("micro", [2, 1])
+def test_accumulation_does_not_change_the_step(dtype: torch.dtype, tolerance: float, micro: int) -> None:
+    model, whole = network(dtype), batch()
+    assert_same_step(step(model, whole, micro), step(model, whole, BATCH), tolerance)
+
+
+def config_with(**tables: object) -> Config:
+    return load_config("debug").model_copy(update=tables)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_recomputation_does_not_change_the_step(mode: str, dtype: torch.dtype, tolerance: float) -> None:
+    plain, recomputed, whole = network(dtype), network(dtype), batch()
+    parallelize(recomputed, config_with(activation_checkpoint=ActivationCheckpoint(mode=mode)))
+    assert [n for n, _ in recomputed.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    ours, theirs = step(recomputed, whole, 2), step(plain, whole, 2)
+    assert_same_step(ours, theirs, tolerance)
+    assert ours[1].counts.sum() == 3 * 2 * whole.label_count  # layers * k * labelled tokens: nothing counted twice
+
+
+def test_recomputation_never_chooses_again() -> None:
+    """A choice that would fall otherwise in the backward pass (here: the bias has moved) must not be taken again."""
+    model, reference, whole = network(), network(), batch()
+    parallelize(model, config_with(activation_checkpoint=ActivationCheckpoint(mode="full")))
+    inputs = whole.inputs(torch.float64, torch.device("cpu"))
+    out, expected = model(inputs), reference(inputs)
+    for moe in model.moe_modules():
+        moe.router.expert_bias.copy_(torch.randn(6, generator=torch.Generator().manual_seed(1)) * 100)
+    (out.ce + model.terms.objective(out.carry.terms)).backward()
+    (expected.ce + reference.terms.objective(expected.carry.terms)).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-14, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_compilation_does_not_change_the_step(mode: str) -> None:
+    plain, compiled, whole = network(torch.float32), network(torch.float32), batch()
+    tables = {"compile": Compile(enable=True), "activation_checkpoint": ActivationCheckpoint(mode=mode)}
+    parallelize(compiled, config_with(**tables))
+    assert_same_step(step(compiled, whole, 2), step(plain, whole, 2), 1e-5)
+
+
+def test_cross_entropy_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titan_moe.model.head.SLICE_LOGITS", 3 * VOCAB)
+    source = torch.Generator().manual_seed(0)
+    hidden = torch.randn(10, 8, dtype=torch.float64, generator=source).requires_grad_()
+    weight = torch.randn(VOCAB, 8, dtype=torch.float64, generator=source).requires_grad_()
+    labels = torch.randint(0, VOCAB, (10,), generator=source)
+    weights = torch.rand(10, dtype=torch.float64, generator=source) * (torch.arange(10) != 4)
+    ours = chunked_cross_entropy(hidden, weight, labels, weights)
+    theirs = (F.cross_entropy(hidden @ weight.t(), labels, reduction="none") * weights).sum()
+    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(ours * 3, (hidden, weight)), torch.autograd.grad(theirs * 3, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def logits(model: Transformer, tokens: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    zeros = torch.zeros_like(tokens)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens) if positions is None else positions
+    weights = torch.full(tokens.shape, 1 / tokens.numel(), dtype=torch.float64)
+    return model.logits(Inputs(tokens, tokens, zeros if documents is None else documents, positions, weights))
+
+
+def test_no_token_sees_a_later_one() -> None:
+    model = network()
+    tokens = torch.randint(0, VOCAB, (1, SEQ), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[0, 7] = (changed[0, 7] + 1) % VOCAB
+    before, after = logits(model, tokens), logits(model, changed)
+    torch.testing.assert_close(after[:, :7], before[:, :7], rtol=1e-13, atol=1e-14)
+    assert not torch.allclose(after[:, 7:], before[:, 7:])
+
+
+def test_document_mask_makes_packed_documents_independent() -> None:
+    model = network(model=settings().model_copy(update={"document_mask": True}))
+    tokens = torch.randint(0, VOCAB, (1, SEQ), generator=torch.Generator().manual_seed(0))
+    documents = (torch.arange(SEQ) >= 5).long().unsqueeze(0)
+    positions = torch.cat([torch.arange(5), torch.arange(SEQ - 5)]).unsqueeze(0)
+    packed = logits(model, tokens, documents, positions)
+    torch.testing.assert_close(packed[:, 5:], logits(model, tokens[:, 5:]), rtol=1e-12, atol=1e-13)
+
+
+def test_initial_weights_depend_on_seed_and_global_name_only() -> None:
+    small, large = network(model=settings(experts=4)), network(model=settings(experts=8))
+    a, b = dict(small.named_parameters()), dict(large.named_parameters())
+    for name in ("layers.1.moe.experts.gate_up", "layers.2.moe.experts.down"):
+        assert torch.equal(a[name], b[name][:4])  # an expert's values do not depend on how many stand beside it
+        assert not torch.equal(b[name][0], b[name][1])
+    assert torch.equal(a["layers.0.attention.wq.weight"], b["layers.0.attention.wq.weight"])
+    other = dict(network(model=settings(experts=4), seed=1).named_parameters())
+    assert not torch.equal(a["embedding"], other["embedding"])
+
+
+def test_initial_scale() -> None:
+    """Outputs of a layer start near unit scale: variance 1/fan-in; three sigma of a standard deviation from n draws."""
+    weight = dict(network(model=settings(hidden_dim=64)).named_parameters())["layers.0.moe.experts.gate_up"]
+    truncation = 0.9866  # standard deviation of a unit normal cut off at three deviations
+    assert weight.std().item() * 4 == pytest.approx(truncation, rel=3 / (2 * weight.numel()) ** 0.5)
+
+
+def test_counts_of_a_model_counted_by_hand() -> None:
+    model = meta_model(settings(shared_experts=1, first_dense_layers=1), torch.float32)
+    counts = count(model, seq_len=100)
+    attention = 16 * 16 + 2 * 16 * 8 + 16 * 16
+    expert = 3 * 16 * 10
+    norms = 3 * (2 * 16 + 2 * 4) + 16
+    trunk = VOCAB * 16 + 3 * attention + norms + 3 * expert  # the dense layer is as wide as k + shared experts
+    assert counts.total == trunk + 2 * (6 * 16 + 7 * expert)
+    assert counts.active == trunk + 2 * (6 * 16 + 3 * expert)
+    assert counts.flops_per_token == 6 * (counts.active - norms) + 6 * 100 * 3 * 16
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"), [("small", 0.4e9, 80e6), ("medium", 1.1e9, 100e6), ("large", 7.0e9, 500e6)]
+)
+@pytest.mark.parametrize("style", ["", "_deepseek"])
+def test_scales_have_the_papers_sizes(name: str, style: str, total: float, active: float) -> None:
+    config = load_config(name + style)
+    counts = count(meta_model(config.model, torch.bfloat16), config.training.seq_len)
+    assert counts.total == pytest.approx(total, rel=0.02)
+    assert counts.active == pytest.approx(active, rel=0.02)
+
+
+def test_bfloat16_keeps_float32_masters_and_stays_near_float32() -> None:
+    """One rounding to bfloat16 is 2^-9 relative; a loss of order log V through three layers moves by well under 2%."""
+    exact, rounded, whole = network(torch.float32), network(torch.bfloat16), batch()
+    assert all(p.dtype == torch.float32 for p in rounded.parameters())
+    ours, theirs = step(rounded, whole, BATCH), step(exact, whole, BATCH)
+    assert ours[0] == pytest.approx(theirs[0], rel=0.02)
+    assert ours[1].terms.dtype == torch.float32

@@ -1,0 +1,267 @@
+"""Every loss against the definition written as plain loops, values and gradients, in float64."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.torchtitan_ext import reference
+from torchtitan_ext.losses import (
+    coupling_loss,
+    load_balance_loss,
+    router_z_loss,
+    specialization_loss,
+)
+from torchtitan_ext.metrics import token_entropy
+
+KS = [1, 2, 4, 8]
+EXPERTS, TOKENS, WIDTH, LAYERS = 10, 6, 5, 3
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def routing(k: int, seed: int = 0, layers: int = 1, score: str = "softmax") -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Logits, normalised scores and chosen experts; the last expert gets no token."""
+    logits = torch.randn(layers, TOKENS, EXPERTS, dtype=torch.float64, generator=generator(seed))
+    logits[..., -1] = -30.0
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    ids = scores.topk(k, dim=-1).indices
+    assert not bool((ids == EXPERTS - 1).any())
+    return list(logits), [s.requires_grad_() for s in scores], list(ids)
+
+
+def assert_same(ours: Callable[..., Tensor], definition: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Value and gradient. Sums of a few hundred float64 terms of order 1 agree to about 1e-13."""
+    value, wanted = ours(*inputs), definition(*inputs)
+    torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-13)
+    if not wanted.requires_grad:
+        return
+    for a, b in zip(torch.autograd.grad(value, inputs), torch.autograd.grad(wanted, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("k", KS)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_load_balance(k: int, score: str) -> None:
+    _, (scores,), (ids,) = routing(k, score=score)
+    assert_same(lambda s: load_balance_loss(s, ids), lambda s: reference.load_balance(s, ids), scores)
+
+
+def test_load_balance_normalises_sigmoids() -> None:
+    raw = torch.rand(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(1)).requires_grad_()
+    ids = raw.topk(2).indices
+    assert_same(lambda s: load_balance_loss(s, ids), lambda s: reference.load_balance(s, ids), raw)
+
+
+def test_load_balance_is_one_when_balanced() -> None:
+    scores = torch.full((8, 4), 0.25, dtype=torch.float64)
+    ids = torch.tensor([[i % 4, (i + 1) % 4] for i in range(8)])
+    assert load_balance_loss(scores, ids).item() == pytest.approx(1.0, abs=1e-15)
+
+
+def test_load_balance_per_sequence_is_the_mean_over_sequences() -> None:
+    _, scores, ids = routing(2, layers=3)
+    stacked = torch.stack(scores)
+    value = load_balance_loss(stacked, torch.stack(ids))
+    wanted = sum(reference.load_balance(s, i) for s, i in zip(scores, ids, strict=True)) / 3
+    torch.testing.assert_close(value, wanted, rtol=1e-12, atol=0)
+
+
+def test_load_from_elsewhere_replaces_the_shares() -> None:
+    _, (scores,), (ids,) = routing(2)
+    load = torch.rand(EXPERTS, dtype=torch.float64, generator=generator(3))
+    wanted = EXPERTS * (load * scores.mean(0)).sum()
+    torch.testing.assert_close(load_balance_loss(scores, ids, load), wanted, rtol=1e-12, atol=0)
+
+
+def test_router_z() -> None:
+    (logits,), _, _ = routing(2)
+    assert_same(router_z_loss, reference.z_loss, logits.requires_grad_())
+
+
+@pytest.mark.parametrize("k", KS)
+def test_specialization(k: int) -> None:
+    z = torch.randn(TOKENS, k, WIDTH, dtype=torch.float64, generator=generator(k)).requires_grad_()
+    assert_same(specialization_loss, reference.specialization, z)
+    assert 0.0 <= specialization_loss(z).item() <= k * (k - 1)
+
+
+def test_specialization_of_equal_and_of_orthogonal_experts() -> None:
+    z = torch.ones(3, 4, WIDTH, dtype=torch.float64)
+    assert specialization_loss(z).item() == pytest.approx(12.0, rel=1e-14)
+    assert specialization_loss(torch.eye(4, dtype=torch.float64).expand(3, 4, 4)).item() == 0.0
+
+
+def test_a_zero_activation_has_cosine_and_gradient_zero() -> None:
+    z = torch.randn(TOKENS, 4, WIDTH, dtype=torch.float64, generator=generator(5))
+    z[1, 2] = 0.0
+    z[4] = 0.0
+    z.requires_grad_()
+    assert_same(specialization_loss, reference.specialization, z)
+    (grad,) = torch.autograd.grad(specialization_loss(z), z)
+    assert not grad[1, 2].any()
+    assert not grad[4].any()
+
+
+def test_specialization_on_rows_in_any_order() -> None:
+    z = torch.randn(TOKENS, 3, WIDTH, dtype=torch.float64, generator=generator(6))
+    order = torch.randperm(TOKENS * 3, generator=generator(7))
+    shuffled = torch.empty(TOKENS * 3, WIDTH, dtype=torch.float64)
+    shuffled[order] = z.reshape(-1, WIDTH)
+    rows = order.reshape(TOKENS, 3)
+    torch.testing.assert_close(specialization_loss(shuffled, rows=rows), specialization_loss(z), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("k", KS)
+@pytest.mark.parametrize("source", ["all", "activated"])
+def test_coupling_is_the_triple_sum(k: int, source: str) -> None:
+    _, scores, ids = routing(k, layers=LAYERS)
+    value = coupling_loss(scores, k, source, ids)
+    wanted = reference.coupling(scores, k, source, ids)
+    torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-14)
+    for a, b in zip(torch.autograd.grad(value, scores), torch.autograd.grad(wanted, scores), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("source", ["all", "activated"])
+def test_coupling_of_unnormalised_scores_and_of_ties(source: str) -> None:
+    scores = [torch.rand(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(s)) for s in range(3)]
+    scores[1][2] = 0.5  # all equal: any top-k has the same mass
+    ids = [s.topk(3).indices for s in scores]
+    value = coupling_loss(scores, 3, source, ids)
+    torch.testing.assert_close(value, reference.coupling(scores, 3, source, ids), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("source", ["all", "activated"])
+def test_coupling_bound_of_proposition_c7(source: str) -> None:
+    """-(L-1) bounds it from below, and balanced one-hot-like routing, shifted from token to token, reaches it."""
+    _, scores, ids = routing(2, layers=LAYERS)
+    assert coupling_loss(scores, 2, source, ids).item() > -(LAYERS - 1)
+    k, tokens = 2, EXPERTS
+    best = torch.zeros(tokens, EXPERTS, dtype=torch.float64)
+    chosen = torch.tensor([[i % EXPERTS, (i + 3) % EXPERTS] for i in range(tokens)])
+    best.scatter_(1, chosen, torch.tensor([0.7, 0.3], dtype=torch.float64).expand(tokens, k))
+    reached = coupling_loss([best] * LAYERS, k, source, [chosen] * LAYERS)
+    assert reached.item() == pytest.approx(-(LAYERS - 1), abs=1e-14)
+    # Every expert gets the same number of tokens; lb of such a state is 1.
+    assert load_balance_loss(best, chosen).item() == pytest.approx(1.0, abs=1e-14)
+
+
+def test_coupling_of_one_layer_is_a_connected_zero() -> None:
+    _, scores, _ = routing(2)
+    value = coupling_loss(scores, 2)
+    assert value.item() == 0.0
+    assert value.requires_grad
+
+
+def test_unknown_coupling_source() -> None:
+    _, scores, _ = routing(2, layers=2)
+    with pytest.raises(ValueError, match="sideways"):
+        coupling_loss(scores, 2, "sideways")
+    with pytest.raises(ValueError, match="topk_ids"):
+        coupling_loss(scores, 2, "activated")
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.1, 0.3, 0.5])
+def test_entropy_bound_of_corollary_c3(delta: float) -> None:
+    """g of the best expert >= 1 - delta implies H <= h(delta) + delta log(E - 1); uniform leftovers reach it."""
+    bound = -delta * math.log(delta) - (1 - delta) * math.log(1 - delta) + delta * math.log(EXPERTS - 1)
+    rest = torch.rand(50, EXPERTS - 1, dtype=torch.float64, generator=generator(8))
+    share = delta * torch.rand(50, 1, dtype=torch.float64, generator=generator(9))
+    gates = torch.cat([1 - share, rest / rest.sum(1, keepdim=True) * share], dim=1)
+    assert bool((token_entropy(gates) <= bound + 1e-12).all())
+    extreme = torch.full((1, EXPERTS), delta / (EXPERTS - 1), dtype=torch.float64)
+    extreme[0, 0] = 1 - delta
+    assert token_entropy(extreme).item() == pytest.approx(bound, rel=1e-12)
+
+
+def test_gradient_cosines_of_proposition_4_1() -> None:
+    """Per token, gradients of two experts' down projections have the cosine of their activations (up to gate signs)."""
+    k, width, dim = 3, 7, 4
+    x = torch.randn(k, width, dtype=torch.float64, generator=generator(10))
+    down = [torch.randn(dim, width, dtype=torch.float64, generator=generator(20 + e)).requires_grad_() for e in range(k)]
+    gates = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    loss = torch.tanh(sum(gates[e] * down[e] @ x[e] for e in range(k))).pow(3).sum()
+    grads = [g.flatten() for g in torch.autograd.grad(loss, down)]
+    for e in range(k):
+        for v in range(k):
+            ours = torch.cosine_similarity(grads[e], grads[v], dim=0)
+            torch.testing.assert_close(ours, torch.cosine_similarity(x[e], x[v], dim=0), rtol=1e-12, atol=1e-13)
+
+
+def all_losses(logits: list[Tensor], z: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
+    scores = [q.softmax(-1) for q in logits]
+    ids = [s.topk(k).indices for s in scores]
+    return torch.stack(
+        [
+            load_balance_loss(scores[0], ids[0], weights=weights),
+            router_z_loss(logits[0], weights=weights),
+            specialization_loss(z, weights=weights),
+            coupling_loss(scores, k, weights=weights),
+            coupling_loss(scores, k, "activated", ids, weights=weights),
+        ]
+    )
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_no_token_gives_a_connected_zero_and_one_token_works(tokens: int) -> None:
+    logits = [torch.randn(tokens, EXPERTS, generator=generator(s)).requires_grad_() for s in range(2)]
+    z = torch.randn(tokens, 2, WIDTH, generator=generator(3)).requires_grad_()
+    values = all_losses(logits, z, 2)
+    values.sum().backward()
+    assert z.grad is not None
+    assert all(q.grad is not None and bool(torch.isfinite(q.grad).all()) for q in logits)
+    assert (values == 0).all() if tokens == 0 else bool(torch.isfinite(values).all())
+
+
+def test_weights_select_tokens() -> None:
+    """Weights 1/n on n tokens and 0 on the others give the value of those tokens alone."""
+    logits = [torch.randn(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(s)) for s in range(3)]
+    z = torch.randn(TOKENS, 2, WIDTH, dtype=torch.float64, generator=generator(3))
+    keep = torch.tensor([True, False, True, True, False, True])
+    weighted = all_losses(logits, z, 2, keep.double() / keep.sum())
+    alone = all_losses([q[keep] for q in logits], z[keep], 2)
+    torch.testing.assert_close(weighted, alone, rtol=1e-13, atol=1e-14)
+
+
+def test_bfloat16_and_strided_input() -> None:
+    """bfloat16 rounds the inputs (2^-9 relative) and nothing else: results are those of the rounded inputs, in float32."""
+    logits = [torch.randn(TOKENS, 2 * EXPERTS, generator=generator(s)).bfloat16()[:, ::2] for s in range(2)]
+    z = torch.randn(TOKENS, WIDTH, 3, generator=generator(3)).bfloat16().transpose(1, 2)
+    assert not z.is_contiguous()
+    got = specialization_loss(z)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, specialization_loss(z.float().contiguous()), rtol=1e-6, atol=0)
+    got = router_z_loss(logits[0])
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, router_z_loss(logits[0].float().contiguous()), rtol=1e-6, atol=0)
+
+
+def test_under_torch_func() -> None:
+    logits = [torch.randn(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(s)) for s in range(3)]
+    z = torch.randn(TOKENS, 2, WIDTH, dtype=torch.float64, generator=generator(3))
+    by_func = torch.func.grad(lambda z: all_losses(logits, z, 2).sum())(z)
+    (by_autograd,) = torch.autograd.grad(all_losses(logits, z.requires_grad_(), 2).sum(), z)
+    torch.testing.assert_close(by_func, by_autograd, rtol=1e-13, atol=1e-15)
+    many = torch.stack([z.detach(), 2 * z.detach() + 1])
+    mapped = torch.func.vmap(specialization_loss)(many)
+    torch.testing.assert_close(mapped, torch.stack([specialization_loss(m) for m in many]), rtol=1e-13, atol=0)
+
+
+@pytest.mark.slow
+def test_under_torch_compile() -> None:
+    """The compiler reorders float64 sums of order 1: 1e-12 is far above that."""
+    logits = [torch.randn(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(s)) for s in range(3)]
+    z = torch.randn(TOKENS, 2, WIDTH, dtype=torch.float64, generator=generator(3))
+    inputs = [tensor.requires_grad_() for tensor in (*logits, z)]
+    compiled = torch.compile(all_losses, fullgraph=True)(logits, z, 2)
+    eager = all_losses(logits, z, 2)
+    torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-13)
+    for a, b in zip(
+        torch.autograd.grad(compiled.sum(), inputs), torch.autograd.grad(eager.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
