@@ -49,11 +49,6 @@ def check_batch(config: Config, origin: Origin) -> None:
             f"{origin('training.batch_size')} = {training.batch_size} is not a multiple of "
             f"training.microbatch_size = {training.microbatch_size}"
         )
-    if config.lr_scheduler.warmup_steps > training.steps:
-        raise UserError(
-            f"{origin('lr_scheduler.warmup_steps')} = {config.lr_scheduler.warmup_steps} "
-            f"is more than training.steps = {training.steps}"
-        )
 
 
 def check_regularizers(config: Config, origin: Origin) -> None:

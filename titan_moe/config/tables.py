@@ -202,7 +202,7 @@ class Tokenizer(Table):
 
     path: str = ""
     """A sentencepiece .model (LLaMA-2's, Mistral's); empty: train one on the corpus, once."""
-    vocab_size: Annotated[int, Field(ge=512)] = 4096
+    vocab_size: Annotated[int, Field(ge=300)] = 4096
     """Pieces of the tokenizer that is trained when `path` is empty."""
 
 
@@ -246,7 +246,7 @@ class LRScheduler(Table):
     """Learning rate over the steps."""
 
     warmup_steps: NaturalInt = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0; a run shorter than that never reaches the peak."""
     decay: Literal["cosine", "linear", "wsd", "none"] = "cosine"
     """Shape after warm-up; "wsd" stays at the peak and falls linearly over the last `decay_fraction`."""
     decay_fraction: Fraction = 0.2

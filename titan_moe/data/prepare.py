@@ -82,27 +82,23 @@ def cached_tokenizer(config: Config, corpus: Corpus, root: Path) -> Tokenizer:
 
 
 def split_documents(corpus: Corpus, validation_fraction: float) -> Iterator[tuple[Document, str]]:
-    """Every document with the split it belongs to; the last one validates if no other does."""
+    """Every document with the split it belongs to. The first one always validates, so that any budget leaves some."""
     documents = corpus.documents()
     first = list(islice(documents, FEW_DOCUMENTS))
     everything: Iterator[Document] = chain(first, documents)
     if len(first) < FEW_DOCUMENTS:
         everything = (piece for document in first for piece in cut(document))
-    validated = False
-    held: Document | None = None
+    opening: str | None = None
     for document in everything:
-        if held is not None:
-            split = "validation" if validates(held, validation_fraction) else "train"
-            validated |= split == "validation"
-            yield held, split
-        held = document
-    if held is not None:
-        yield held, "train" if validated and not validates(held, validation_fraction) else "validation"
+        if opening is None:
+            opening = document.text
+        validates = document.text == opening or hashed_share(document.text) < validation_fraction
+        yield document, "validation" if validates else "train"
 
 
-def validates(document: Document, fraction: float) -> bool:
-    value = hashlib.blake2b(document.text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(value, "big") < fraction * 2**64
+def hashed_share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") / 2**64
 
 
 def cut(document: Document) -> Iterator[Document]:

@@ -6,10 +6,12 @@ trained here keep all of it; `encode` spells U+2581 out in bytes.
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from titan_moe.errors import UserError
@@ -42,6 +44,8 @@ class Tokenizer:
         # LLaMA-2's models put a blank before the text; its byte must not be counted as text.
         self.adds_blank = bool(self.pieces.encode("x")) and self.pieces.id_to_piece(self.pieces.encode("x")[0])[0] == BLANK
         self.byte_lengths = np.array([self._byte_length(i) for i in range(size)], dtype=np.int64)
+        opening = [self.pieces.id_to_piece(i).startswith(BLANK) for i in range(size)]
+        self.opens_with_blank = np.array(opening) & (self.byte_lengths > 0)
         self.lossless = self.decode(self.encode(PROBE)) == PROBE
 
     def _byte_length(self, token: int) -> int:
@@ -77,6 +81,11 @@ class Tokenizer:
         ids: list[int] = self.pieces.encode("\n" + part)
         return ids[len(marker) :]
 
+    def count_bytes(self, previous: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Bytes of source text that each id stands for; `previous` is the id before it."""
+        added = self.adds_blank & (previous == self.bos) & self.opens_with_blank[ids]
+        return self.byte_lengths[ids] - added
+
     def decode(self, ids: list[int]) -> str:
         text: str = self.pieces.decode([int(i) for i in ids])
         return text
@@ -107,9 +116,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        most = re.search(r"value <= (\d+)", str(error))
+        reason = f"gives at most {most.group(1)} pieces" if most else "has no text to train a tokenizer on"
         raise UserError(
-            f"tokenizer.vocab_size = {vocab_size}: no tokenizer can be trained on this corpus "
-            f"({' '.join(str(error).split())[-160:]}); lower it, or give more text or tokenizer.path"
+            f"tokenizer.vocab_size = {vocab_size}: this corpus {reason}; lower it, give more text, or set tokenizer.path"
         ) from error
     return model.getvalue()
 

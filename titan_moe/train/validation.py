@@ -59,7 +59,5 @@ def validate(
 def labelled_bytes(inputs: Inputs, tokenizer: Tokenizer) -> int:
     """Bytes of source text that the labels stand for."""
     labels, tokens = inputs.labels.cpu().numpy(), inputs.tokens.cpu().numpy()
-    lengths = tokenizer.byte_lengths[labels]
-    if tokenizer.adds_blank:  # the blank that the tokenizer put before a document is not text
-        lengths = lengths - ((tokens == tokenizer.bos) & (lengths > 0))
+    lengths = tokenizer.count_bytes(tokens, labels)
     return int(np.sum(lengths * (inputs.token_weights > 0).cpu().numpy()))

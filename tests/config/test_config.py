@@ -1,0 +1,164 @@
+"""Configuration: merging, overrides, errors that name file, key and the nearest right one, help, schema, round trip."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import tomli
+
+from titan_moe.config.describe import json_schema, options_help, to_toml
+from titan_moe.config.load import CONFIG_DIR, all_keys, load_config
+from titan_moe.errors import UserError
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_extends_merges_key_by_key_and_later_wins(tmp_path: Path) -> None:
+    write(tmp_path / "a.toml", "[model]\ndim = 64\nlayers = 2\n[model.moe]\nexperts = 4")
+    write(tmp_path / "b.toml", "[model]\ndim = 128\n[optimizer]\nlr = 1e-3")
+    child = write(tmp_path / "c.toml", 'extends = ["a.toml", "b.toml"]\n[model.moe]\ntop_k = 1')
+    config = load_config(child, ["--model.layers=5", "--optimizer.lr", "2e-3"])
+    assert (config.model.dim, config.model.layers, config.optimizer.lr) == (128, 5, 2e-3)
+    assert (config.model.moe.experts, config.model.moe.top_k) == (4, 1)
+    assert config.job.name == "c"
+
+
+def test_override_types() -> None:
+    config = load_config(
+        "debug",
+        ["--job.name=007", "--regularizers.measure=lb,z", '--data.corpus=["README.md", "docs"]', "--compile.enable=true"],
+    )
+    assert config.job.name == "007"
+    assert config.regularizers.measure == ["lb", "z"]
+    assert config.data.corpus == ["README.md", "docs"]
+    assert config.compile.enable is True
+    assert load_config("debug", ["--data.corpus=some/path"]).data.corpus == "some/path"
+
+
+FILES = {
+    "[model]\ndimm = 3": r"bad\.toml: unknown key model\.dimm; did you mean model\.dim\?",
+    "[modle]\ndim = 3": r"bad\.toml: unknown key modle; did you mean",
+    "[model]\ndim = 'x'": r"bad\.toml: model\.dim = 'x': .*integer",
+    "[model]\ndim = 0": r"bad\.toml: model\.dim = 0: .*greater",
+    "[model]\ndim = true": r"bad\.toml: model\.dim = True: .*integer",
+    "[model]\nqk_norm = 1": r"bad\.toml: model\.qk_norm = 1: .*bool",
+    "[model.moe]\nscore = 'max'": r"bad\.toml: model\.moe\.score = 'max': .*'softmax' or 'sigmoid'",
+    "[model.moe]\nexperts = 4\ntop_k = 5": r"bad\.toml: model\.moe\.top_k = 5 is more than model\.moe\.experts = 4",
+    "[model]\nheads = 3": r"bad\.toml: model\.heads = 3 does not divide model\.dim = 256",
+    "[model]\nkv_heads = 3": r"model\.kv_heads = 3 does not divide",
+    "[model]\nhead_dim = 15": r"even head width",
+    "[training]\nbatch_size = 6\nmicrobatch_size = 4": r"training\.batch_size = 6 is not a multiple",
+    "[training]\nseq_len = 1": r"training\.seq_len = 1",
+    "[regularizers]\nsp.weight = -1.0": r"regularizers\.sp\.weight = -1\.0",
+    "[regularizers]\nsp.weight = nan": r"regularizers\.sp\.weight",
+    "[regularizers]\no.weight = 1e-3": r"term o is not built yet",
+    "[regularizers]\nmeasure = ['erc']": r"term erc is not built yet",
+    "[regularizers]\nmeasure = ['xy']": r"regularizers\.measure: no term 'xy'",
+    "[regularizers]\ncustom.mine = 1.0": r"no module of extensions\.modules registers a regularizer 'mine'",
+    "[regularizers.sp]\nweight = 1.0\nmethod = 'sketch'": r"sp\.method = 'sketch' is not built yet",
+    "[regularizers.cp]\nweight = 1.0\nsource = 'transition'": r"cp\.source = 'transition' is not built yet",
+    "[regularizers.cp]\nweight = 1.0\n[model]\nlayers = 1": r"cp couples neighbouring MoE layers",
+    "[regularizers.sp]\nweight = 1.0\n[model.moe]\ntop_k = 1": r"sp compares the experts of a token",
+    "[model.moe]\nfirst_dense_layers = 4": r"the model has no MoE layer, but lb",
+    "[model.moe]\nfirst_dense_layers = 9": r"first_dense_layers = 9 is more than",
+    "[parallelism]\nep = 2": r"parallelism\.ep: parallelism is not built yet",
+    "[parallelism]\ndp_shard = 4": r"parallelism\.dp_shard: parallelism is not built yet",
+    "[float8]\nenable = true": r"float8\.enable: float8 is not built yet",
+    "[checkpoint]\nasync_save = true": r"checkpoint\.async_save: not built yet",
+    "[job]\nname = 'a/b'": r"job\.name = 'a/b'",
+    "[metrics]\ntrackers = ['nobody']": r"registers a tracker 'nobody'",
+    "[extensions]\nmodules = ['no_such_module_at_all']": r"'no_such_module_at_all' can't be imported",
+    "extends = 'missing.toml'": r"bad\.toml: extends: no file .*missing\.toml",
+    "extends = 3": r"bad\.toml: extends: must be",
+    "extends = 'bad.toml'": r"circle",
+    "[model\n": r"bad\.toml: not valid TOML",
+    "model = 3": r"bad\.toml: model = 3",
+}
+
+
+@pytest.mark.parametrize("text", list(FILES))
+def test_mistakes_in_a_file(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=FILES[text]) as caught:
+        load_config(write(tmp_path / "bad.toml", text))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--training.stepz=3"], r"command line: unknown key training\.stepz; did you mean training\.steps\?"),
+        (["--steps=3"], r"unknown option --steps; did you mean --training\.steps\?"),
+        (["--training.steps"], r"--training\.steps needs a value"),
+        (["train"], r"'train' is not an option"),
+        (["--training.steps=3.5"], r"command line: training\.steps = 3\.5"),
+        (["--model.dim.x=3"], r"command line: --model\.dim\.x: 'dim' is not a table"),
+        (["--job.seed=-1"], r"command line: job\.seed = -1"),
+    ],
+)
+def test_mistakes_on_the_command_line(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config("debug", words)
+
+
+def test_unknown_configuration_and_unreadable_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'medium'"):
+        load_config("medum")
+    (tmp_path / "junk.toml").write_bytes(b"\xff\x00")
+    with pytest.raises(UserError, match=r"junk\.toml: can't be read"):
+        load_config(str(tmp_path / "junk.toml"))
+
+
+def test_two_processes_are_refused_for_now() -> None:
+    with pytest.raises(UserError, match="NPROC=1"):
+        load_config("debug", world_size=2)
+
+
+def test_the_written_configuration_reads_back(tmp_path: Path) -> None:
+    config = load_config("medium_deepseek", ["--data.corpus=[\"a\", \"b\"]"])
+    again = load_config(write(tmp_path / "config.toml", to_toml(config)))
+    assert again == config
+
+
+def test_help_has_every_key_with_a_meaning() -> None:
+    text = options_help()
+    for key in all_keys():
+        assert f"--{key}=" in text
+    lines = text.splitlines()
+    for line, after in zip(lines, lines[1:], strict=False):
+        if line.startswith("  --"):
+            assert after.startswith("      "), line
+
+
+def test_schema_is_shipped_and_accepts_every_configuration() -> None:
+    shipped = json.loads((CONFIG_DIR.parent / "titan_moe/config/schema.json").read_text())
+    assert shipped == json_schema()
+    jsonschema.Draft202012Validator.check_schema(shipped)
+    for path in CONFIG_DIR.glob("*.toml"):
+        jsonschema.validate(tomli.loads(path.read_text()), shipped)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"model": {"dimm": 3}}, shipped)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    load_config(path.stem)
+
+
+def test_debug_is_what_it_is_meant_to_be() -> None:
+    config = load_config("debug")
+    assert config.model.layers >= 4
+    assert (config.model.moe.experts, config.model.moe.top_k) == (16, 2)
+    assert all(config.regularizers.weights()[name] > 0 for name in ("lb", "z", "sp", "cp"))
+
+
+def test_base_defaults() -> None:
+    config = load_config("base")
+    weights = config.regularizers.weights()
+    assert weights.pop("lb") == 0.01
+    assert not any(weights.values())
+    assert config.regularizers.lb.scope == "global"
+    assert config.balancer.rate == 0.0
