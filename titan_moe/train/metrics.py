@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -46,11 +47,18 @@ class JsonLines:
         self.file.close()
 
 
+def _quiet_about_files(failure: threading.ExceptHookArgs) -> None:
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
+
 class TensorBoard:
     """Scalars every `interval` steps, heat maps at every validation, the configuration as text."""
 
     def __init__(self, folder: Path, interval: int, purge_step: int, config_toml: str) -> None:
         """purge_step: points from this step on, which an earlier process wrote, are dropped."""
+        # The writing thread's own traceback is noise: tensorboard raises its error again in the next call here.
+        threading.excepthook = _quiet_about_files
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
         self.interval = interval
         self.writer.add_text("config", f"```toml\n{config_toml}```", purge_step)

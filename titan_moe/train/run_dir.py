@@ -68,6 +68,11 @@ class RunDir:
         except OSError as error:
             raise UserError(f"job.output_dir: {error.filename or self.path}: can't be written: {error.strerror}") from error
 
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+
     def write_config(self, config: Config) -> None:
         fresh = self.path / ".config.toml"
         fresh.write_text(to_toml(config))

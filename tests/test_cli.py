@@ -1,0 +1,153 @@
+"""The command line as users meet it: real processes, real signals, real exit statuses."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, titan_moe
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "titan_moe.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_the_same_command_goes_on(tiny_options: list[str], tmp_path: Path, number: int, status: int) -> None:
+    command = ["train", *tiny_options, "--training.steps=400", "--checkpoint.interval=0", "--validation.interval=0"]
+    process = start(*command)
+    run = tmp_path / "runs" / "debug"
+    wait_for_step(run, 3, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == status, err
+    assert err == ""
+    assert "the same command goes on from there" in out
+    (saved,) = (run / "checkpoints").glob("step-*")
+    step = int(saved.name[5:])
+    again = titan_moe("train", *tiny_options, f"--training.steps={step + 2}", "--checkpoint.interval=0")
+    assert again.returncode == 0, again.stderr
+    assert f"Going on from {saved}" in again.stdout
+    steps = [r["step"] for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "train"]
+    assert steps == list(range(1, step + 3))
+
+
+def test_a_second_run_says_that_it_is_finished(tiny_options: list[str]) -> None:
+    assert titan_moe("train", *tiny_options).returncode == 0
+    again = titan_moe("train", *tiny_options)
+    assert again.returncode == 0
+    assert "is finished: 6 steps" in again.stdout
+    assert "--training.steps=12" in again.stdout
+    assert "--job.name=debug-2" in again.stdout
+
+
+def test_two_runs_in_one_directory(tiny_options: list[str], tmp_path: Path) -> None:
+    first = start("train", *tiny_options, "--training.steps=400")
+    wait_for_step(tmp_path / "runs" / "debug", 1, first)
+    second = titan_moe("train", *tiny_options)
+    assert second.returncode == 2
+    assert "another process is training in" in second.stderr
+    first.kill()
+    first.communicate()
+    assert titan_moe("train", *tiny_options).returncode == 0  # the lock died with its owner
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--training.stepz=1"], "training.steps"),
+        (["--model.moe.top_k=99"], "model.moe.top_k = 99"),
+        (["--config", "nothing_like_it"], "nothing_like_it"),
+        (["--tokenizer.path=LICENSE"], "tokenizer.path = 'LICENSE': not a sentencepiece model"),
+        (["--data.corpus=no/such/place"], "no/such/place"),
+        (["--job.output_dir=/proc/nowhere"], "job.output_dir"),
+        (["--data.cache_dir=/proc/nowhere"], "data.cache_dir"),
+        (["--model.vocab_size=100"], "model.vocab_size = 100"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(tiny_options: list[str], arguments: list[str], named: str) -> None:
+    options = [o for o in tiny_options if o.split("=")[0] not in {a.split("=")[0] for a in arguments}]
+    done = titan_moe("train", *options, *arguments, cwd=ROOT)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("Training a tokenizer")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert named in lines[0]
+
+
+def test_junk_as_corpus_and_a_flipped_byte(tiny_options: list[str], tmp_path: Path) -> None:
+    junk = tmp_path / "junk.txt"
+    junk.write_bytes(os.urandom(5000))
+    options = [o for o in tiny_options if not o.startswith("--data.c")]
+    cache = f"--data.cache_dir={tmp_path / 'cache'}"
+    done = titan_moe("train", *options, f"--data.corpus={junk}", cache)
+    assert done.returncode == 2
+    assert "junk.txt" in done.stderr.splitlines()[-1]
+    corpus = next(o for o in tiny_options if o.startswith("--data.corpus"))
+    assert titan_moe("train", *options, corpus, cache).returncode == 0
+    shard = next((tmp_path / "cache" / "tokens").glob("*/train-00000.bin"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    done = titan_moe("train", *options, corpus, cache, "--job.name=again")
+    assert done.returncode == 2
+    assert "train-00000.bin: damaged" in done.stderr
+
+
+def test_no_room_for_a_checkpoint(tiny_options: list[str], tmp_path: Path) -> None:
+    """The system refuses to write past a limit, as it would on a full disk; what is there stays whole."""
+    options = [*tiny_options, "--metrics.tensorboard=false"]
+    assert titan_moe("train", *options, "--training.steps=2").returncode == 0
+    checkpoints = tmp_path / "runs" / "debug" / "checkpoints"
+    before = {p: p.read_bytes() for p in checkpoints.rglob("*") if p.is_file()}
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    done = titan_moe("train", *options, preexec_fn=limit)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "File too large" in line
+    assert {p: p.read_bytes() for p in checkpoints.rglob("*") if p.is_file()} == before
+    assert titan_moe("train", *options).returncode == 0
+
+
+def test_plan_counts_without_weights() -> None:
+    done = titan_moe("plan", "--config", "medium.toml")
+    assert done.returncode == 0
+    assert "1,090,667,008" in done.stdout
+    assert "99,762,688" in done.stdout
+
+
+def test_help_and_unknown_verbs() -> None:
+    assert "--training.steps=" in titan_moe("train", "--help").stdout
+    assert "usage" in titan_moe("--help").stdout
+    unknown = titan_moe("trian")
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "no verb 'trian'" in unknown.stderr
