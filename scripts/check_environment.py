@@ -31,10 +31,8 @@ def satisfied(requirement: str) -> bool:
     if module is not None and importlib.util.find_spec(module) is None:
         return False
     have = release(importlib.metadata.version(name))
-    for sign, bound in re.findall(r"(>=|<)([\d.]+)", requirement):
-        if (have < release(bound)) == (sign == ">="):
-            return False
-    return True
+    bounds = re.findall(r"(>=|<)([\d.]+)", requirement)
+    return all((have >= release(bound)) == (sign == ">=") for sign, bound in bounds)
 
 
 def main() -> int:

@@ -60,7 +60,12 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_options(corpus_dir: Path, cache_dir: Path, tmp_path: Path) -> list[str]:
     """Options that make `debug` a job of seconds."""
-    return [*TINY, f"--data.corpus={corpus_dir}", f"--data.cache_dir={cache_dir}", f"--job.output_dir={tmp_path / 'runs'}"]
+    return [
+        *TINY,
+        f"--data.corpus={corpus_dir}",
+        f"--data.cache_dir={cache_dir}",
+        f"--job.output_dir={tmp_path / 'runs'}",
+    ]
 
 
 @pytest.fixture

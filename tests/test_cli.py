@@ -37,7 +37,9 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_the_same_command_goes_on(tiny_options: list[str], tmp_path: Path, number: int, status: int) -> None:
+def test_signals_save_and_the_same_command_goes_on(
+    tiny_options: list[str], tmp_path: Path, number: int, status: int
+) -> None:
     command = ["train", *tiny_options, "--training.steps=400", "--checkpoint.interval=0", "--validation.interval=0"]
     process = start(*command)
     run = tmp_path / "runs" / "debug"
@@ -52,7 +54,9 @@ def test_signals_save_and_the_same_command_goes_on(tiny_options: list[str], tmp_
     again = titan_moe("train", *tiny_options, f"--training.steps={step + 2}", "--checkpoint.interval=0")
     assert again.returncode == 0, again.stderr
     assert f"Going on from {saved}" in again.stdout
-    steps = [r["step"] for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "train"]
+    steps = [
+        r["step"] for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "train"
+    ]
     assert steps == list(range(1, step + 3))
 
 

@@ -43,8 +43,11 @@ def main() -> None:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"error: {error.filename or 'a file of the run'}: {error.strerror}; make room or choose another "
-              "--job.output_dir, then run the same command again", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'a file of the run'}: {error.strerror}; make room or choose another "
+            "--job.output_dir, then run the same command again",
+            file=sys.stderr,
+        )
         status = 2
     except KeyboardInterrupt:
         print("interrupted; nothing is lost, the same command starts again", file=sys.stderr)

@@ -80,7 +80,9 @@ class Terms:
                 pairs = squared_cosines(token_gram(seen.z_RF, seen.rows_TK))
                 value = weighted_sum(pairs, weights_T)
             elif name == "cp":
-                value = self._coupling(seen, carry.previous if weight > 0 else carry.previous.detach(), layer, weights_T)
+                value = self._coupling(
+                    seen, carry.previous if weight > 0 else carry.previous.detach(), layer, weights_T
+                )
             else:
                 value = weighted_sum(self.custom[name](seen).to(carry.terms.dtype), weights_T)
             values.append(value.to(carry.terms.dtype))
@@ -114,7 +116,9 @@ class Terms:
     def _measures(self, view: LayerView, pairs_T: Tensor | None, weights_T: Tensor) -> Tensor:
         k = view.topk_ids_TK.shape[1]
         mass_T = view.scores_TE.gather(1, view.topk_ids_TK).sum(1)
-        overlap = weights_T.new_zeros(()) if pairs_T is None or k == 1 else weighted_sum(pairs_T, weights_T) / (k * (k - 1))
+        overlap = (
+            weights_T.new_zeros(()) if pairs_T is None or k == 1 else weighted_sum(pairs_T, weights_T) / (k * (k - 1))
+        )
         return torch.stack(
             [weighted_sum(token_entropy(view.scores_TE), weights_T), weighted_sum(mass_T, weights_T), overlap.detach()]
         )

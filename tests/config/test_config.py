@@ -1,6 +1,7 @@
 """Configuration: merging, overrides, errors that name file, key and the nearest right one, help, schema, round trip."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import jsonschema
@@ -30,7 +31,12 @@ def test_extends_merges_key_by_key_and_later_wins(tmp_path: Path) -> None:
 def test_override_types() -> None:
     config = load_config(
         "debug",
-        ["--job.name=007", "--regularizers.measure=lb,z", '--data.corpus=["README.md", "docs"]', "--compile.enable=true"],
+        [
+            "--job.name=007",
+            "--regularizers.measure=lb,z",
+            '--data.corpus=["README.md", "docs"]',
+            "--compile.enable=true",
+        ],
     )
     assert config.job.name == "007"
     assert config.regularizers.measure == ["lb", "z"]
@@ -118,7 +124,7 @@ def test_two_processes_are_refused_for_now() -> None:
 
 
 def test_the_written_configuration_reads_back(tmp_path: Path) -> None:
-    config = load_config("medium_deepseek", ["--data.corpus=[\"a\", \"b\"]"])
+    config = load_config("medium_deepseek", ['--data.corpus=["a", "b"]'])
     again = load_config(write(tmp_path / "config.toml", to_toml(config)))
     assert again == config
 
@@ -128,7 +134,7 @@ def test_help_has_every_key_with_a_meaning() -> None:
     for key in all_keys():
         assert f"--{key}=" in text
     lines = text.splitlines()
-    for line, after in zip(lines, lines[1:], strict=False):
+    for line, after in pairwise(lines):
         if line.startswith("  --"):
             assert after.startswith("      "), line
 

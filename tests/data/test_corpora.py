@@ -174,11 +174,14 @@ def test_empty_and_tiny_corpora(tmp_path: Path) -> None:
 
     model.write_bytes(train_tokenizer(["some text to train on\n" * 500], 280))
     config = Config(
-        data=Data(corpus=str(tmp_path / "empty.txt"), cache_dir=str(tmp_path / "cache")), tokenizer=Tokenizer(path=str(model))
+        data=Data(corpus=str(tmp_path / "empty.txt"), cache_dir=str(tmp_path / "cache")),
+        tokenizer=Tokenizer(path=str(model)),
     )
     with pytest.raises(UserError, match="is empty"):
         prepare(config)
     (tmp_path / "one.txt").write_text("hi")
-    config = config.model_copy(update={"data": Data(corpus=str(tmp_path / "one.txt"), cache_dir=str(tmp_path / "cache"))})
+    config = config.model_copy(
+        update={"data": Data(corpus=str(tmp_path / "one.txt"), cache_dir=str(tmp_path / "cache"))}
+    )
     with pytest.raises(UserError, match="too little text"):
         prepare(config)

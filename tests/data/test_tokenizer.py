@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from titan_moe.data.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
 from titan_moe.errors import UserError
 
-TEXTS = ["def f(x):\n    return x + 1\n\n" * 40, "The quick brown fox, déjà vu — 42 times.\r\n" * 40, "中文 и українська\t\n" * 40]
+TEXTS = [
+    "def f(x):\n    return x + 1\n\n" * 40,
+    "The quick brown fox, déjà vu — 42 times.\r\n" * 40,
+    "中文 и українська\t\n" * 40,
+]
 
 
 def with_leading_blank() -> bytes:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_moe.config.tables import MoE, Model
+from titan_moe.config.tables import Model, MoE
 from titan_moe.model.gemm import grouped_linear
 from titan_moe.model.init import init_weights
 from titan_moe.model.moe import MoELayer, plan_dispatch

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_moe.config.load import load_config
-from titan_moe.config.tables import ActivationCheckpoint, Compile, Config, MoE, Model
+from titan_moe.config.tables import ActivationCheckpoint, Compile, Config, Model, MoE
 from titan_moe.data.loader import Batch
 from titan_moe.model.counts import count, meta_model
 from titan_moe.model.head import chunked_cross_entropy
@@ -168,7 +168,9 @@ def test_cross_entropy_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def logits(model: Transformer, tokens: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+def logits(
+    model: Transformer, tokens: Tensor, documents: Tensor | None = None, positions: Tensor | None = None
+) -> Tensor:
     zeros = torch.zeros_like(tokens)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens) if positions is None else positions
     weights = torch.full(tokens.shape, 1 / tokens.numel(), dtype=torch.float64)

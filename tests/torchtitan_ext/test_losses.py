@@ -24,7 +24,9 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def routing(k: int, seed: int = 0, layers: int = 1, score: str = "softmax") -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def routing(
+    k: int, seed: int = 0, layers: int = 1, score: str = "softmax"
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Logits, normalised scores and chosen experts; the last expert gets no token."""
     logits = torch.randn(layers, TOKENS, EXPERTS, dtype=torch.float64, generator=generator(seed))
     logits[..., -1] = -30.0
@@ -183,7 +185,9 @@ def test_gradient_cosines_of_proposition_4_1() -> None:
     """Per token, gradients of two experts' down projections have the cosine of their activations (up to gate signs)."""
     k, width, dim = 3, 7, 4
     x = torch.randn(k, width, dtype=torch.float64, generator=generator(10))
-    down = [torch.randn(dim, width, dtype=torch.float64, generator=generator(20 + e)).requires_grad_() for e in range(k)]
+    down = [
+        torch.randn(dim, width, dtype=torch.float64, generator=generator(20 + e)).requires_grad_() for e in range(k)
+    ]
     gates = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     loss = torch.tanh(sum(gates[e] * down[e] @ x[e] for e in range(k))).pow(3).sum()
     grads = [g.flatten() for g in torch.autograd.grad(loss, down)]
@@ -261,7 +265,5 @@ def test_under_torch_compile() -> None:
     compiled = torch.compile(all_losses, fullgraph=True)(logits, z, 2)
     eager = all_losses(logits, z, 2)
     torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-13)
-    for a, b in zip(
-        torch.autograd.grad(compiled.sum(), inputs), torch.autograd.grad(eager.sum(), inputs), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(compiled.sum(), inputs), torch.autograd.grad(eager.sum(), inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)

@@ -88,7 +88,9 @@ def test_the_tiny_model_learns(tiny_config: Make) -> None:
     assert validation[-1] < 0.8 * validation[0]
 
 
-@pytest.mark.parametrize("style", [[], ["--model.moe.shared_experts=1", "--balancer.rate=1e-2", "--model.moe.score=sigmoid"]])
+@pytest.mark.parametrize(
+    "style", [[], ["--model.moe.shared_experts=1", "--balancer.rate=1e-2", "--model.moe.score=sigmoid"]]
+)
 def test_resumed_after_any_step_it_is_bitwise_the_same(tiny_config: Make, style: list[str]) -> None:
     options = ["--training.deterministic=true", "--checkpoint.interval=1", "--training.microbatch_size=2", *style]
     whole = tiny_config("--job.name=whole", *options)
@@ -209,7 +211,9 @@ def test_a_checkpoint_that_would_run_code_does_not(tiny_config: Make, tmp_path: 
 def test_a_value_that_is_not_finite_stops_before_the_update(tiny_config: Make) -> None:
     """A huge learning rate makes the weights overflow; the last checkpoint is from before and stays."""
     config = tiny_config("--optimizer.lr=1e38", "--checkpoint.interval=1", "--lr_scheduler.warmup_steps=0")
-    with pytest.raises(TrainingError, match=r"step \d: .* is not finite; nothing was updated, the last good checkpoint is"):
+    with pytest.raises(
+        TrainingError, match=r"step \d: .* is not finite; nothing was updated, the last good checkpoint is"
+    ):
         train(config)
     run_dir = RunDir(config)
     newest = run_dir.newest()
@@ -224,7 +228,9 @@ def test_a_term_that_is_not_finite_is_named(tiny_config: Make) -> None:
     trainer = Trainer(config, prepare(config), run_dir)
     with torch.no_grad():
         trainer.model.layers["1"].moe.router.weight.fill_(1e30)
-    with pytest.raises(TrainingError, match="step 1: reg/z is not finite; nothing was updated, there is no checkpoint yet"):
+    with pytest.raises(
+        TrainingError, match="step 1: reg/z is not finite; nothing was updated, there is no checkpoint yet"
+    ):
         trainer.run()
     run_dir.close()
 

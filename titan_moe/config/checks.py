@@ -32,9 +32,7 @@ def check_model(config: Config, origin: Origin) -> None:
     if head_dim % 2:
         raise UserError(f"{origin('model.head_dim')}: rotary embeddings need an even head width, not {head_dim}")
     if model.kv_heads and model.heads % model.kv_heads:
-        raise UserError(
-            f"{origin('model.kv_heads')} = {model.kv_heads} does not divide model.heads = {model.heads}"
-        )
+        raise UserError(f"{origin('model.kv_heads')} = {model.kv_heads} does not divide model.heads = {model.heads}")
     if moe.first_dense_layers > model.layers:
         raise UserError(
             f"{origin('model.moe.first_dense_layers')} = {moe.first_dense_layers} "
@@ -56,9 +54,7 @@ def check_regularizers(config: Config, origin: Origin) -> None:
     known = {*weights, *extend.regularizers}
     for name in config.regularizers.measure:
         if name not in known:
-            raise UserError(
-                f"{origin('regularizers.measure')}: no term {name!r}; there are {', '.join(sorted(known))}"
-            )
+            raise UserError(f"{origin('regularizers.measure')}: no term {name!r}; there are {', '.join(sorted(known))}")
     for name in config.regularizers.custom:
         if name not in extend.regularizers:
             raise UserError(

@@ -1,6 +1,6 @@
 """What the tables say of themselves: `--help`, the JSON schema, and the `config.toml` of a run directory.
 
-    python -m titan_moe.config.describe > titan_moe/config/schema.json      writes the schema that the package ships
+python -m titan_moe.config.describe > titan_moe/config/schema.json      writes the schema that the package ships
 """
 
 import json
@@ -32,10 +32,10 @@ def options_help(width: int = 110) -> str:
 
 def tables(table: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     for name, field in table.model_fields.items():
-        if is_table(field.annotation):
-            assert field.annotation is not None
-            yield f"{prefix}{name}", field.annotation
-            yield from tables(field.annotation, f"{prefix}{name}.")
+        annotation: Any = field.annotation
+        if is_table(annotation):
+            yield f"{prefix}{name}", annotation
+            yield from tables(annotation, f"{prefix}{name}.")
 
 
 def is_table(annotation: Any) -> bool:

@@ -188,7 +188,8 @@ class Data(Table):
     """The text."""
 
     corpus: str | list[str] = "stdlib"
-    """"stdlib", "wikitext2", "domains", "c4", a registered name, a file or directory (text, JSONL(.gz), Parquet), or a list of paths."""
+    """"stdlib", "wikitext2", "domains", "c4", a registered name, or a path or list of paths: files and directories of text,
+    JSONL(.gz) or Parquet."""
     tokens: NaturalInt = 0
     """Budget of training tokens to prepare; 0: all of the corpus."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01

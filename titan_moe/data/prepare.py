@@ -72,7 +72,11 @@ def cached_tokenizer(config: Config, corpus: Corpus, root: Path) -> Tokenizer:
     path = root / "tokenizers" / f"{digest(corpus.fingerprint, size)}.model"
     if not path.exists():
         print(f"Training a tokenizer of {size} pieces on {corpus.name}", file=sys.stderr)
-        texts = (document.text for document, split in split_documents(corpus, config.data.validation_fraction) if split == "train")
+        texts = (
+            document.text
+            for document, split in split_documents(corpus, config.data.validation_fraction)
+            if split == "train"
+        )
         model = train_tokenizer(texts, size)
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f"{path.name}.{os.getpid()}")
@@ -115,7 +119,10 @@ def cut(document: Document) -> Iterator[Document]:
 def make_shards(config: Config, corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     """Tokenises the corpus into `folder`, which appears only when it is whole."""
     if not tokenizer.lossless:
-        print("Note: this tokenizer does not give every text back exactly (bits per byte count source bytes)", file=sys.stderr)
+        print(
+            "Note: this tokenizer does not give every text back exactly (bits per byte count source bytes)",
+            file=sys.stderr,
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder.parent)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -146,7 +153,11 @@ def write_splits(config: Config, corpus: Corpus, tokenizer: Tokenizer, folder: P
     domains: list[str] = []
     budget = config.data.tokens or sys.maxsize
     with tqdm(
-        total=corpus.total_bytes, unit="B", unit_scale=True, desc=f"Tokenising {corpus.name}", disable=not sys.stderr.isatty()
+        total=corpus.total_bytes,
+        unit="B",
+        unit_scale=True,
+        desc=f"Tokenising {corpus.name}",
+        disable=not sys.stderr.isatty(),
     ) as bar:
         for batch in batches(split_documents(corpus, config.data.validation_fraction)):
             ids = tokenizer.encode_batch([document.text for document, _ in batch], os.cpu_count() or 1)

@@ -6,7 +6,6 @@ manifest holds sizes and SHA-256 sums and is written last, so a directory with a
 
 import hashlib
 import json
-
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,5 +153,3 @@ def verify(path: Path, shard: Shard, folder: Path) -> None:
         raise UserError(f"{path}: can't be read: {error.strerror}; delete {folder} to make it again") from error
     if digest.hexdigest() != shard.sha256:
         raise UserError(f"{path}: damaged (its checksum differs); delete {folder} to make it again")
-
-

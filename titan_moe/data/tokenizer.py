@@ -37,12 +37,16 @@ class Tokenizer:
         self.bos = self.pieces.bos_id() if self.pieces.bos_id() >= 0 else self.pieces.eos_id()
         self.eos = self.pieces.eos_id() if self.pieces.eos_id() >= 0 else self.bos
         if self.bos < 0:
-            raise UserError(f"{origin}: the model has neither a begin nor an end symbol, so documents can't be separated")
+            raise UserError(
+                f"{origin}: the model has neither a begin nor an end symbol, so documents can't be separated"
+            )
         self.fingerprint = hashlib.sha256(model).hexdigest()
         spelled = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
         self._blank_ids = spelled if all(self.pieces.is_byte(i) for i in spelled) else None
         # LLaMA-2's models put a blank before the text; its byte must not be counted as text.
-        self.adds_blank = bool(self.pieces.encode("x")) and self.pieces.id_to_piece(self.pieces.encode("x")[0])[0] == BLANK
+        self.adds_blank = (
+            bool(self.pieces.encode("x")) and self.pieces.id_to_piece(self.pieces.encode("x")[0])[0] == BLANK
+        )
         self.byte_lengths = np.array([self._byte_length(i) for i in range(size)], dtype=np.int64)
         opening = [self.pieces.id_to_piece(i).startswith(BLANK) for i in range(size)]
         self.opens_with_blank = np.array(opening) & (self.byte_lengths > 0)

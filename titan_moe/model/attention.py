@@ -62,7 +62,9 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         dtype = product_dtype(q)
         out_BHSd = F.scaled_dot_product_attention(
-            *(t.transpose(1, 2).to(dtype) for t in (q, k, v)),
+            q.transpose(1, 2).to(dtype),
+            k.transpose(1, 2).to(dtype),
+            v.transpose(1, 2).to(dtype),
             attn_mask=None if mask_BSS is None else mask_BSS.unsqueeze(1),
             is_causal=mask_BSS is None,
             enable_gqa=self.kv_heads != self.heads,

@@ -146,5 +146,5 @@ class MoELayer(nn.Module):
         out_TD: Tensor = _Combine.apply(y_RD, choice.gates_TK, dispatch.tokens_R, dispatch.rows_TK)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
-        view = LayerView(*choice, z_RF, dispatch.rows_TK)
+        view = LayerView(**choice._asdict(), z_RF=z_RF, rows_TK=dispatch.rows_TK)
         return out_TD, self.terms.add(view, carry, self.layer, token_weights), choice.topk_ids_TK

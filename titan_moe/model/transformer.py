@@ -95,7 +95,8 @@ class Transformer(nn.Module):
             moe.router.expert_bias = moe.router.expert_bias.to(torch.float32)
 
     def moe_modules(self) -> list[MoELayer]:
-        return [block.moe for block in self.layers.values() if block.moe is not None]
+        moes = (block.moe for block in self.layers.values())
+        return [moe for moe in moes if isinstance(moe, MoELayer)]
 
     def forward(self, inputs: Inputs) -> Output:
         """Cross-entropy and carry of one micro-batch: what training needs."""

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from titan_moe.errors import UserError
 from titan_moe.train.run_dir import STATE_FILE, RunDir, fsync_folder
@@ -41,8 +44,10 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Knows the types that DCP's metadata consists of, and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == METADATA_MODULE and "." not in name and isinstance(
-            getattr(torch.distributed.checkpoint.metadata, name, None), type
+        if (
+            module == METADATA_MODULE
+            and "." not in name
+            and isinstance(getattr(torch.distributed.checkpoint.metadata, name, None), type)
         ):
             return getattr(torch.distributed.checkpoint.metadata, name)
         if (module, name) in PICKLED_TYPES:
@@ -50,7 +55,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the metadata names {module}.{name}, which no checkpoint of ours holds")
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """Reads the metadata with the unpickler above, at once, so that damage shows before DCP starts."""
 
     def __init__(self, path: Path) -> None:
@@ -100,8 +105,8 @@ def write_tensors(folder: Path, state: dict[str, Tensor]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no process group
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(str(folder), thread_count=1))
-    except dcp.api.CheckpointException as error:
+            save(state, storage_writer=FileSystemWriter(str(folder), thread_count=1))
+    except CheckpointException as error:
         for failure, _ in error.failures.values():
             cause: BaseException | None = failure
             while cause is not None:  # torch.save's own error covers up the system's
@@ -115,8 +120,9 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
     """Everything to save, flat: `model.NAME` (parameters and the balancing bias) and `optimizer.NAME.KIND`."""
     found = {f"model.{name}": value for name, value in model.state_dict().items()}
     if optimizer is not None:
-        for name, state in get_optimizer_state_dict(model, optimizer)["state"].items():
-            found |= {f"optimizer.{name}.{kind}": value for kind, value in state.items()}
+        moments: Any = get_optimizer_state_dict(model, optimizer)["state"]
+        for name, kinds in moments.items():
+            found |= {f"optimizer.{name}.{kind}": value for kind, value in kinds.items()}
     return found
 
 
@@ -126,12 +132,21 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(state, storage_reader=_Reader(path), planner=_TensorsOnly())
-    except (dcp.api.CheckpointException, RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.PickleError, AttributeError) as error:
+            load(state, storage_reader=_Reader(path), planner=_TensorsOnly())
+    except (
+        CheckpointException,
+        RuntimeError,
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        pickle.PickleError,
+        AttributeError,
+    ) as error:
         raise UserError(f"{path}: can't be loaded, it is damaged or of another model: {_cause(error)}") from error
     model.load_state_dict({name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")})
     if optimizer is not None:
-        current = get_optimizer_state_dict(model, optimizer)
+        current: Any = get_optimizer_state_dict(model, optimizer)
         for name, kinds in current["state"].items():
             current["state"][name] = {kind: state[f"optimizer.{name}.{kind}"] for kind in kinds}
         set_optimizer_state_dict(model, optimizer, current)
@@ -139,7 +154,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 def _cause(error: BaseException) -> str:
     """The first line of the error at the bottom: DCP wraps what one rank met."""
-    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+    if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

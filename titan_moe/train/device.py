@@ -10,7 +10,14 @@ import torch
 GIB = 1024**3
 
 # Dense bfloat16 peak in FLOP/s, from the vendors' data sheets.
-PEAK_BFLOAT16 = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "MI300X": 1307e12}
+PEAK_BFLOAT16 = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "MI300X": 1307e12,
+}
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -32,7 +39,7 @@ def keep_freed_memory() -> None:
 
 def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a property of the module
 
 
 def peak_memory_gib(device: torch.device) -> float:

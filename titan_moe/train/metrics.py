@@ -153,7 +153,9 @@ def add_carry(total: Carry | None, carry: Carry) -> Carry:
     detached = Carry(*(tensor.detach() for tensor in carry))
     if total is None:
         return detached
-    return Carry(total.terms + detached.terms, total.previous, total.counts + detached.counts, total.sums + detached.sums)
+    return Carry(
+        total.terms + detached.terms, total.previous, total.counts + detached.counts, total.sums + detached.sums
+    )
 
 
 def first_non_finite(values: dict[str, float]) -> str | None:

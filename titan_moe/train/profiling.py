@@ -27,7 +27,11 @@ def profiler(settings: Profiling, folder: Path) -> Iterator[Any]:
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     schedule = torch.profiler.schedule(
-        skip_first=max(settings.start - 2, 0), wait=0, warmup=min(settings.start - 1, 1), active=settings.steps, repeat=1
+        skip_first=max(settings.start - 2, 0),
+        wait=0,
+        warmup=min(settings.start - 1, 1),
+        active=settings.steps,
+        repeat=1,
     )
     handler = torch.profiler.tensorboard_trace_handler(str(folder), use_gzip=True)
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=handler) as profile:

@@ -66,7 +66,9 @@ class RunDir:
                 f"job.name: another process is training in {self.path}; wait for it, or choose another --job.name"
             ) from error
         except OSError as error:
-            raise UserError(f"job.output_dir: {error.filename or self.path}: can't be written: {error.strerror}") from error
+            raise UserError(
+                f"job.output_dir: {error.filename or self.path}: can't be written: {error.strerror}"
+            ) from error
 
     def close(self) -> None:
         """Gives the lock back."""
@@ -112,7 +114,9 @@ class RunDir:
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in checkpoints.glob("step-*") if (path / STATE_FILE).exists())
+    names = (
+        re.fullmatch(r"step-(\d{8,})", path.name) for path in checkpoints.glob("step-*") if (path / STATE_FILE).exists()
+    )
     return sorted(int(name.group(1)) for name in names if name)
 
 
@@ -123,7 +127,10 @@ def read_state(checkpoint: Path, origin: str) -> dict[str, Any]:
         raise UserError(f"{origin}: {checkpoint} is not a checkpoint (it has no {STATE_FILE})")
     try:
         state = json.loads(path.read_text())
-        version, _ = state["format_version"], (state["step"], state["config"], state["data"], state["tokenizer"], state["loader"])
+        version, _ = (
+            state["format_version"],
+            (state["step"], state["config"], state["data"], state["tokenizer"], state["loader"]),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{origin}: {path} is damaged: {error}") from error
     if version != FORMAT_VERSION:

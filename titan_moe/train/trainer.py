@@ -127,13 +127,15 @@ class Trainer:
         self.model = build_model(config, prepared.tokenizer.vocab_size, self.device)
         parallelize(self.model, config)
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.flops_per_token = count(self.model, config.training.seq_len).flops_per_token
+        self.peak = peak_flops(self.device, self.model.dtype)
         self.signal: int | None = None
 
     def run(self) -> int:
         """Trains to the end, or to a signal. Returns the exit status."""
         config = self.config
         start = self.resume()
-        self.announce(start)
+        self.announce()
         console = Console(log.info, config.training.steps, start, config.metrics.interval)
         tensorboard = None
         trackers: list[extend.Tracker] = [JsonLines(self.run_dir.metrics), console]
@@ -176,7 +178,9 @@ class Trainer:
                 self.save(step)
                 saved = step
             if self.signal is not None:
-                log.info(f"Stopped by {signal.Signals(self.signal).name} after step {saved}; the same command goes on from there")
+                log.info(
+                    f"Stopped by {signal.Signals(self.signal).name} after step {saved}; the same command goes on from there"
+                )
                 return 0 if last else 128 + self.signal
         log.info(f"Done: {self.run_dir.path}")
         return 0
@@ -274,10 +278,8 @@ class Trainer:
         load_checkpoint(path, self.model, None)
         log.info(f"Starting from the weights of {path}")
 
-    def announce(self, start: int) -> None:
+    def announce(self) -> None:
         counts = count(self.model, self.config.training.seq_len)
-        self.flops_per_token = counts.flops_per_token
-        self.peak = peak_flops(self.device, self.model.dtype)
         epochs = self.config.training.steps * self.config.training.batch_size / self.epoch_sequences
         log.info(
             f"{self.config.job.name}: {short(counts.total)} parameters, {short(counts.active)} active; "
