@@ -117,7 +117,9 @@ def main() -> None:
         print(f"  ours {a:7.2f} s   theirs {b:7.2f} s   ratio {a / b:.3f}")
     print(f"ratio, median of {len(pairs)} pairs: {ratio:.3f}")
     for name, times in zip(("ours", "theirs"), zip(*pairs, strict=True), strict=True):
-        print(f"{name}: {flops / statistics.median(times) / peak:.2f} of the float32 GEMM peak ({peak / 1e9:.0f} GFLOP/s)")
+        print(
+            f"{name}: {flops / statistics.median(times) / peak:.2f} of the float32 GEMM peak ({peak / 1e9:.0f} GFLOP/s)"
+        )
 
 
 if __name__ == "__main__":

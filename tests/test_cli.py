@@ -154,6 +154,13 @@ def test_plan_counts_without_weights() -> None:
     assert "99,762,688" in done.stdout
 
 
+def test_prepare_says_what_it_made(tiny_options: list[str]) -> None:
+    done = titan_moe("prepare", *tiny_options)
+    assert done.returncode == 0
+    assert "512 pieces" in done.stdout
+    assert done.stdout.startswith("train ")
+
+
 def test_help_and_unknown_verbs() -> None:
     assert "--training.steps=" in titan_moe("train", "--help").stdout
     assert "usage" in titan_moe("--help").stdout

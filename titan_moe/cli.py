@@ -1,6 +1,7 @@
 """The verbs of `titan-moe`.
 
     titan-moe train [--config NAME or PATH] [--section.key=value ...]
+    titan-moe prepare [--config NAME or PATH] [--section.key=value ...]
     titan-moe plan [--config NAME or PATH] [--section.key=value ...]
 
 Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after SIGINT and SIGTERM, 1 anything else.
@@ -23,6 +24,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 USAGE = """usage: titan-moe VERB [--config NAME or PATH] [--section.key=value ...]
 
   train   trains; --check only checks configuration and inputs and prepares the data
+  prepare tokenises the text into the cache, as `train` would, and says what came of it
   plan    no training: parameters, FLOPs per token and memory of a configuration
 
 NAME is a file of train_configs/ (default: debug). `titan-moe VERB --help` lists every option.
@@ -61,7 +63,7 @@ def _exit_143(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - s
 
 def run(arguments: list[str]) -> int:
     """Runs one verb and returns its exit status. Raises UserError, TrainingError."""
-    verbs = {"train": train, "plan": plan}
+    verbs = {"train": train, "prepare": prepare_data, "plan": plan}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -146,6 +148,24 @@ def start_log(run_dir: "RunDir") -> None:  # type: ignore[name-defined] # noqa: 
     file = logging.FileHandler(run_dir.log)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.handlers = [console, file]
+
+
+def prepare_data(config: Config, check_only: bool) -> int:  # noqa: ARG001 - every verb's signature
+    from titan_moe.data.prepare import prepare
+
+    found = prepare(config)
+    check_vocabulary(config, found.tokenizer.vocab_size)
+    for name, split in found.manifest.splits.items():
+        print(
+            f"{name:<12} {split.tokens:,} tokens in {split.documents:,} documents, {split.source_bytes:,} bytes of text "
+            f"({split.source_bytes / split.tokens:.2f} per token), {len(split.shards)} shard(s)"
+        )
+    print(f"{'domains':<12} {', '.join(domain or 'none' for domain in found.manifest.domains)}")
+    print(
+        f"{'tokenizer':<12} {found.tokenizer.vocab_size:,} pieces{'' if found.tokenizer.lossless else ', not lossless'}"
+    )
+    print(f"{'shards':<12} {found.folder}")
+    return 0
 
 
 def plan(config: Config, check_only: bool) -> int:  # noqa: ARG001 - every verb's signature

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SLICE_ELEMENTS = 1 << 20  # of gathered float32 values; a slice stays in cache between gather and product
+SLICE_ELEMENTS = 1 << 20  # of gathered float32 values; a slice stays in a CPU's cache between gather and product
+GPU_SLICE_ELEMENTS = 1 << 26  # a GPU wants few kernels; this bounds the memory of the gathered rows to 256 MiB
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,7 +22,8 @@ def _slices(rows_TK: Tensor, width: int) -> list[Tensor]:
     tokens, k = rows_TK.shape
     if torch.compiler.is_compiling():
         return [rows_TK]
-    step = max(1, SLICE_ELEMENTS // max(1, k * width))
+    elements = SLICE_ELEMENTS if rows_TK.device.type == "cpu" else GPU_SLICE_ELEMENTS
+    step = max(1, elements // max(1, k * width))
     return list(rows_TK.split(step)) if tokens > step else [rows_TK]
 
 

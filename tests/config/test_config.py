@@ -28,6 +28,11 @@ def test_extends_merges_key_by_key_and_later_wins(tmp_path: Path) -> None:
     assert config.job.name == "c"
 
 
+def test_a_file_anywhere_may_extend_a_shipped_one(tmp_path: Path) -> None:
+    child = write(tmp_path / "mine.toml", 'extends = "debug.toml"\n[model]\ndim = 128')
+    assert load_config(child).model.moe.experts == 16
+
+
 def test_override_types() -> None:
     config = load_config(
         "debug",

@@ -69,6 +69,8 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     for base in bases:
         base_path = path.parent / base
         if not base_path.is_file():
+            base_path = CONFIG_DIR / base  # so that a file anywhere can extend a shipped one
+        if not base_path.is_file():
             raise UserError(f"{path}: extends: no file {str(base_path)!r}")
         base_values, base_origins = read_file(base_path, (*seen, path.resolve()))
         merge(values, base_values)

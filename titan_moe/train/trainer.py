@@ -75,26 +75,28 @@ def train_step(
 ) -> StepResult:
     """One optimizer step on a global batch. Raises TrainingError, before the update, for a value that is not finite."""
     dtype = accumulation_dtype(model.dtype)
-    loss = ce = 0.0
+    loss = ce = torch.zeros((), dtype=dtype, device=device)
     carry: Carry | None = None
     for micro_batch in batch.split(config.training.microbatch_size or config.training.batch_size):
         out = model(micro_batch.inputs(dtype, device))
         objective = out.ce + model.terms.objective(out.carry.terms)
         objective.backward()
-        loss, ce, carry = loss + objective.item(), ce + out.ce.item(), add_carry(carry, out.carry)
+        loss, ce, carry = loss + objective.detach(), ce + out.ce.detach(), add_carry(carry, out.carry)
     assert carry is not None
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.max_grad_norm)
-    grad_norm = norm.item()
-    check_finite(model, {"ce": ce, **routing_row(carry, model.terms.names), "loss": loss, "grad_norm": grad_norm})
+    result = StepResult(loss.item(), ce.item(), carry, norm.item())
+    check_finite(model, result)
     optimizer.step()
     optimizer.zero_grad()
     if config.balancer.rate > 0:
         for moe, counts in zip(model.moe_modules(), carry.counts, strict=True):
             update_expert_bias(moe.router.expert_bias, counts, config.balancer.rate, config.balancer.center)
-    return StepResult(loss, ce, carry, grad_norm)
+    return result
 
 
-def check_finite(model: Transformer, values: dict[str, float]) -> None:
+def check_finite(model: Transformer, result: StepResult) -> None:
+    terms = routing_row(result.carry, model.terms.names)
+    values = {"ce": result.ce, **terms, "loss": result.loss, "grad_norm": result.grad_norm}
     name = first_non_finite(values)
     if name == "grad_norm":
         name = f"grad_norm (gradient of {non_finite_gradient(model)})"
