@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_moe.config.tables import MoE, Model, Optimizer
+from titan_moe.config.tables import Model, MoE, Optimizer
 from titan_moe.model.counts import count
 from titan_moe.model.gemm import cpu_multiplies_bfloat16
 from titan_moe.model.init import init_weights
@@ -81,7 +81,8 @@ def theirs(settings: Model, dtype: torch.dtype, tokens: Tensor) -> Callable[[], 
     )
     config._attn_implementation = "sdpa"
     config._experts_implementation = "grouped_mm"
-    model = transformers.MixtralForCausalLM(config).to(dtype).train()
+    model: Any = transformers.MixtralForCausalLM(config)
+    model = model.to(dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     return lambda: update(model, optimizer, model(input_ids=tokens, labels=tokens).loss)
 
