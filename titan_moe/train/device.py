@@ -28,7 +28,7 @@ def pick_device() -> torch.device:
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed blocks. By default it returns every large buffer to the system, and the page faults of
-    getting it back cost a CPU training step as much as a matrix product (half the backward pass, measured)."""
+    getting it back cost a CPU two fifths of the backward pass (docs/benchmarks.md)."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
