@@ -1,6 +1,6 @@
 """A picture of one run: loss, terms and routing over the steps, from its metrics.jsonl.
 
-    python scripts/plot_run.py runs/debug docs/images/debug.png        (needs the extra `bench`)
+python scripts/plot_run.py runs/debug docs/images/debug.png        (needs the extra `bench`)
 """
 
 import json
@@ -32,7 +32,9 @@ def plot(run: Path, picture: Path) -> None:
             known = [row for row in train if name in row]
             axis.plot([row["step"] for row in known], [row[name] for row in known], label=name, linewidth=1)
         if names == ("ce",):
-            axis.plot([row["step"] for row in validation], [row["loss"] for row in validation], "o-", label="validation")
+            axis.plot(
+                [row["step"] for row in validation], [row["loss"] for row in validation], "o-", label="validation"
+            )
         if len(names) > 1 or names == ("ce",):
             axis.legend(frameon=False)
         axis.set_title(title)

@@ -81,3 +81,29 @@ def squared_cosines(gram_TKK: Tensor) -> Tensor:
     k = gram_TKK.shape[1]
     off_diagonal = ~torch.eye(k, dtype=torch.bool, device=gram_TKK.device)
     return (cosine_TKK.square() * off_diagonal).sum((1, 2))
+
+
+def squared_projections(gram_TKK: Tensor, eps: float) -> Tensor:
+    """Sum over ordered pairs a != b of `|| <a,b> / (<b,b> + eps) b ||^2`, per token: (T, k, k) -> (T,)."""
+    norms_TK = gram_TKK.diagonal(dim1=1, dim2=2)
+    factor_TK = norms_TK / (norms_TK + eps).square()
+    k = gram_TKK.shape[1]
+    off_diagonal = ~torch.eye(k, dtype=torch.bool, device=gram_TKK.device)
+    return (gram_TKK.square() * factor_TK.unsqueeze(1) * off_diagonal).sum((1, 2))
+
+
+def squared_span_projections(gram_TKK: Tensor) -> Tensor:
+    """Mean over a of the squared length of row a's projection on the span of the other rows: (T, k, k) -> (T,).
+
+    With g the inner products of a and the others and H the others' Gram matrix that is `g' H^+ g`; directions whose share of H is
+    below rounding count as absent.
+    """
+    tokens, k, _ = gram_TKK.shape
+    if k == 1 or tokens == 0:
+        return gram_TKK.sum((1, 2)) * 0.0
+    others = torch.tensor([[b for b in range(k) if b != a] for a in range(k)], device=gram_TKK.device)
+    rows = torch.arange(k, device=gram_TKK.device).unsqueeze(1)
+    g = gram_TKK[:, rows, others]
+    h = gram_TKK[:, others.unsqueeze(2), others.unsqueeze(1)]
+    inverse = torch.linalg.pinv(h, hermitian=True, rtol=10 * k * torch.finfo(h.dtype).eps)
+    return (g.unsqueeze(2) @ inverse @ g.unsqueeze(3)).squeeze((2, 3)).mean(1)

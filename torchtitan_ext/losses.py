@@ -8,7 +8,8 @@ one layer (the caller sums over layers; only `coupling_loss` sees several) and r
 others, the results of micro-batches and ranks add up to the value of the whole.
 
 Sources: Fedus et al. 2101.03961 (lb), Zoph et al. 2202.08906 (z), Hu et al., "Synergistic Intra- and Cross-Layer
-Regularization Losses for MoE Expert Specialization" (sp: Eq. 4, cp: Eq. 7).
+Regularization Losses for MoE Expert Specialization" (sp: Eq. 4, cp: Eq. 7), Guo et al., "Advancing Expert Specialization for
+Better MoE" (o, v), Lv et al., "Coupling Experts and Routers in Mixture-of-Experts via an Auxiliary Loss" (erc).
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchtitan_ext.gram import accumulation_dtype, squared_cosines, token_gram
+from torchtitan_ext.gram import (
+    accumulation_dtype,
+    squared_cosines,
+    squared_projections,
+    squared_span_projections,
+    token_gram,
+)
 
 
 def mean_weights(values: Tensor, shape: Sequence[int] | torch.Size) -> Tensor:
@@ -86,11 +93,16 @@ def specialization_loss(z: Tensor, *, rows: Tensor | None = None, weights: Tenso
     z: (T, k, F) SwiGLU activations of each token's chosen experts; or (R, F) in any order together with rows: (T, k)
     int64, where each token's are. A zero vector has cosine 0 with everything. Source: Hu et al., Eq. 4.
     """
-    if rows is None:
-        tokens, k, width = z.shape
-        rows = torch.arange(tokens * k, device=z.device).reshape(tokens, k)
-        z = z.reshape(tokens * k, width)
+    rows, z = token_rows(z, rows)
     return weighted_sum(squared_cosines(token_gram(z, rows)), weights)
+
+
+def token_rows(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(T, k, F) activations as the rows (T, k) and matrix (R, F) that the Gram engine takes."""
+    if rows is not None:
+        return rows, x
+    tokens, k, width = x.shape
+    return torch.arange(tokens * k, device=x.device).reshape(tokens, k), x.reshape(tokens * k, width)
 
 
 def coupling_source_mass(scores: Tensor, topk_ids: Tensor | None, source: str) -> Tensor:
@@ -129,3 +141,119 @@ def coupling_loss(
         mass = coupling_source_mass(scores[layer], None if topk_ids is None else topk_ids[layer], source)
         total = total - weighted_sum(mass * coupling_target_mass(scores[layer + 1], top_k), weights)
     return total
+
+
+def orthogonality_loss(
+    y: Tensor,
+    variant: str = "paper",
+    eps: float = 1e-6,
+    *,
+    rows: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """o: squared length of the projections of a token's expert outputs on each other.
+
+    y: (T, k, D) outputs of each token's chosen experts before the gate weight; or (R, D) with rows: (T, k) int64. variant
+    "paper": mean over tokens of the sum over ordered pairs of `|| <a,b> / (<b,b> + eps) b ||^2`. variant "code": mean over
+    tokens and chosen experts of the squared length of the projection on the span of the other chosen experts' outputs.
+    Raises ValueError for an unknown variant. Source: Guo et al., "Advancing Expert Specialization for Better MoE", Eq. 6, and
+    their published code.
+    """
+    rows, y = token_rows(y, rows)
+    gram = token_gram(y, rows)
+    if variant == "paper":
+        return weighted_sum(squared_projections(gram, eps), weights)
+    if variant == "code":
+        return weighted_sum(squared_span_projections(gram), weights)
+    raise ValueError(f"orthogonality_loss: variant={variant!r} is not one of 'paper', 'code'")
+
+
+def routing_variance_loss(
+    gates: Tensor, variant: str = "paper", mean: Tensor | None = None, *, weights: Tensor | None = None
+) -> Tensor:
+    """v: minus the variance of the gate weights.
+
+    gates: (T, E), normalised by the caller to sum to 1 over the chosen experts, 0 elsewhere; a leading dimension (B, S, E) forms
+    the means per sequence. variant "paper": over tokens, `- mean_i (1/E) sum_e (g_ie - mean_i g_ie)^2`. mean: (E,) taken
+    elsewhere (over all ranks). variant "code": over experts, minus the mean over tokens of the unbiased variance of the E
+    weights (0 for one expert). Raises ValueError for an unknown variant. Source: Guo et al., Eq. 7, and their published code.
+    """
+    gates = _accumulate(gates)
+    if weights is None:
+        weights = mean_weights(gates, gates.shape[:-1])
+    weights = weights.to(gates.dtype)
+    experts = gates.shape[-1]
+    if variant == "paper":
+        if mean is None:
+            mean = weighted_mean(gates, weights)
+        # The mean's own gradient vanishes, since deviations from it sum to 0.
+        deviations = gates - mean.detach().to(gates.dtype).unsqueeze(-2)
+        return -(deviations.square().mean(-1) * weights).sum()
+    if variant == "code":
+        deviations = gates - gates.mean(-1, keepdim=True)
+        return -(deviations.square().sum(-1) * weights).sum() / max(experts - 1, 1)
+    raise ValueError(f"routing_variance_loss: variant={variant!r} is not one of 'paper', 'code'")
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean over tokens, weights normalised to sum to 1: (..., T, E), (..., T) -> (..., E); 0 where no token has weight."""
+    total = weights.sum(-1, keepdim=True)
+    return (weights.unsqueeze(-2) @ values).squeeze(-2) / torch.where(total > 0, total, 1.0)
+
+
+@torch.no_grad()
+def coupling_noise_bound(router_weight: Tensor) -> Tensor:
+    """eps_i of erc: half the distance to the nearest other routing vector over the own length, (E, D) -> (E,)."""
+    distances = torch.cdist(router_weight, router_weight, compute_mode="donot_use_mm_for_euclid_dist")
+    distances.fill_diagonal_(torch.inf)
+    return distances.amin(1) / (2.0 * router_weight.norm(dim=1)).clamp(min=torch.finfo(router_weight.dtype).tiny)
+
+
+def coupling_noise(router_weight: Tensor, uniform: Tensor) -> Tensor:
+    """erc's delta ~ U(1 - eps_i, 1 + eps_i) from uniform numbers in [0, 1): (E, D), (E, D) -> (E, D)."""
+    return 1.0 + (2.0 * uniform - 1.0) * coupling_noise_bound(router_weight).unsqueeze(1)
+
+
+def expert_router_coupling_loss(
+    router_weight: Tensor,
+    gate_weight: Tensor,
+    alpha: float = 1.0,
+    noise: Tensor | None = None,
+    detach_router: bool = False,
+) -> Tensor:
+    """erc: every expert should answer its own routing vector more strongly than others, and than others answer it.
+
+    `M[i,j] = || W_gate^j (R_i * delta_i) ||`; the loss is
+    `(1/E^2) sum_i sum_{j != i} max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0)`. router_weight: R (E, D). gate_weight:
+    (E, F, D). noise: delta (E, D); drawn from torch's global generator when not given (no gradient passes through its bound).
+    detach_router: no gradient into R. Raises ValueError for one expert or a negative alpha. Source: Lv et al., "Coupling Experts
+    and Routers in Mixture-of-Experts via an Auxiliary Loss".
+    """
+    experts = router_weight.shape[0]
+    if experts < 2:
+        raise ValueError("expert_router_coupling_loss: needs at least two experts")
+    if alpha < 0:
+        raise ValueError(f"expert_router_coupling_loss: alpha={alpha} is negative")
+    router_weight = _accumulate(router_weight)
+    if noise is None:
+        noise = coupling_noise(router_weight, torch.rand_like(router_weight))
+    if detach_router:
+        router_weight = router_weight.detach()
+    proxies = router_weight * noise.to(router_weight.dtype)
+    matrix = coupling_matrix(proxies, gate_weight)
+    diagonal = alpha * matrix.diagonal().unsqueeze(1)
+    off_diagonal = ~torch.eye(experts, dtype=torch.bool, device=matrix.device)
+    excess = (matrix - diagonal).relu() + (matrix.t() - diagonal).relu()
+    return (excess * off_diagonal).sum() / experts**2
+
+
+def coupling_matrix(proxies: Tensor, gate_weight: Tensor) -> Tensor:
+    """erc's M: lengths of every expert's gate activation of every proxy token, (E, D), (E, F, D) -> (E, E).
+
+    The gradient of a zero activation is 0.
+    """
+    gate_weight = _accumulate(gate_weight)
+    activations_jiF = torch.matmul(proxies, gate_weight.transpose(1, 2))
+    squares = activations_jiF.square().sum(-1).t()
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
