@@ -95,8 +95,8 @@ def squared_projections(gram_TKK: Tensor, eps: float) -> Tensor:
 def squared_span_projections(gram_TKK: Tensor) -> Tensor:
     """Mean over a of the squared length of row a's projection on the span of the other rows: (T, k, k) -> (T,).
 
-    With g the inner products of a and the others and H the others' Gram matrix that is `g' H^+ g`; directions whose share of H is
-    below rounding count as absent.
+    With g the inner products of a and the others and H the others' Gram matrix that is `g' H^+ g`; directions whose share of
+    H is below rounding count as absent.
     """
     tokens, k, _ = gram_TKK.shape
     if k == 1 or tokens == 0:

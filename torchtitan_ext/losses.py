@@ -173,8 +173,8 @@ def routing_variance_loss(
 ) -> Tensor:
     """v: minus the variance of the gate weights.
 
-    gates: (T, E), normalised by the caller to sum to 1 over the chosen experts, 0 elsewhere; a leading dimension (B, S, E) forms
-    the means per sequence. variant "paper": over tokens, `- mean_i (1/E) sum_e (g_ie - mean_i g_ie)^2`. mean: (E,) taken
+    gates: (T, E), normalised by the caller to sum to 1 over the chosen experts, 0 elsewhere; a leading dimension (B, S, E)
+    forms the means per sequence. variant "paper": over tokens, `- mean_i (1/E) sum_e (g_ie - mean_i g_ie)^2`. mean: (E,) taken
     elsewhere (over all ranks). variant "code": over experts, minus the mean over tokens of the unbiased variance of the E
     weights (0 for one expert). Raises ValueError for an unknown variant. Source: Guo et al., Eq. 7, and their published code.
     """
@@ -226,8 +226,7 @@ def expert_router_coupling_loss(
     `M[i,j] = || W_gate^j (R_i * delta_i) ||`; the loss is
     `(1/E^2) sum_i sum_{j != i} max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0)`. router_weight: R (E, D). gate_weight:
     (E, F, D). noise: delta (E, D); drawn from torch's global generator when not given (no gradient passes through its bound).
-    detach_router: no gradient into R. Raises ValueError for one expert or a negative alpha. Source: Lv et al., "Coupling Experts
-    and Routers in Mixture-of-Experts via an Auxiliary Loss".
+    detach_router: no gradient into R. Raises ValueError for one expert or a negative alpha. Source: Lv et al.
     """
     experts = router_weight.shape[0]
     if experts < 2:
