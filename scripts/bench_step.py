@@ -53,7 +53,8 @@ def ours(settings: Model, dtype: torch.dtype, tokens: Tensor) -> tuple[Callable[
     optimizer = build_optimizer(model, Optimizer())
     weights = torch.full(tokens.shape, 1.0 / tokens.numel())
     positions = torch.arange(SEQ).expand_as(tokens)
-    inputs = Inputs(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), positions, weights)
+    sequences, step_number = torch.arange(BATCH), torch.tensor(1)
+    inputs = Inputs(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), positions, weights, sequences, step_number)
 
     def step() -> None:
         out = model(inputs)

@@ -19,18 +19,26 @@ class Carry(NamedTuple):
     terms: Tensor
     """(N,) running sum over layers of every enabled term, at least float32; has a gradient."""
     previous: Tensor
-    """(T,) cp's source mass of the previous MoE layer; has a gradient. (`transition` will hold its (T, E) scores.)"""
+    """(T, 1) cp's source mass of the previous MoE layer, or (T, E), its scores; has a gradient."""
     counts: Tensor
     """(L, E) int64, assignments of labelled tokens to experts; no gradient."""
     sums: Tensor
     """(L, 3) weighted sums over tokens of MEASURES; no gradient."""
 
 
-def empty_carry(terms: int, tokens: int, layers: int, experts: int, dtype: torch.dtype, device: torch.device) -> Carry:
+def empty_carry(
+    terms: int,
+    tokens: int,
+    layers: int,
+    experts: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    previous_width: int = 1,
+) -> Carry:
     """The carry that enters the first block. dtype: at least float32."""
     return Carry(
         terms=torch.zeros(terms, dtype=dtype, device=device),
-        previous=torch.zeros(tokens, dtype=dtype, device=device),
+        previous=torch.zeros(tokens, previous_width, dtype=dtype, device=device),
         counts=torch.zeros(layers, experts, dtype=torch.int64, device=device),
         sums=torch.zeros(layers, len(MEASURES), dtype=dtype, device=device),
     )

@@ -105,6 +105,30 @@ def token_rows(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.arange(tokens * k, device=x.device).reshape(tokens, k), x.reshape(tokens * k, width)
 
 
+def sketched_specialization_loss(
+    z: Tensor, rows: Tensor, sketch: Tensor, signs: Tensor, *, weights: Tensor | None = None
+) -> Tensor:
+    """sp from two independent sketches of the activations and their exact norms.
+
+    z: (R, F), rows: (T, k). sketch: (m, F) of +-1, m even; its halves are the two sketches. signs: (T, F) of +-1, shared by a
+    token's k rows. Row z becomes `S (r * z) / sqrt(m / 2)`; each half estimates an inner product without bias, and so does the
+    product of both the square. Unlike the exact value a token's estimate may be negative. Raises ValueError for an odd m.
+    """
+    if sketch.shape[0] % 2:
+        raise ValueError(f"sketched_specialization_loss: {sketch.shape[0]} sketch dimensions can't be halved")
+    tokens, k = rows.shape
+    gathered = _accumulate(z[rows])
+    norms_TK = gathered.square().sum(-1)
+    half = sketch.shape[0] // 2
+    sketched = ((gathered * signs.unsqueeze(1)) @ sketch.t()).reshape(tokens, k, 2, half).transpose(1, 2)
+    products = (sketched @ sketched.transpose(2, 3)) / half
+    positive = norms_TK > 0
+    inverse_TK = positive / torch.where(positive, norms_TK, 1.0)
+    squares = products[:, 0] * products[:, 1] * inverse_TK.unsqueeze(2) * inverse_TK.unsqueeze(1)
+    off_diagonal = ~torch.eye(k, dtype=torch.bool, device=z.device)
+    return weighted_sum((squares * off_diagonal).sum((1, 2)), weights)
+
+
 def coupling_source_mass(scores: Tensor, topk_ids: Tensor | None, source: str) -> Tensor:
     """cp's factor of the earlier layer: the score mass of the experts that the sum runs over, (T, E) -> (T,)."""
     if source == "all":
@@ -113,7 +137,18 @@ def coupling_source_mass(scores: Tensor, topk_ids: Tensor | None, source: str) -
         if topk_ids is None:
             raise ValueError("coupling_loss: source='activated' needs topk_ids, the experts chosen in each layer")
         return _accumulate(scores).gather(-1, topk_ids).sum(-1)
-    raise ValueError(f"coupling_loss: source={source!r} is not one of 'all', 'activated'")
+    raise ValueError(f"coupling_loss: source={source!r} is not one of 'all', 'activated', 'transition'")
+
+
+def transition_coupling(earlier: Tensor, later: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
+    """cp by transitions for one pair of layers: minus the sum of the k largest entries of every row of
+    `C = S_l^T S_{l+1} / T`; the choice carries no gradient. Scores (T, E) each; weights (T,) replace 1/T."""
+    earlier, later = _accumulate(earlier), _accumulate(later)
+    if weights is None:
+        weights = mean_weights(earlier, earlier.shape[:1])
+    transitions = (earlier * weights.to(earlier.dtype).unsqueeze(1)).t() @ later
+    chosen = transitions.detach().topk(top_k, dim=1).indices
+    return -transitions.gather(1, chosen).sum()
 
 
 def coupling_target_mass(scores: Tensor, top_k: int) -> Tensor:
@@ -133,11 +168,15 @@ def coupling_loss(
 
     scores: L tensors (T, E), normalised by the caller when they are sigmoids. top_k: experts per token. source: "all", e
     runs over all experts; "activated", over topk_ids, L tensors (T, k). `T_i(l,e)` is the same top-k of the later layer
-    for every e, so the triple sum is a product of two masses per token; its infimum is -(L-1). O(T*E).
+    for every e, so the triple sum is a product of two masses per token; its infimum is -(L-1). O(T*E). "transition": the k
+    experts are the same for all tokens, the largest of row e of `S_l^T S_{l+1} / T`; the one reading that knows paths.
     Raises ValueError for an unknown source. Source: Hu et al., Eq. 7.
     """
     total = _accumulate(scores[0]).sum() * 0.0
     for layer in range(len(scores) - 1):
+        if source == "transition":
+            total = total + transition_coupling(scores[layer], scores[layer + 1], top_k, weights)
+            continue
         mass = coupling_source_mass(scores[layer], None if topk_ids is None else topk_ids[layer], source)
         total = total - weighted_sum(mass * coupling_target_mass(scores[layer + 1], top_k), weights)
     return total

@@ -7,20 +7,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchtitan_ext import draws
 from torchtitan_ext.carry import Carry
-from torchtitan_ext.gram import squared_cosines, token_gram
+from torchtitan_ext.gram import accumulation_dtype
 from torchtitan_ext.losses import (
+    coupling_noise,
     coupling_source_mass,
     coupling_target_mass,
+    expert_router_coupling_loss,
     load_balance_loss,
+    orthogonality_loss,
     router_z_loss,
+    routing_variance_loss,
+    sketched_specialization_loss,
+    specialization_loss,
+    transition_coupling,
     weighted_sum,
 )
 from torchtitan_ext.metrics import token_entropy
 
 
 class LayerView(NamedTuple):
-    """What a regularizer sees of one MoE layer. T tokens, E experts, K chosen, R routed rows, F expert hidden width."""
+    """What a regularizer sees of one MoE layer.
+
+    T tokens, E experts, K chosen, R routed rows, F expert hidden width, D model width.
+    """
 
     logits_TE: Tensor
     """Router logits, float32."""
@@ -32,11 +43,39 @@ class LayerView(NamedTuple):
     """Gate weights of the chosen experts."""
     z_RF: Tensor
     """SwiGLU activations, sorted by expert."""
+    y_RD: Tensor
+    """Expert outputs before the gate weight, sorted likewise."""
     rows_TK: Tensor
-    """Row of `z_RF` that holds token i's a-th expert."""
+    """Row of `z_RF` and `y_RD` that holds token i's a-th expert."""
+    router_weight_ED: Tensor
+    """Routing vectors."""
+    gate_weight_EFD: Tensor
+    """The experts' gate projections."""
 
     def detach(self) -> "LayerView":
         return LayerView(*(tensor.detach() for tensor in self))
+
+
+class Tokens(NamedTuple):
+    """What a layer must know of the tokens of a micro-batch: B sequences of S."""
+
+    weights: Tensor
+    """(B, S), 1 / (labelled tokens of the global batch) on labelled tokens and 0 elsewhere; at least float32."""
+    sequences: Tensor
+    """(B,) int64, index of each sequence in the global batch: the key of draws per token."""
+    step: Tensor
+    """() int64, the optimizer step: the key of every draw."""
+
+
+class Site(NamedTuple):
+    """One term's place of work: a layer, its tokens, and what came before."""
+
+    view: LayerView
+    previous: Tensor
+    layer: int
+    tokens: Tokens
+    weights_T: Tensor
+    counts_E: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,8 +85,17 @@ class Terms:
     weights: Mapping[str, float]
     """Weight in the objective of every enabled term; 0 for a term that is only measured."""
     top_k: int
+    seed: int = 0
     lb_scope: str = "global"
+    sp_method: str = "exact"
+    sp_sketch_dim: int = 64
+    sp_sample_fraction: float = 0.125
     cp_source: str = "all"
+    o_variant: str = "paper"
+    v_variant: str = "paper"
+    v_scope: str = "sequence"
+    erc_alpha: float = 1.0
+    erc_detach_router: bool = False
     custom: Mapping[str, Callable[[LayerView], Tensor]] = field(default_factory=dict)
     """Terms beside the built-in ones: a value per token."""
 
@@ -55,73 +103,125 @@ class Terms:
     def names(self) -> tuple[str, ...]:
         return tuple(self.weights)
 
-    def objective(self, terms: Tensor) -> Tensor:
-        """The weighted sum of `Carry.terms`, to be added to the cross-entropy."""
-        return terms @ terms.new_tensor(list(self.weights.values()))
+    def objective(self, terms: Tensor, factors: Mapping[str, float] | None = None) -> Tensor:
+        """The weighted sum of `Carry.terms`, to be added to the cross-entropy.
 
-    def add(self, view: LayerView, carry: Carry, layer: int, token_weights: Tensor) -> Carry:
-        """The carry with this layer's terms and measures added.
-
-        layer: index among the MoE layers, from 0. token_weights: (B, S), 1 / (labelled tokens of the global batch) on
-        labelled tokens and 0 elsewhere.
+        factors: what each weight is multiplied by at this step (a warm-up, a scaling); 1 when not given.
         """
-        weights_T = token_weights.flatten().to(carry.terms.dtype)
+        weights = [
+            weight * (1.0 if factors is None else factors.get(name, 1.0)) for name, weight in self.weights.items()
+        ]
+        return terms @ terms.new_tensor(weights)
+
+    def previous_width(self, experts: int) -> int:
+        """Numbers per token that cp needs of the previous MoE layer: all its scores, or one mass."""
+        return experts if self.cp_source == "transition" else 1
+
+    def add(self, view: LayerView, carry: Carry, layer: int, tokens: Tokens) -> Carry:
+        """The carry with this layer's terms and measures added. layer: index among the MoE layers, from 0."""
+        dtype = carry.terms.dtype
+        weights_T = tokens.weights.flatten().to(dtype)
         counts_E = _labelled_counts(view.topk_ids_TK, view.scores_TE.shape[-1], weights_T)
-        detached = view.detach()
-        pairs = None  # squared cosines per token, shared by sp and the measure of overlap
-        values = []
-        for name, weight in self.weights.items():
-            seen = view if weight > 0 else detached
-            if name == "lb":
-                value = self._load_balance(seen, counts_E, token_weights)
-            elif name == "z":
-                value = router_z_loss(seen.logits_TE, weights=weights_T)
-            elif name == "sp":
-                pairs = squared_cosines(token_gram(seen.z_RF, seen.rows_TK))
-                value = weighted_sum(pairs, weights_T)
-            elif name == "cp":
-                value = self._coupling(
-                    seen, carry.previous if weight > 0 else carry.previous.detach(), layer, weights_T
-                )
-            else:
-                value = weighted_sum(self.custom[name](seen).to(carry.terms.dtype), weights_T)
-            values.append(value.to(carry.terms.dtype))
-        terms = carry.terms + torch.stack(values) if values else carry.terms
-        previous = carry.previous
-        if "cp" in self.weights:
-            previous = coupling_source_mass(view.scores_TE, view.topk_ids_TK, self.cp_source)
+        site = Site(view, carry.previous, layer, tokens, weights_T, counts_E)
+        measured = site._replace(view=view.detach(), previous=carry.previous.detach())
+        values = {
+            name: self._value(name, site if weight > 0 else measured).to(dtype) for name, weight in self.weights.items()
+        }
+        terms = carry.terms + torch.stack(list(values.values())) if values else carry.terms
         with torch.no_grad():
-            measures = self._measures(detached, pairs, weights_T)
             counts = torch.select_scatter(carry.counts, counts_E, 0, layer)
+            measures = self._measures(measured, values.get("sp"))
             sums = torch.select_scatter(carry.sums, measures.to(carry.sums.dtype), 0, layer)
-        return Carry(terms, previous, counts, sums)
+        return Carry(terms, self._previous(view) if "cp" in self.weights else carry.previous, counts, sums)
 
-    def _load_balance(self, view: LayerView, counts_E: Tensor, token_weights: Tensor) -> Tensor:
-        batch, seq = token_weights.shape
+    def _value(self, name: str, site: Site) -> Tensor:
+        """One term's share of the global batch from this layer and micro-batch."""
+        view, weights_T = site.view, site.weights_T
+        if name == "lb":
+            return self._load_balance(site)
+        if name == "z":
+            return router_z_loss(view.logits_TE, weights=weights_T)
+        if name == "sp":
+            return self._specialization(site)
+        if name == "cp":
+            return self._coupling(site)
+        if name == "o":
+            return orthogonality_loss(view.y_RD, self.o_variant, rows=view.rows_TK, weights=weights_T)
+        if name == "v":
+            return self._variance(site)
+        if name == "erc":
+            return self._expert_router_coupling(site)
+        return weighted_sum(self.custom[name](view), weights_T)
+
+    def _load_balance(self, site: Site) -> Tensor:
+        view, weights = site.view, site.tokens.weights
         if self.lb_scope == "sequence":
-            return load_balance_loss(
-                view.scores_TE.unflatten(0, (batch, seq)),
-                view.topk_ids_TK.unflatten(0, (batch, seq)),
-                weights=token_weights,
-            )
+            scores, ids = view.scores_TE.unflatten(0, weights.shape), view.topk_ids_TK.unflatten(0, weights.shape)
+            return load_balance_loss(scores, ids, weights=weights)
         # One process holds the whole micro-step, so "global" and "microbatch" take the same counts.
-        load = counts_E.to(token_weights.dtype) / counts_E.sum().clamp(min=1)
-        return load_balance_loss(view.scores_TE, view.topk_ids_TK, load, weights=token_weights.flatten())
+        load = site.counts_E.to(weights.dtype) / site.counts_E.sum().clamp(min=1)
+        return load_balance_loss(view.scores_TE, view.topk_ids_TK, load, weights=site.weights_T)
 
-    def _coupling(self, view: LayerView, previous_T: Tensor, layer: int, weights_T: Tensor) -> Tensor:
-        if layer == 0:
-            return previous_T.sum() * 0.0
-        return -weighted_sum(previous_T * coupling_target_mass(view.scores_TE, self.top_k), weights_T)
+    def _specialization(self, site: Site) -> Tensor:
+        view, weights_T, tokens = site.view, site.weights_T, site.tokens
+        device, key = view.z_RF.device, (self.seed, tokens.step, site.layer)
+        batch, seq = tokens.weights.shape
+        place = (tokens.sequences.unsqueeze(1), torch.arange(seq, device=device).expand(batch, seq))
+        if self.sp_method == "exact":
+            return specialization_loss(view.z_RF, rows=view.rows_TK, weights=weights_T)
+        if self.sp_method == "sample":
+            uniform = draws.keyed_uniform(draws.SP_SAMPLE, *key, *place, device=device)
+            drawn = (uniform.flatten() < self.sp_sample_fraction).nonzero().squeeze(1)
+            weights = weights_T[drawn] / self.sp_sample_fraction
+            return specialization_loss(view.z_RF, rows=view.rows_TK[drawn], weights=weights)
+        width = view.z_RF.shape[1]
+        dtype = accumulation_dtype(view.z_RF.dtype)
+        signs = draws.keyed_signs(draws.SP_SIGNS, *key, *place, width=width, device=device, dtype=dtype).flatten(0, 1)
+        dims = torch.arange(self.sp_sketch_dim, device=device)
+        sketch = draws.keyed_signs(draws.SP_SKETCH, *key, dims, width=width, device=device, dtype=dtype)
+        return sketched_specialization_loss(view.z_RF, view.rows_TK, sketch, signs, weights=weights_T)
 
-    def _measures(self, view: LayerView, pairs_T: Tensor | None, weights_T: Tensor) -> Tensor:
+    def _coupling(self, site: Site) -> Tensor:
+        if site.layer == 0:
+            return site.previous.sum() * 0.0
+        if self.cp_source == "transition":
+            return transition_coupling(site.previous, site.view.scores_TE, self.top_k, site.weights_T)
+        target_T = coupling_target_mass(site.view.scores_TE, self.top_k)
+        return -weighted_sum(site.previous.squeeze(1) * target_T, site.weights_T)
+
+    def _previous(self, view: LayerView) -> Tensor:
+        """What cp needs of this layer in the next one: (T, E) or (T, 1)."""
+        if self.cp_source == "transition":
+            return view.scores_TE
+        return coupling_source_mass(view.scores_TE, view.topk_ids_TK, self.cp_source).unsqueeze(1)
+
+    def _variance(self, site: Site) -> Tensor:
+        view, weights = site.view, site.tokens.weights
+        shares_TK = view.gates_TK / view.gates_TK.sum(1, keepdim=True)
+        gates_TE = torch.zeros_like(view.scores_TE).scatter(1, view.topk_ids_TK, shares_TK)
+        if self.v_scope == "sequence":
+            return routing_variance_loss(gates_TE.unflatten(0, weights.shape), self.v_variant, weights=weights)
+        return routing_variance_loss(gates_TE, self.v_variant, weights=site.weights_T)
+
+    def _expert_router_coupling(self, site: Site) -> Tensor:
+        """Token-free: this micro-batch adds its share of the labelled tokens, so that a step adds up to the value once."""
+        router = site.view.router_weight_ED
+        experts, dim = (torch.arange(size, device=router.device) for size in router.shape)
+        key = (draws.ERC_NOISE, self.seed, site.tokens.step, site.layer, experts.unsqueeze(1), dim)
+        dtype = accumulation_dtype(router.dtype)
+        noise = coupling_noise(router.detach().to(dtype), draws.keyed_uniform(*key, device=router.device, dtype=dtype))
+        value = expert_router_coupling_loss(
+            router, site.view.gate_weight_EFD, self.erc_alpha, noise, self.erc_detach_router
+        )
+        return value * site.weights_T.sum()
+
+    def _measures(self, site: Site, specialization: Tensor | None) -> Tensor:
+        view, weights_T = site.view, site.weights_T
         k = view.topk_ids_TK.shape[1]
         mass_T = view.scores_TE.gather(1, view.topk_ids_TK).sum(1)
-        overlap = (
-            weights_T.new_zeros(()) if pairs_T is None or k == 1 else weighted_sum(pairs_T, weights_T) / (k * (k - 1))
-        )
-        return torch.stack(
-            [weighted_sum(token_entropy(view.scores_TE), weights_T), weighted_sum(mass_T, weights_T), overlap.detach()]
-        )
+        overlap = weights_T.new_zeros(()) if specialization is None or k == 1 else specialization / (k * (k - 1))
+        entropy_T = token_entropy(view.scores_TE)
+        return torch.stack([weighted_sum(entropy_T, weights_T), weighted_sum(mass_T, weights_T), overlap.detach()])
 
 
 def _labelled_counts(topk_ids_TK: Tensor, experts: int, weights_T: Tensor) -> Tensor:

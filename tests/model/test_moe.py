@@ -11,7 +11,7 @@ from titan_moe.model.init import init_weights
 from titan_moe.model.moe import MoELayer, plan_dispatch
 from titan_moe.model.transformer import Transformer
 from torchtitan_ext.carry import empty_carry
-from torchtitan_ext.terms import Terms
+from torchtitan_ext.terms import Terms, Tokens
 
 DIM, TOKENS = 12, 9
 
@@ -60,7 +60,7 @@ def test_layer_equals_the_token_by_token_definition(moe: MoE) -> None:
     x = torch.randn(TOKENS, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     carry = empty_carry(0, TOKENS, 1, moe.experts, torch.float64, x.device)
     weights = torch.full((1, TOKENS), 1 / TOKENS, dtype=torch.float64)
-    out, after, chosen = moe_layer(x, carry, weights)
+    out, after, chosen = moe_layer(x, carry, Tokens(weights, torch.zeros(1, dtype=torch.int64), torch.tensor(1)))
     scores = moe_layer.router(x).scores_TE
     assert torch.equal(after.counts[0], torch.bincount(chosen.flatten(), minlength=moe.experts))
     if moe.top_k < 6:

@@ -1,5 +1,7 @@
 """The network as a whole: cross-entropy, causality, documents, initial values, counts, and what may not change a result."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,17 +16,22 @@ from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.parallelize import parallelize
 from titan_moe.train.metrics import add_carry
+from torchtitan_ext import draws
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.losses import (
     coupling_loss,
+    coupling_noise,
+    expert_router_coupling_loss,
     load_balance_loss,
+    orthogonality_loss,
     router_z_loss,
+    routing_variance_loss,
     specialization_loss,
 )
-from torchtitan_ext.terms import Terms
+from torchtitan_ext.terms import LayerView, Terms, Tokens
 
 BATCH, SEQ, VOCAB = 4, 12, 40
-WEIGHTS = {"lb": 1e-2, "z": 1e-3, "sp": 2e-3, "cp": 1e-3}
+WEIGHTS = {"lb": 1e-2, "z": 1e-3, "sp": 2e-3, "cp": 1e-3, "o": 1e-3, "v": 1e-3, "erc": 1e-1}
 
 
 def settings(**moe: object) -> Model:
@@ -33,10 +40,15 @@ def settings(**moe: object) -> Model:
 
 
 def network(
-    dtype: torch.dtype = torch.float64, scope: str = "sequence", model: Model | None = None, seed: int = 0
+    dtype: torch.dtype = torch.float64,
+    scope: str = "sequence",
+    model: Model | None = None,
+    seed: int = 0,
+    **options: Any,
 ) -> Transformer:
+    """scope: of lb and v. options: of the terms."""
     model = model or settings()
-    built = Transformer(model, Terms(WEIGHTS, model.moe.top_k, lb_scope=scope), dtype)
+    built = Transformer(model, Terms(WEIGHTS, model.moe.top_k, lb_scope=scope, v_scope=scope, **options), dtype)
     init_weights(built, seed)
     return built
 
@@ -51,7 +63,8 @@ def batch(seed: int = 0, masked: bool = True) -> Batch:
         mask[3, 7] = False
     positions = torch.arange(SEQ).expand(BATCH, SEQ)
     documents = torch.zeros(BATCH, SEQ, dtype=torch.int64)
-    return Batch(tokens[:, :-1], tokens[:, 1:], mask, documents, positions, int(mask.sum()))
+    sequences = torch.arange(BATCH)
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask, documents, positions, sequences, int(mask.sum()))
 
 
 def step(model: Transformer, whole: Batch, micro: int) -> tuple[float, Carry, dict[str, Tensor]]:
@@ -70,7 +83,7 @@ def step(model: Transformer, whole: Batch, micro: int) -> tuple[float, Carry, di
 
 def assert_same_step(ours: tuple, theirs: tuple, tolerance: float) -> None:
     assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
-    torch.testing.assert_close(ours[1].terms, theirs[1].terms, rtol=tolerance, atol=0)
+    torch.testing.assert_close(ours[1].terms, theirs[1].terms, rtol=tolerance, atol=tolerance)
     assert torch.equal(ours[1].counts, theirs[1].counts)
     torch.testing.assert_close(ours[1].sums, theirs[1].sums, rtol=10 * tolerance, atol=tolerance)
     for name, grad in ours[2].items():
@@ -78,28 +91,47 @@ def assert_same_step(ours: tuple, theirs: tuple, tolerance: float) -> None:
         assert difference < 10 * tolerance, name
 
 
-def test_terms_in_the_carry_are_the_library_functions() -> None:
+@pytest.mark.parametrize("source", ["all", "activated", "transition"])
+def test_terms_in_the_carry_are_the_library_functions(source: str) -> None:
     """What blocks accumulate equals the plain functions on the labelled tokens' routing, collected from outside."""
-    model, whole = network(scope="microbatch"), batch()
-    seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    model, whole = network(scope="microbatch", cp_source=source), batch()
+    seen: list[tuple[LayerView, Tokens]] = []
     for moe in model.moe_modules():
         original = moe.terms
 
         class Spy(Terms):
-            def add(self, view, carry, layer, token_weights, original=original):  # type: ignore[no-untyped-def]
-                seen.append((view.logits_TE, view.scores_TE, view.topk_ids_TK, view.z_RF[view.rows_TK]))
-                return original.add(view, carry, layer, token_weights)
+            def add(self, view, carry, layer, tokens, original=original):  # type: ignore[no-untyped-def]
+                seen.append((view, tokens))
+                return original.add(view, carry, layer, tokens)
 
         moe.terms = Spy(**vars(original))
-    out = model(whole.inputs(torch.float64, torch.device("cpu")))
+    out = model(whole.inputs(torch.float64, torch.device("cpu"), step=7))
     keep = whole.loss_mask.flatten()
-    logits, scores, ids, z = ([layer[n][keep] for layer in seen] for n in range(4))
+    views = [view for view, _ in seen]
+    logits, scores, ids = ([getattr(v, n)[keep] for v in views] for n in ("logits_TE", "scores_TE", "topk_ids_TK"))
+    z, y = (
+        [rows[v.rows_TK][keep] for v, rows in zip(views, sorted_rows, strict=True)]
+        for sorted_rows in ([v.z_RF for v in views], [v.y_RD for v in views])
+    )
+    gates = [
+        torch.zeros_like(s).scatter(1, i, s.gather(1, i) / s.gather(1, i).sum(1, keepdim=True))
+        for s, i in zip(scores, ids, strict=True)
+    ]
+    coupled = []
+    for layer, moe in enumerate(model.moe_modules()):
+        router, gate = moe.router.weight, moe.experts.gate_up[:, :10]
+        key = (draws.ERC_NOISE, 0, 7, layer, torch.arange(6).unsqueeze(1), torch.arange(16))
+        uniform = draws.keyed_uniform(*key, device=router.device, dtype=torch.float64)
+        coupled.append(expert_router_coupling_loss(router, gate, 1.0, coupling_noise(router.detach(), uniform)))
     wanted = torch.stack(
         [
             sum(load_balance_loss(s, i) for s, i in zip(scores, ids, strict=True)),
             sum(router_z_loss(q) for q in logits),
             sum(specialization_loss(x) for x in z),
-            coupling_loss(scores, 2),
+            coupling_loss(scores, 2, source, ids),
+            sum(orthogonality_loss(x) for x in y),
+            sum(routing_variance_loss(g) for g in gates),
+            sum(coupled),
         ]
     )
     torch.testing.assert_close(out.carry.terms, wanted, rtol=1e-12, atol=0)
@@ -109,8 +141,13 @@ def test_terms_in_the_carry_are_the_library_functions() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("micro", [2, 1])
-def test_accumulation_does_not_change_the_step(dtype: torch.dtype, tolerance: float, micro: int) -> None:
-    model, whole = network(dtype), batch()
+@pytest.mark.parametrize("method", ["exact", "sample", "sketch"])
+@pytest.mark.parametrize("source", ["all", "activated"])
+def test_accumulation_does_not_change_the_step(
+    dtype: torch.dtype, tolerance: float, micro: int, method: str, source: str
+) -> None:
+    """All seven terms; the estimators draw by sequence and position, not by micro-batch."""
+    model, whole = network(dtype, sp_method=method, sp_sample_fraction=0.5, cp_source=source), batch()
     assert_same_step(step(model, whole, micro), step(model, whole, BATCH), tolerance)
 
 
@@ -120,8 +157,9 @@ def config_with(**tables: object) -> Config:
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
-def test_recomputation_does_not_change_the_step(mode: str, dtype: torch.dtype, tolerance: float) -> None:
-    plain, recomputed, whole = network(dtype), network(dtype), batch()
+@pytest.mark.parametrize("method", ["exact", "sample"])
+def test_recomputation_does_not_change_the_step(mode: str, dtype: torch.dtype, tolerance: float, method: str) -> None:
+    plain, recomputed, whole = network(dtype, sp_method=method), network(dtype, sp_method=method), batch()
     parallelize(recomputed, config_with(activation_checkpoint=ActivationCheckpoint(mode=mode)))
     assert [n for n, _ in recomputed.named_parameters()] == [n for n, _ in plain.named_parameters()]
     ours, theirs = step(recomputed, whole, 2), step(plain, whole, 2)
@@ -174,7 +212,9 @@ def logits(
     zeros = torch.zeros_like(tokens)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens) if positions is None else positions
     weights = torch.full(tokens.shape, 1 / tokens.numel(), dtype=torch.float64)
-    return model.logits(Inputs(tokens, tokens, zeros if documents is None else documents, positions, weights))
+    documents = zeros if documents is None else documents
+    sequences = torch.arange(len(tokens))
+    return model.logits(Inputs(tokens, tokens, documents, positions, weights, sequences, torch.tensor(0)))
 
 
 def test_no_token_sees_a_later_one() -> None:

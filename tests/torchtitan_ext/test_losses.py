@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -156,6 +157,24 @@ def test_coupling_bound_of_proposition_c7(source: str) -> None:
     assert reached.item() == pytest.approx(-(LAYERS - 1), abs=1e-14)
     # Every expert gets the same number of tokens; lb of such a state is 1.
     assert load_balance_loss(best, chosen).item() == pytest.approx(1.0, abs=1e-14)
+
+
+def test_coupling_by_transitions() -> None:
+    """Against loops over the transition matrix; a planted path (each expert followed by the next) is found."""
+    _, scores, _ = routing(3, layers=LAYERS)
+    wanted = reference.zero(scores[0])
+    for earlier, later in pairwise(scores):
+        for e in range(EXPERTS):
+            row = [sum(earlier[i, e] * later[i, v] for i in range(TOKENS)) / TOKENS for v in range(EXPERTS)]
+            wanted = wanted - sum(sorted(row, key=lambda c: -c.item())[:3])
+    value = coupling_loss(scores, 3, "transition")
+    torch.testing.assert_close(value, wanted, rtol=1e-12, atol=0)
+    for a, b in zip(torch.autograd.grad(value, scores), torch.autograd.grad(wanted, scores), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    path = torch.eye(EXPERTS, dtype=torch.float64)
+    assert coupling_loss([path, path.roll(1, 1)], 1, "transition").item() == pytest.approx(-1.0, abs=1e-14)
+    mixed = torch.full((EXPERTS, EXPERTS), 1 / EXPERTS, dtype=torch.float64)
+    assert coupling_loss([path, mixed], 1, "transition").item() == pytest.approx(-1 / EXPERTS, abs=1e-14)
 
 
 def test_coupling_of_one_layer_is_a_connected_zero() -> None:

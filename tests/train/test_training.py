@@ -22,6 +22,17 @@ from titan_moe.train.trainer import Trainer
 TIMED = ("tokens_per_second", "step_seconds", "mfu", "memory_gib")
 Make = Callable[..., Config]
 
+DEEPSEEK = ["--model.moe.shared_experts=1", "--balancer.rate=1e-2", "--model.moe.score=sigmoid"]
+ALL_TERMS = [
+    "--regularizers.o.weight=1e-3",
+    "--regularizers.o.match_lb=true",
+    "--regularizers.v.weight=1e-3",
+    "--regularizers.v.match_lb=true",
+    "--regularizers.v.warmup_steps=4",
+    "--regularizers.erc.weight=0.1",
+    "--regularizers.cp.source=transition",
+]
+
 
 @pytest.fixture(autouse=True)
 def _restore_determinism() -> Iterator[None]:
@@ -89,7 +100,7 @@ def test_the_tiny_model_learns(tiny_config: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "style", [[], ["--model.moe.shared_experts=1", "--balancer.rate=1e-2", "--model.moe.score=sigmoid"]]
+    "style", [[], DEEPSEEK, [*ALL_TERMS, "--regularizers.sp.method=sample"]], ids=["", "ds", "all"]
 )
 def test_resumed_after_any_step_it_is_bitwise_the_same(tiny_config: Make, style: list[str]) -> None:
     options = ["--training.deterministic=true", "--checkpoint.interval=1", "--training.microbatch_size=2", *style]
@@ -110,7 +121,7 @@ def test_resumed_after_any_step_it_is_bitwise_the_same(tiny_config: Make, style:
         again = saved_tensors(target.checkpoint(6))
         assert final.keys() == again.keys()
         assert all(torch.equal(final[name], again[name]) for name in final)
-    if style:
+    if style == DEEPSEEK:
         assert bool(final["model.layers.0.moe.router.expert_bias"].any())
 
 
@@ -272,6 +283,21 @@ def test_terms_measured_at_weight_zero_leave_the_training_alone(tiny_config: Mak
     for a, b in zip(plain, measured, strict=True):
         assert a.get("ce") == b.get("ce")
         assert a.get("grad_norm") == b.get("grad_norm")
+
+
+def test_all_seven_terms_with_scaling_and_warm_up(tiny_config: Make) -> None:
+    config = tiny_config(*ALL_TERMS, "--regularizers.sp.method=sketch")
+    found = [r for r in train(config) if r["kind"] == "train"]
+    state = json.loads((RunDir(config).checkpoint(6) / "state.json").read_text())
+    first = found[0]
+    for name in ("o", "v"):
+        # The power of ten nearest (in the exponent) to lb's size over the term's.
+        assert 0.3 < state["scales"][name] * abs(first[f"reg/{name}"]) / first["reg/lb"] < 3.2
+    for row in found:
+        factors = {"o": state["scales"]["o"], "v": state["scales"]["v"] * min(1.0, row["step"] / 4)}
+        terms = config.regularizers.weights()
+        weighted = sum(weight * factors.get(name, 1.0) * row[f"reg/{name}"] for name, weight in terms.items())
+        assert row["loss"] == pytest.approx(row["ce"] + weighted, rel=1e-6)
 
 
 def test_profiler_writes_a_trace(tiny_config: Make) -> None:

@@ -62,17 +62,6 @@ def check_regularizers(config: Config, origin: Origin) -> None:
                 f"regularizer {name!r}"
             )
     wanted = {name for name, weight in weights.items() if weight > 0} | set(config.regularizers.measure)
-    for name in ("o", "v", "erc"):
-        if name in wanted:
-            raise UserError(
-                f"{origin(f'regularizers.{name}.weight')}: the term {name} is not built yet; set its weight to 0 "
-                "and leave it out of regularizers.measure"
-            )
-    if "sp" in wanted and config.regularizers.sp.method != "exact":
-        method = config.regularizers.sp.method
-        raise UserError(f"{origin('regularizers.sp.method')} = {method!r} is not built yet; use 'exact'")
-    if "cp" in wanted and config.regularizers.cp.source == "transition":
-        raise UserError(f"{origin('regularizers.cp.source')} = 'transition' is not built yet; use 'all' or 'activated'")
     moe_layers = config.model.layers - config.model.moe.first_dense_layers
     if wanted and moe_layers == 0:
         terms = ", ".join(sorted(wanted))
@@ -82,11 +71,17 @@ def check_regularizers(config: Config, origin: Origin) -> None:
         )
     if "cp" in wanted and moe_layers == 1:
         raise UserError(f"{origin('regularizers.cp.weight')}: cp couples neighbouring MoE layers, the model has one")
-    if "sp" in wanted and config.model.moe.top_k == 1:
-        raise UserError(
-            f"{origin('regularizers.sp.weight')}: sp compares the experts of a token, and model.moe.top_k = 1; "
-            "set the weight to 0"
-        )
+    for name in ("sp", "o"):
+        if name in wanted and config.model.moe.top_k == 1:
+            raise UserError(
+                f"{origin(f'regularizers.{name}.weight')}: {name} compares the experts of a token, and model.moe.top_k = 1; "
+                "set the weight to 0"
+            )
+    for name in ("erc", "v"):
+        if name in wanted and config.model.moe.experts == 1:
+            raise UserError(
+                f"{origin(f'regularizers.{name}.weight')}: {name} compares experts, and model.moe.experts = 1"
+            )
 
 
 def check_names(config: Config, origin: Origin) -> None:

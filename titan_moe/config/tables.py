@@ -81,7 +81,14 @@ class Model(Table):
     moe: MoE = MoE()
 
 
-class LoadBalance(Table):
+class Term(Table):
+    """What all terms have."""
+
+    warmup_steps: NaturalInt = 0
+    """Steps over which the weight rises linearly from 0; 0: constant from the first step."""
+
+
+class LoadBalance(Term):
     """lb, Switch/GShard load balance: E * sum_e f_e P_e."""
 
     weight: Weight = 0.01
@@ -90,66 +97,66 @@ class LoadBalance(Table):
     """Tokens over which load and mean score are taken: all of the micro-step, each sequence, or this rank's."""
 
 
-class ZLoss(Table):
+class ZLoss(Term):
     """z, router z-loss (ST-MoE): mean squared log-sum-exp of the router logits."""
 
     weight: Weight = 0.0
     """Weight in the objective; 1e-3 is customary."""
 
 
-class Specialization(Table):
+class Specialization(Term):
     """sp, intra-layer specialization: squared cosine of co-activated experts' SwiGLU activations."""
 
     weight: Weight = 0.0
     """Weight in the objective; the paper uses 2e-3."""
     method: Literal["exact", "sketch", "sample"] = "exact"
-    """All tokens and full width, or an estimator. Only "exact" is built yet."""
-    sketch_dim: PositiveInt = 64
-    """Width of the sketch (method "sketch")."""
+    """All tokens and full width, or an estimator: random projections of the activations, or a random subset of tokens."""
+    sketch_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    """Numbers per activation (method "sketch"): two independent sketches of half as many each."""
     sample_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.125
-    """Share of the tokens (method "sample")."""
+    """Expected share of the tokens (method "sample")."""
 
 
-class Coupling(Table):
+class Coupling(Term):
     """cp, cross-layer coupling: minus the joint top-k routing mass of neighbouring layers."""
 
     weight: Weight = 0.0
     """Weight in the objective; the paper uses 1e-3."""
     source: Literal["all", "activated", "transition"] = "all"
-    """Experts of the earlier layer that the sum runs over. "transition" is not built yet."""
+    """Experts of the earlier layer that the sum runs over, or expert-to-expert transitions over all tokens."""
 
 
-class Orthogonality(Table):
-    """o, orthogonality of expert outputs (Guo et al.). Not built yet."""
+class Orthogonality(Term):
+    """o, orthogonality of expert outputs (Guo et al.)."""
 
     weight: Weight = 0.0
     """Weight in the objective."""
     variant: Literal["paper", "code"] = "paper"
-    """The paper's formula or that of its published code."""
+    """The paper's pairwise projections, or its published code's projection on the span of the others."""
     match_lb: bool = False
-    """Scale to the size of lb, once, at the first step."""
+    """Scale by the power of ten that brings the term to the size of lb, taken once, at the first step."""
 
 
-class RoutingVariance(Table):
-    """v, variance of the gate weights (Guo et al.). Not built yet."""
+class RoutingVariance(Term):
+    """v, variance of the gate weights (Guo et al.)."""
 
     weight: Weight = 0.0
     """Weight in the objective."""
     variant: Literal["paper", "code"] = "paper"
-    """The paper's formula or that of its published code."""
+    """Variance over tokens as in the paper, or over experts as in its published code."""
     scope: Literal["global", "sequence", "microbatch"] = "sequence"
     """Tokens over which both means are taken."""
     match_lb: bool = False
-    """Scale to the size of lb, once, at the first step."""
+    """Scale by the power of ten that brings the term to the size of lb, taken once, at the first step."""
 
 
-class ExpertRouterCoupling(Table):
-    """erc, expert-router coupling (Lv et al.). Not built yet."""
+class ExpertRouterCoupling(Term):
+    """erc, expert-router coupling (Lv et al.)."""
 
     weight: Weight = 0.0
     """Weight in the objective."""
     alpha: Weight = 1.0
-    """Margin factor on the diagonal."""
+    """Factor on an expert's answer to its own routing vector; others may reach that far unpunished."""
     detach_router: bool = False
     """Stop the gradient into the router."""
 
@@ -173,6 +180,14 @@ class Regularizers(Table):
         """Weight of every term, built-in ones first, in the order of the tables."""
         built_in = {name: float(getattr(self, name).weight) for name in ("lb", "z", "sp", "cp", "o", "v", "erc")}
         return built_in | self.custom
+
+    def warmups(self) -> dict[str, int]:
+        """Warm-up steps of every built-in term."""
+        return {name: int(getattr(self, name).warmup_steps) for name in ("lb", "z", "sp", "cp", "o", "v", "erc")}
+
+    def matched(self) -> list[str]:
+        """Terms with a weight that are scaled to the size of lb."""
+        return [name for name in ("o", "v") if getattr(self, name).match_lb and getattr(self, name).weight > 0]
 
 
 class Balancer(Table):

@@ -20,7 +20,7 @@ from titan_moe.model.transformer import Inputs
 
 
 class Batch(NamedTuple):
-    """B sequences of S tokens; all tensors (B, S)."""
+    """B sequences of S tokens; tensors are (B, S) unless it is said otherwise."""
 
     tokens: Tensor
     """int64."""
@@ -32,13 +32,16 @@ class Batch(NamedTuple):
     """int64, equal inside a document."""
     positions: Tensor
     """int64, position inside the window (or inside the document, with `model.document_mask`)."""
+    sequences: Tensor
+    """(B,) int64, index of each sequence in the global batch."""
     label_count: int
     """Labelled tokens of the whole global batch, this part and all others."""
 
-    def inputs(self, dtype: torch.dtype, device: torch.device) -> Inputs:
-        """The model's view. dtype: of the token weights, at least float32."""
+    def inputs(self, dtype: torch.dtype, device: torch.device, step: int = 0) -> Inputs:
+        """The model's view. dtype: of the token weights, at least float32. step: the optimizer step, for keyed draws."""
         weights = self.loss_mask.to(dtype) / max(self.label_count, 1)
-        tensors = (self.tokens, self.labels, self.document_ids, self.positions, weights)
+        number = torch.tensor(step, dtype=torch.int64)
+        tensors = (self.tokens, self.labels, self.document_ids, self.positions, weights, self.sequences, number)
         return Inputs(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def split(self, size: int) -> Iterator["Batch"]:
@@ -51,6 +54,7 @@ class Batch(NamedTuple):
                 self.loss_mask[part],
                 self.document_ids[part],
                 self.positions[part],
+                self.sequences[part],
                 self.label_count,
             )
 
@@ -87,6 +91,7 @@ class Windows:
             _tensor(mask),
             _tensor(documents[:, :-1]),
             _tensor(positions),
+            torch.arange(len(indices)),
             int(mask.sum()),
         )
 

@@ -18,7 +18,7 @@ from titan_moe.model.gemm import grouped_linear
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.gram import accumulation_dtype
 from torchtitan_ext.losses import normalize_scores
-from torchtitan_ext.terms import LayerView, Terms
+from torchtitan_ext.terms import LayerView, Terms, Tokens
 
 
 class Choice(NamedTuple):
@@ -137,7 +137,7 @@ class MoELayer(nn.Module):
         self.experts = Experts(dim, moe)
         self.shared = FeedForward(dim, moe.hidden_dim * moe.shared_experts) if moe.shared_experts else None
 
-    def forward(self, x_TD: Tensor, carry: Carry, token_weights: Tensor) -> tuple[Tensor, Carry, Tensor]:
+    def forward(self, x_TD: Tensor, carry: Carry, tokens: Tokens) -> tuple[Tensor, Carry, Tensor]:
         """Output (T, D), the carry with this layer added, and the chosen experts (T, k)."""
         choice = self.router(x_TD)
         dispatch = plan_dispatch(choice.topk_ids_TK, self.router.moe.experts)
@@ -146,5 +146,12 @@ class MoELayer(nn.Module):
         out_TD: Tensor = _Combine.apply(y_RD, choice.gates_TK, dispatch.tokens_R, dispatch.rows_TK)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
-        view = LayerView(**choice._asdict(), z_RF=z_RF, rows_TK=dispatch.rows_TK)
-        return out_TD, self.terms.add(view, carry, self.layer, token_weights), choice.topk_ids_TK
+        view = LayerView(
+            **choice._asdict(),
+            z_RF=z_RF,
+            y_RD=y_RD,
+            rows_TK=dispatch.rows_TK,
+            router_weight_ED=self.router.weight,
+            gate_weight_EFD=self.experts.gate_up[:, : self.router.moe.hidden_dim],
+        )
+        return out_TD, self.terms.add(view, carry, self.layer, tokens), choice.topk_ids_TK

@@ -17,7 +17,7 @@ from titan_moe.model.head import chunked_cross_entropy
 from titan_moe.model.moe import MoELayer
 from torchtitan_ext.carry import Carry, empty_carry
 from torchtitan_ext.gram import accumulation_dtype
-from torchtitan_ext.terms import Terms
+from torchtitan_ext.terms import Terms, Tokens
 
 
 class Inputs(NamedTuple):
@@ -33,6 +33,10 @@ class Inputs(NamedTuple):
     """(B, S) int64, the position that rotary embeddings see."""
     token_weights: Tensor
     """(B, S), 1 / (labelled tokens of the global batch) or 0; at least float32."""
+    sequences: Tensor
+    """(B,) int64, index of each sequence in the global batch."""
+    step: Tensor
+    """() int64, the optimizer step; with `sequences` it keys every random draw."""
 
 
 class Output(NamedTuple):
@@ -63,14 +67,14 @@ class Block(nn.Module):
         carry: Carry,
         rotary: tuple[Tensor, Tensor],
         mask_BSS: Tensor | None,
-        token_weights: Tensor,
+        tokens: Tokens,
     ) -> tuple[Tensor, Carry, Tensor | None]:
         """The new hidden states and carry, and the chosen experts (T, k) of an MoE layer."""
         h_BSD = h_BSD + self.attention(self.attention_norm(h_BSD), rotary, mask_BSS)
         x_TD = self.feed_forward_norm(h_BSD).flatten(0, 1)
         topk_ids = None
         if self.moe is not None:
-            out_TD, carry, topk_ids = self.moe(x_TD, carry, token_weights)
+            out_TD, carry, topk_ids = self.moe(x_TD, carry, tokens)
         else:
             assert self.feed_forward is not None
             out_TD = self.feed_forward(x_TD)
@@ -134,10 +138,12 @@ class Transformer(nn.Module):
             settings.moe.experts,
             exact,
             inputs.tokens.device,
+            self.terms.previous_width(settings.moe.experts),
         )
+        tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step)
         routing = []
         for block in self.layers.values():
-            h_BSD, carry, topk_ids = block(h_BSD, carry, rotary, mask_BSS, inputs.token_weights)
+            h_BSD, carry, topk_ids = block(h_BSD, carry, rotary, mask_BSS, tokens)
             if topk_ids is not None:
                 routing.append(topk_ids)
         return self.norm(h_BSD).flatten(0, 1), carry, routing

@@ -129,7 +129,7 @@ def read_state(checkpoint: Path, origin: str) -> dict[str, Any]:
         state = json.loads(path.read_text())
         version, _ = (
             state["format_version"],
-            (state["step"], state["config"], state["data"], state["tokenizer"], state["loader"]),
+            (state["step"], state["config"], state["data"], state["tokenizer"], state["loader"], state["scales"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{origin}: {path} is damaged: {error}") from error

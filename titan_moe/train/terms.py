@@ -1,4 +1,7 @@
-"""From the `[regularizers]` tables to the library's `Terms`."""
+"""From the `[regularizers]` tables to the library's `Terms`, and what multiplies their weights at a step."""
+
+import math
+from collections.abc import Mapping
 
 from titan_moe import extend
 from titan_moe.config.tables import Config
@@ -7,11 +10,36 @@ from torchtitan_ext.terms import Terms, enabled_terms
 
 def build_terms(config: Config) -> Terms:
     regularizers = config.regularizers
-    enabled = enabled_terms(regularizers.weights(), regularizers.measure)
+    measure = [*regularizers.measure, *(["lb"] if regularizers.matched() else [])]
+    enabled = enabled_terms(regularizers.weights(), measure)
     return Terms(
         weights=enabled,
         top_k=config.model.moe.top_k,
+        seed=config.job.seed,
         lb_scope=regularizers.lb.scope,
+        sp_method=regularizers.sp.method,
+        sp_sketch_dim=regularizers.sp.sketch_dim,
+        sp_sample_fraction=regularizers.sp.sample_fraction,
         cp_source=regularizers.cp.source,
+        o_variant=regularizers.o.variant,
+        v_variant=regularizers.v.variant,
+        v_scope=regularizers.v.scope,
+        erc_alpha=regularizers.erc.alpha,
+        erc_detach_router=regularizers.erc.detach_router,
         custom={name: extend.regularizers[name] for name in enabled if name in extend.regularizers},
     )
+
+
+def weight_factors(config: Config, step: int, scales: Mapping[str, float]) -> dict[str, float]:
+    """What every term's weight is multiplied by at a step: its warm-up, and its scaling to lb."""
+    warmups = config.regularizers.warmups()
+    rising = {name: min(1.0, step / steps) for name, steps in warmups.items() if steps > 0}
+    return {name: rising.get(name, 1.0) * scales.get(name, 1.0) for name in warmups}
+
+
+def lb_scales(config: Config, values: Mapping[str, float]) -> dict[str, float]:
+    """`10^round(log10(R_lb / |R|))` of every term with `match_lb`; 1 for a term that is 0. values: terms of the first step."""
+    return {
+        name: 10.0 ** round(math.log10(values["lb"] / abs(values[name]))) if values[name] else 1.0
+        for name in config.regularizers.matched()
+    }

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ from titan_moe.train.run_dir import (
     read_state,
     saved_steps,
 )
-from titan_moe.train.terms import build_terms
+from titan_moe.train.terms import build_terms, lb_scales, weight_factors
 from titan_moe.train.validation import validate
 from torchtitan_ext.balancer import update_expert_bias
 from torchtitan_ext.carry import Carry
@@ -71,15 +71,24 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    model: Transformer, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, device: torch.device
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: Config,
+    device: torch.device,
+    step: int,
+    factors: Mapping[str, float],
 ) -> StepResult:
-    """One optimizer step on a global batch. Raises TrainingError, before the update, for a value that is not finite."""
+    """One optimizer step on a global batch. factors: on the terms' weights at this step.
+
+    Raises TrainingError, before the update, for a value that is not finite.
+    """
     dtype = accumulation_dtype(model.dtype)
     loss = ce = torch.zeros((), dtype=dtype, device=device)
     carry: Carry | None = None
     for micro_batch in batch.split(config.training.microbatch_size or config.training.batch_size):
-        out = model(micro_batch.inputs(dtype, device))
-        objective = out.ce + model.terms.objective(out.carry.terms)
+        out = model(micro_batch.inputs(dtype, device, step))
+        objective = out.ce + model.terms.objective(out.carry.terms, factors)
         objective.backward()
         loss, ce, carry = loss + objective.detach(), ce + out.ce.detach(), add_carry(carry, out.carry)
     assert carry is not None
@@ -92,6 +101,19 @@ def train_step(
         for moe, counts in zip(model.moe_modules(), carry.counts, strict=True):
             update_expert_bias(moe.router.expert_bias, counts, config.balancer.rate, config.balancer.center)
     return result
+
+
+@torch.no_grad()
+def measure_terms(
+    model: Transformer, batch: Batch, config: Config, device: torch.device, step: int
+) -> dict[str, float]:
+    """The terms of a global batch, unweighted, without an update."""
+    carry: Carry | None = None
+    for micro_batch in batch.split(config.training.microbatch_size or config.training.batch_size):
+        out = model(micro_batch.inputs(accumulation_dtype(model.dtype), device, step))
+        carry = add_carry(carry, out.carry)
+    assert carry is not None
+    return dict(zip(model.terms.names, carry.terms.tolist(), strict=True))
 
 
 def check_finite(model: Transformer, result: StepResult) -> None:
@@ -131,6 +153,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.flops_per_token = count(self.model, config.training.seq_len).flops_per_token
         self.peak = peak_flops(self.device, self.model.dtype)
+        self.scales: dict[str, float] | None = None
         self.signal: int | None = None
 
     def run(self) -> int:
@@ -163,7 +186,9 @@ class Trainer:
             began = time.perf_counter()
             set_lr(self.optimizer, config.optimizer.lr * lr_fraction(step, steps, config.lr_scheduler))
             try:
-                result = train_step(self.model, self.optimizer, next(batches), config, self.device)
+                batch = next(batches)
+                factors = weight_factors(config, step, self.scales_to_lb(batch, step))
+                result = train_step(self.model, self.optimizer, batch, config, self.device, step, factors)
             except TrainingError as error:
                 newest = self.run_dir.newest()
                 where = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
@@ -186,6 +211,16 @@ class Trainer:
                 return 0 if last else 128 + self.signal
         log.info(f"Done: {self.run_dir.path}")
         return 0
+
+    def scales_to_lb(self, batch: Batch, step: int) -> dict[str, float]:
+        """The scaling of terms with `match_lb`, measured on the first batch of the run and kept in its checkpoints."""
+        if self.scales is None:
+            self.scales = {}
+            if self.config.regularizers.matched():
+                values = measure_terms(self.model, batch, self.config, self.device, step)
+                self.scales = lb_scales(self.config, values)
+                log.info("scaled to lb: " + ", ".join(f"{name} x {scale:g}" for name, scale in self.scales.items()))
+        return self.scales
 
     def row(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
         """A train row of metrics.jsonl (INTERFACE of the file: docs/metrics.md)."""
@@ -233,6 +268,7 @@ class Trainer:
             "data": self.data_fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
             "loader": self.loader.state_dict(),
+            "scales": self.scales,
         }
         save_checkpoint(self.run_dir, step, self.model, self.optimizer, facts, self.config.checkpoint.keep)
 
@@ -246,6 +282,7 @@ class Trainer:
             self.check_data(state, newest)
             load_checkpoint(newest, self.model, self.optimizer)
             self.loader.load_state_dict(state["loader"])
+            self.scales = state["scales"]
             step = int(state["step"])
             log.info(f"Going on from {newest}")
         elif self.config.checkpoint.load_path:

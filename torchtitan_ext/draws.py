@@ -1,0 +1,41 @@
+"""Random numbers that depend on their key alone: the same on every rank, layout, micro-batch split and recomputation.
+
+A key is a handful of integers, or integer tensors that broadcast: (seed, purpose, step, layer, index ...). The hash is
+MurmurHash3's 32-bit finaliser, folded over the key; there is no state.
+"""
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+
+# What a draw is for, so that no two share their numbers.
+ERC_NOISE, SP_SAMPLE, SP_SIGNS, SP_SKETCH = range(1, 5)
+
+
+def _finalise(h: Tensor) -> Tensor:
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & MASK
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & MASK
+    return h ^ (h >> 16)
+
+
+def keyed_bits(*key: Tensor | int, device: torch.device) -> Tensor:
+    """32 random bits per element of the broadcast key, as int64 in [0, 2^32)."""
+    h = torch.zeros((), dtype=torch.int64, device=device)
+    for part in key:
+        value = torch.as_tensor(part, dtype=torch.int64, device=device) & MASK
+        h = _finalise((h * 0x9E3779B1 + value + 0x7F4A7C15) & MASK)
+    return h
+
+
+def keyed_uniform(*key: Tensor | int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform numbers in [0, 1), multiples of 2^-24, of the shape of the broadcast key."""
+    return (keyed_bits(*key, device=device) >> 8).to(dtype) * 2.0**-24
+
+
+def keyed_signs(*key: Tensor | int, width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """+1 or -1: the shape of the broadcast key, and a last dimension of `width`. One hash gives 32 signs."""
+    words = torch.arange(-(-width // 32), device=device)
+    bits = keyed_bits(*(part.unsqueeze(-1) if isinstance(part, Tensor) else part for part in key), words, device=device)
+    unpacked = (bits.unsqueeze(-1) >> torch.arange(32, device=device)) & 1
+    return (2 * unpacked.flatten(-2)[..., :width] - 1).to(dtype)
