@@ -60,7 +60,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 1024 if device.type == "cpu" else 8192
     a = torch.ones(size, size, dtype=torch.float32 if device.type == "cpu" else dtype, device=device)
     seconds = []
-    for _ in range(5):
+    for _ in range(20):
         synchronize(device)
         start = time.perf_counter()
         a @ a
