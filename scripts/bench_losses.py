@@ -25,7 +25,8 @@ from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.train.device import keep_freed_memory
 from titan_moe.train.optimizer import build_optimizer
 from torchtitan_ext.carry import empty_carry
-from torchtitan_ext.terms import LayerView, Terms, Tokens
+from torchtitan_ext.gram import gram_through
+from torchtitan_ext.terms import LayerView, Terms, Tokens, WeightedGram
 
 GEOMETRY = {
     "small": Model(dim=576, heads=9, layers=12, moe=MoE(experts=16, top_k=2, hidden_dim=1104)),
@@ -149,6 +150,7 @@ class Bench:
     def added(self, terms: Terms, views: list[LayerView], repeats: int = 7) -> float:
         """Seconds of the terms' own forward and backward over all layers, less those of no term at all."""
         tokens = Tokens(self.inputs.token_weights, self.inputs.sequences, self.inputs.step)
+        incoming_z = [torch.zeros_like(view.z_RF) for view in views]  # what the down projections' backward would give
 
         def work(active: Terms) -> Callable[[], None]:
             def run() -> None:
@@ -157,12 +159,21 @@ class Bench:
                 device = self.inputs.tokens.device
                 carry = empty_carry(len(active.names), count, len(views), experts, torch.float32, device, width)
                 leaves: list[Tensor] = []
+                passed: list[Tensor] = []
                 for layer, view in enumerate(views):
-                    fresh = LayerView(*(t.requires_grad_() if t.is_floating_point() else t for t in view.detach()))
-                    leaves += [t for t in fresh if t.requires_grad]
+                    fresh = view.detach()
+                    own = [t.requires_grad_() for t in fresh if isinstance(t, Tensor) and t.is_floating_point()]
+                    chosen = active.gram_rows(fresh.rows_TK, layer, tokens)
+                    if chosen is not None:
+                        z_RF, gram = gram_through(fresh.z_RF, chosen.rows_NK)
+                        fresh = fresh._replace(z_RF=z_RF, gram=WeightedGram(gram, chosen.weights_N))
+                        passed.append(z_RF)
+                    leaves += own
                     carry = active.add(fresh, carry, layer, tokens)
                 if active.names:
-                    torch.autograd.grad(active.objective(carry.terms), leaves, allow_unused=True)
+                    objective = active.objective(carry.terms)
+                    incoming = [torch.ones_like(objective), *incoming_z[: len(passed)]]
+                    torch.autograd.grad([objective, *passed], leaves, incoming, allow_unused=True)
 
             return run
 

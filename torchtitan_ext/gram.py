@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SLICE_ELEMENTS = 1 << 20  # of gathered float32 values; a slice stays in a CPU's cache between gather and product
+SLICE_ELEMENTS = 1 << 18  # of gathered float32 values; a slice stays in a CPU's cache between gather and product
 GPU_SLICE_ELEMENTS = 1 << 26  # a GPU wants few kernels; this bounds the memory of the gathered rows to 256 MiB
 
 
@@ -67,6 +67,44 @@ def token_gram(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
     """
     result: Tensor = _TokenGram.apply(z_RF, rows_TK)
     return result
+
+
+class _GramThrough(torch.autograd.Function):
+    """The identity on z, and its Gram matrices beside it.
+
+    The backward adds the Gram's gradient to the rows that it concerns, in place, in the gradient that comes back for z: one
+    pass, where a branch of its own would write a second gradient of the size of z and have autograd add the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_RF: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(z_RF, rows_TK)
+        ctx.set_materialize_grads(False)
+        return z_RF.view_as(z_RF), _TokenGram.forward(z_RF, rows_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: Tensor | None, grad_TKK: Tensor | None) -> tuple[Tensor | None, None]:
+        z_RF, rows_TK = ctx.saved_tensors
+        if grad_TKK is None:
+            return grad_RF, None
+        if grad_RF is None:
+            grad_RF = torch.zeros_like(z_RF)
+        coefficients = grad_TKK + grad_TKK.transpose(1, 2)
+        start = 0
+        for rows in _slices(rows_TK, z_RF.shape[-1]):
+            product = torch.bmm(coefficients[start : start + rows.shape[0]], _gather(z_RF, rows))
+            grad_RF.index_add_(0, rows.reshape(-1), product.flatten(0, 1).to(z_RF.dtype))
+            start += rows.shape[0]
+        return grad_RF, None
+
+
+def gram_through(z_RF: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """z again, and `token_gram(z, rows)`, for a caller that goes on with the returned z.
+
+    Whatever consumes that z must give back a gradient of its own making: the backward writes into it. First derivatives only.
+    """
+    through: tuple[Tensor, Tensor] = _GramThrough.apply(z_RF, rows_TK)
+    return through
 
 
 def squared_cosines(gram_TKK: Tensor) -> Tensor:

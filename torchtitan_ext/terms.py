@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchtitan_ext import draws
 from torchtitan_ext.carry import Carry
-from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.gram import accumulation_dtype, squared_cosines
 from torchtitan_ext.losses import (
     coupling_noise,
     coupling_source_mass,
@@ -51,9 +51,24 @@ class LayerView(NamedTuple):
     """Routing vectors."""
     gate_weight_EFD: Tensor
     """The experts' gate projections."""
+    gram: "WeightedGram | None" = None
+    """Gram matrices of z that the layer took for sp on the way, when `Terms.gram_rows` asked for them."""
 
     def detach(self) -> "LayerView":
-        return LayerView(*(tensor.detach() for tensor in self))
+        tensors = {name: value.detach() for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(gram=None, **tensors)
+
+
+class GramRows(NamedTuple):
+    """The tokens whose Gram matrices sp is computed from: N of them."""
+
+    rows_NK: Tensor
+    weights_N: Tensor
+
+
+class WeightedGram(NamedTuple):
+    gram_NKK: Tensor
+    weights_N: Tensor
 
 
 class Tokens(NamedTuple):
@@ -113,6 +128,22 @@ class Terms:
         ]
         return terms @ terms.new_tensor(weights)
 
+    def gram_rows(self, rows_TK: Tensor, layer: int, tokens: Tokens) -> GramRows | None:
+        """The rows of z whose Gram matrices a layer should take between activation and down projection, if any."""
+        if self.weights.get("sp", 0.0) > 0 and self.sp_method in ("exact", "sample"):
+            return self._sp_rows(rows_TK, layer, tokens)
+        return None
+
+    def _sp_rows(self, rows_TK: Tensor, layer: int, tokens: Tokens) -> GramRows:
+        weights_T = tokens.weights.flatten()
+        if self.sp_method == "exact":
+            return GramRows(rows_TK, weights_T)
+        uniform = draws.keyed_uniform(
+            draws.SP_SAMPLE, self.seed, tokens.step, layer, *_places(tokens), device=rows_TK.device
+        )
+        drawn = (uniform.flatten() < self.sp_sample_fraction).nonzero().squeeze(1)
+        return GramRows(rows_TK[drawn], weights_T[drawn] / self.sp_sample_fraction)
+
     def previous_width(self, experts: int) -> int:
         """Numbers per token that cp needs of the previous MoE layer: all its scores, or one mass."""
         return experts if self.cp_source == "transition" else 1
@@ -163,23 +194,21 @@ class Terms:
         return load_balance_loss(view.scores_TE, view.topk_ids_TK, load, weights=site.weights_T)
 
     def _specialization(self, site: Site) -> Tensor:
-        view, weights_T, tokens = site.view, site.weights_T, site.tokens
-        device, key = view.z_RF.device, (self.seed, tokens.step, site.layer)
-        batch, seq = tokens.weights.shape
-        place = (tokens.sequences.unsqueeze(1), torch.arange(seq, device=device).expand(batch, seq))
-        if self.sp_method == "exact":
-            return specialization_loss(view.z_RF, rows=view.rows_TK, weights=weights_T)
-        if self.sp_method == "sample":
-            uniform = draws.keyed_uniform(draws.SP_SAMPLE, *key, *place, device=device)
-            drawn = (uniform.flatten() < self.sp_sample_fraction).nonzero().squeeze(1)
-            weights = weights_T[drawn] / self.sp_sample_fraction
-            return specialization_loss(view.z_RF, rows=view.rows_TK[drawn], weights=weights)
-        width = view.z_RF.shape[1]
+        view, tokens = site.view, site.tokens
+        if view.gram is not None:
+            return weighted_sum(squared_cosines(view.gram.gram_NKK), view.gram.weights_N)
+        if self.sp_method in ("exact", "sample"):
+            chosen = self._sp_rows(view.rows_TK, site.layer, tokens)
+            return specialization_loss(view.z_RF, rows=chosen.rows_NK, weights=chosen.weights_N)
+        device, width = view.z_RF.device, view.z_RF.shape[1]
         dtype = accumulation_dtype(view.z_RF.dtype)
-        signs = draws.keyed_signs(draws.SP_SIGNS, *key, *place, width=width, device=device, dtype=dtype).flatten(0, 1)
+        key = (self.seed, tokens.step, site.layer)
+        signs = draws.keyed_signs(draws.SP_SIGNS, *key, *_places(tokens), width=width, device=device, dtype=dtype)
         dims = torch.arange(self.sp_sketch_dim, device=device)
         sketch = draws.keyed_signs(draws.SP_SKETCH, *key, dims, width=width, device=device, dtype=dtype)
-        return sketched_specialization_loss(view.z_RF, view.rows_TK, sketch, signs, weights=weights_T)
+        return sketched_specialization_loss(
+            view.z_RF, view.rows_TK, sketch, signs.flatten(0, 1), weights=site.weights_T
+        )
 
     def _coupling(self, site: Site) -> Tensor:
         if site.layer == 0:
@@ -222,6 +251,13 @@ class Terms:
         overlap = weights_T.new_zeros(()) if specialization is None or k == 1 else specialization / (k * (k - 1))
         entropy_T = token_entropy(view.scores_TE)
         return torch.stack([weighted_sum(entropy_T, weights_T), weighted_sum(mass_T, weights_T), overlap.detach()])
+
+
+def _places(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Sequence in the global batch and position in it of every token, (B, S) each: what draws per token are keyed by."""
+    batch, seq = tokens.weights.shape
+    positions = torch.arange(seq, device=tokens.sequences.device).expand(batch, seq)
+    return tokens.sequences.unsqueeze(1).expand(batch, seq), positions
 
 
 def _labelled_counts(topk_ids_TK: Tensor, experts: int, weights_T: Tensor) -> Tensor:

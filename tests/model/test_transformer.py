@@ -135,6 +135,15 @@ def test_terms_in_the_carry_are_the_library_functions(source: str) -> None:
         ]
     )
     torch.testing.assert_close(out.carry.terms, wanted, rtol=1e-12, atol=0)
+    parameters = [
+        p for name, p in model.named_parameters() if name != "norm.weight"
+    ]  # the last norm is the head's alone
+    ours = torch.autograd.grad(model.terms.objective(out.carry.terms) + out.ce, parameters, retain_graph=True)
+    model.terms = Terms({}, 2)
+    bare = model.terms.objective(out.carry.terms[:0]) + out.ce
+    theirs = torch.autograd.grad(bare + wanted @ wanted.new_tensor(list(WEIGHTS.values())), parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
     counts = torch.stack([torch.bincount(i.flatten(), minlength=6) for i in ids])
     assert torch.equal(out.carry.counts, counts)
 

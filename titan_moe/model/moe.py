@@ -16,9 +16,9 @@ from titan_moe.config.tables import MoE
 from titan_moe.model.feed_forward import FeedForward, swiglu
 from titan_moe.model.gemm import grouped_linear
 from torchtitan_ext.carry import Carry
-from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.gram import accumulation_dtype, gram_through
 from torchtitan_ext.losses import normalize_scores
-from torchtitan_ext.terms import LayerView, Terms, Tokens
+from torchtitan_ext.terms import LayerView, Terms, Tokens, WeightedGram
 
 
 class Choice(NamedTuple):
@@ -119,10 +119,13 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(moe.experts, 2 * moe.hidden_dim, dim))
         self.down = nn.Parameter(torch.empty(moe.experts, dim, moe.hidden_dim))
 
-    def forward(self, x_RD: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations z (R, F) and outputs y (R, D) of rows sorted by expert."""
-        z_RF = swiglu(grouped_linear(x_RD, self.gate_up, offsets_E))
-        return z_RF, grouped_linear(z_RF, self.down, offsets_E)
+    def activations(self, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+        """SwiGLU activations z of rows sorted by expert: (R, D) -> (R, F)."""
+        return swiglu(grouped_linear(x_RD, self.gate_up, offsets_E))
+
+    def outputs(self, z_RF: Tensor, offsets_E: Tensor) -> Tensor:
+        """(R, F) -> (R, D)."""
+        return grouped_linear(z_RF, self.down, offsets_E)
 
 
 class MoELayer(nn.Module):
@@ -142,7 +145,13 @@ class MoELayer(nn.Module):
         choice = self.router(x_TD)
         dispatch = plan_dispatch(choice.topk_ids_TK, self.router.moe.experts)
         x_RD = _Gather.apply(x_TD, dispatch.tokens_R, dispatch.rows_TK)
-        z_RF, y_RD = self.experts(x_RD, dispatch.offsets_E)
+        z_RF = self.experts.activations(x_RD, dispatch.offsets_E)
+        gram = None
+        chosen = self.terms.gram_rows(dispatch.rows_TK, self.layer, tokens)
+        if chosen is not None:
+            z_RF, gram_NKK = gram_through(z_RF, chosen.rows_NK)
+            gram = WeightedGram(gram_NKK, chosen.weights_N)
+        y_RD = self.experts.outputs(z_RF, dispatch.offsets_E)
         out_TD: Tensor = _Combine.apply(y_RD, choice.gates_TK, dispatch.tokens_R, dispatch.rows_TK)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
@@ -153,5 +162,6 @@ class MoELayer(nn.Module):
             rows_TK=dispatch.rows_TK,
             router_weight_ED=self.router.weight,
             gate_weight_EFD=self.experts.gate_up[:, : self.router.moe.hidden_dim],
+            gram=gram,
         )
         return out_TD, self.terms.add(view, carry, self.layer, tokens), choice.topk_ids_TK
