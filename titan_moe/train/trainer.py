@@ -173,15 +173,22 @@ class Trainer:
             with self.signals(), profiler(config.profiling, self.run_dir.profile) as profile:
                 if start == 0:
                     self.validate(0, trackers, tensorboard)
-                return self.loop(start, trackers, tensorboard, profile)
+                stopped_at = self.loop(start, trackers, tensorboard, profile)
         finally:
             for tracker in trackers:
                 tracker.close()
+        if stopped_at == config.training.steps:
+            log.info(f"Done: {self.run_dir.path}")
+            return 0
+        assert self.signal is not None
+        name = signal.Signals(self.signal).name
+        log.info(f"Stopped by {name} after step {stopped_at}; the same command goes on from there")
+        return 128 + self.signal
 
     def loop(self, start: int, trackers: list[extend.Tracker], tensorboard: TensorBoard | None, profile: Any) -> int:
+        """Steps until the last one or a signal; every way out has saved. Returns the step it stopped after."""
         config, steps = self.config, self.config.training.steps
         batches = iter(self.loader)
-        saved = start
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
             set_lr(self.optimizer, config.optimizer.lr * lr_fraction(step, steps, config.lr_scheduler))
@@ -203,14 +210,9 @@ class Trainer:
                 self.validate(step, trackers, tensorboard)
             if last or self.signal is not None or due(step, config.checkpoint.interval):
                 self.save(step)
-                saved = step
             if self.signal is not None:
-                log.info(
-                    f"Stopped by {signal.Signals(self.signal).name} after step {saved}; the same command goes on from there"
-                )
-                return 0 if last else 128 + self.signal
-        log.info(f"Done: {self.run_dir.path}")
-        return 0
+                return step
+        return steps
 
     def scales_to_lb(self, batch: Batch, step: int) -> dict[str, float]:
         """The scaling of terms with `match_lb`, measured on the first batch of the run and kept in its checkpoints."""
