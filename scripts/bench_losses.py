@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from titan_moe.config.tables import Model, MoE, Optimizer
 from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Inputs, Transformer
-from titan_moe.train.device import keep_freed_memory
+from titan_moe.train.device import keep_freed_memory, peak_allocated
 from titan_moe.train.optimizer import build_optimizer
 from torchtitan_ext.carry import empty_carry
 from torchtitan_ext.gram import gram_through
@@ -73,18 +73,6 @@ def seconds(work: Callable[[], None]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def peak_bytes(work: Callable[[], None]) -> int:
-    """Largest sum of live allocations made during `work`."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    live = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
@@ -196,7 +184,7 @@ def main() -> None:
     bench = Bench(options.geometry, options.layers, options.sequences, options.seq, getattr(torch, options.dtype))
     bench.step()
     base = statistics.median(bench.timed(bench.off) for _ in range(3))
-    bytes_off = peak_bytes(bench.step)
+    bytes_off = peak_allocated(bench.step)
     views = bench.views()
     print(
         f"{options.geometry}, {bench.model.settings.layers} layers, {bench.inputs.tokens.numel()} tokens, {options.dtype}"
@@ -211,7 +199,7 @@ def main() -> None:
             low, high = interval(found)
             ratio, span = f"{statistics.median(found):.3f}", f"{low:.3f} to {high:.3f}"
         use(bench.model, terms)
-        memory = peak_bytes(bench.step) / bytes_off
+        memory = peak_allocated(bench.step) / bytes_off
         print(f"| {arm} | {ratio} | {span} | {added / base:.4f} | {memory:.3f} |", flush=True)
 
 

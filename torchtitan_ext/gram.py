@@ -107,12 +107,19 @@ def gram_through(z_RF: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
     return through
 
 
+def squared_norms(gram_TKK: Tensor) -> Tensor:
+    """The diagonals, (T, k, k) -> (T, k). By a masked sum: torch 2.13's inductor gives wrong gradients where `diagonal` of a
+    product meets another use of it (tests/model/test_transformer.py, the test of compilation, shows it)."""
+    identity = torch.eye(gram_TKK.shape[1], dtype=torch.bool, device=gram_TKK.device)
+    return torch.where(identity, gram_TKK, 0.0).sum(2)
+
+
 def squared_cosines(gram_TKK: Tensor) -> Tensor:
     """Sum over ordered pairs a != b of the squared cosine, per token: (T, k, k) -> (T,).
 
     A zero vector has cosine 0 with everything, and gradient 0.
     """
-    norms_TK = gram_TKK.diagonal(dim1=1, dim2=2)
+    norms_TK = squared_norms(gram_TKK)
     positive = norms_TK > 0
     inverse_TK = torch.where(positive, norms_TK, 1.0).rsqrt() * positive
     cosine_TKK = gram_TKK * inverse_TK.unsqueeze(2) * inverse_TK.unsqueeze(1)
@@ -123,7 +130,7 @@ def squared_cosines(gram_TKK: Tensor) -> Tensor:
 
 def squared_projections(gram_TKK: Tensor, eps: float) -> Tensor:
     """Sum over ordered pairs a != b of `|| <a,b> / (<b,b> + eps) b ||^2`, per token: (T, k, k) -> (T,)."""
-    norms_TK = gram_TKK.diagonal(dim1=1, dim2=2)
+    norms_TK = squared_norms(gram_TKK)
     factor_TK = norms_TK / (norms_TK + eps).square()
     k = gram_TKK.shape[1]
     off_diagonal = ~torch.eye(k, dtype=torch.bool, device=gram_TKK.device)

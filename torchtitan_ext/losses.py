@@ -279,10 +279,10 @@ def expert_router_coupling_loss(
         router_weight = router_weight.detach()
     proxies = router_weight * noise.to(router_weight.dtype)
     matrix = coupling_matrix(proxies, gate_weight)
-    diagonal = alpha * matrix.diagonal().unsqueeze(1)
-    off_diagonal = ~torch.eye(experts, dtype=torch.bool, device=matrix.device)
+    identity = torch.eye(experts, dtype=torch.bool, device=matrix.device)
+    diagonal = alpha * torch.where(identity, matrix, 0.0).sum(1, keepdim=True)  # as squared_norms, and for its reason
     excess = (matrix - diagonal).relu() + (matrix.t() - diagonal).relu()
-    return (excess * off_diagonal).sum() / experts**2
+    return (excess * ~identity).sum() / experts**2
 
 
 def coupling_matrix(proxies: Tensor, gate_weight: Tensor) -> Tensor:

@@ -374,8 +374,9 @@ def test_under_torch_compile() -> None:
     logits = [torch.randn(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(s)) for s in range(3)]
     z = torch.randn(TOKENS, 2, WIDTH, dtype=torch.float64, generator=generator(3))
     inputs = [tensor.requires_grad_() for tensor in (*logits, z)]
-    compiled = torch.compile(all_losses, fullgraph=True)(logits, z, 2)
-    eager = all_losses(logits, z, 2)
+    weights = torch.tensor([0.3, 0.0, 0.2, 0.4, 0.0, 0.1], dtype=torch.float64)
+    compiled = torch.compile(all_losses, fullgraph=True)(logits, z, 2, weights)
+    eager = all_losses(logits, z, 2, weights)
     torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-13)
     for a, b in zip(torch.autograd.grad(compiled.sum(), inputs), torch.autograd.grad(eager.sum(), inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)

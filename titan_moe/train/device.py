@@ -4,6 +4,7 @@ import ctypes
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -48,6 +49,18 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def peak_allocated(work: Callable[[], object]) -> int:
+    """Largest sum of live CPU allocations made during `work`, in bytes; for benchmarks, since it runs under the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    live = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,0 +1,82 @@
+"""Two kernels on their own: sp against the textbook version, and cp against the number of experts.
+
+    python scripts/bench_kernels.py
+
+sp: medium geometry, 2,048 tokens, k = 4, F = 672, forward and backward. Textbook: gather the activations to (T, k, F),
+normalise, batched product, square, mean, and let autograd do the rest. Ours: Gram matrices taken on the way, their gradient
+added to the one that the down projection gives anyway. Both get and return that gradient. cp: closed form, forward and
+backward, E = 64 and 4,096. Medians of alternating runs; extra memory is the peak of bytes allocated during the work.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titan_moe.model.moe import plan_dispatch
+from titan_moe.train.device import keep_freed_memory, peak_allocated
+from torchtitan_ext.gram import gram_through, squared_cosines
+from torchtitan_ext.losses import coupling_loss
+
+TOKENS, K, WIDTH, EXPERTS = 2048, 4, 672, 64
+COMPARISONS = 25
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def textbook(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    unit = F.normalize(z_RF[rows_TK], dim=-1)
+    cosine = unit @ unit.transpose(1, 2)
+    return (cosine.square().sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).square().sum(1)).mean()
+
+
+def specialization() -> None:
+    source = torch.Generator().manual_seed(0)
+    ids = torch.rand(TOKENS, EXPERTS, generator=source).topk(K).indices
+    rows = plan_dispatch(ids, EXPERTS).rows_TK
+    z = torch.randn(TOKENS * K, WIDTH, generator=source).requires_grad_()
+    incoming = torch.randn(TOKENS * K, WIDTH, generator=source)
+
+    def ours() -> None:
+        through, gram = gram_through(z, rows)
+        value = squared_cosines(gram).mean()
+        torch.autograd.grad([value, through], z, [torch.ones_like(value), incoming])
+
+    def theirs() -> None:
+        through = z.view_as(z)  # the same z goes on to the down projection
+        value = textbook(z, rows)
+        torch.autograd.grad([value, through], z, [torch.ones_like(value), incoming])
+
+    ours()
+    theirs()
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(COMPARISONS)]
+    ratio = statistics.median(a / b for a, b in pairs)
+    print(f"sp, ours / textbook: time {ratio:.2f}, extra memory {peak_allocated(ours) / peak_allocated(theirs):.2f}")
+
+
+def coupling() -> None:
+    def work(experts: int) -> Callable[[], object]:
+        source = torch.Generator().manual_seed(0)
+        scores = [torch.randn(TOKENS, experts, generator=source).softmax(-1).requires_grad_() for _ in range(2)]
+        return lambda: torch.autograd.grad(coupling_loss(scores, K), scores)
+
+    few, many = work(64), work(4096)
+    few()
+    many()
+    pairs = [(seconds(many), seconds(few)) for _ in range(COMPARISONS)]
+    ratio = statistics.median(a / b for a, b in pairs)
+    memory = peak_allocated(many) / (TOKENS * 4096 * 4)
+    print(f"cp, E = 4,096 / E = 64: time {ratio:.1f} (64 is linear), memory {memory:.1f} x (T, E) floats")
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    specialization()
+    coupling()
