@@ -18,6 +18,7 @@ from titan_moe.config.describe import options_help
 from titan_moe.config.load import load_config, world_size_from_environment
 from titan_moe.config.tables import Config
 from titan_moe.errors import TrainingError, UserError
+from titan_moe.train.run_dir import RunDir
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -98,7 +99,6 @@ def split_config(words: list[str]) -> tuple[str, list[str]]:
 
 def train(config: Config, check_only: bool) -> int:
     from titan_moe.data.prepare import prepare
-    from titan_moe.train.run_dir import RunDir
 
     run_dir = RunDir(config)
     if not check_only:
@@ -117,7 +117,7 @@ def train(config: Config, check_only: bool) -> int:
     return Trainer(config, prepared, run_dir).run()
 
 
-def finished(config: Config, run_dir: "RunDir") -> bool:  # type: ignore[name-defined] # noqa: F821 - imported late
+def finished(config: Config, run_dir: RunDir) -> bool:
     """Whether the run is done, and if so says how to go on."""
     steps = run_dir.saved_steps()
     if not steps or steps[-1] < config.training.steps:
@@ -139,7 +139,7 @@ def check_vocabulary(config: Config, pieces: int) -> None:
         )
 
 
-def start_log(run_dir: "RunDir") -> None:  # type: ignore[name-defined] # noqa: F821 - imported late
+def start_log(run_dir: RunDir) -> None:
     """Lines go to stdout, and with the time to the run's log file."""
     logger = logging.getLogger("titan_moe")
     logger.setLevel(logging.INFO)
