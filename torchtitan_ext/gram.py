@@ -4,6 +4,7 @@ T tokens, K experts per token, R routed rows, F width. Forward and backward are 
 gathered in slices of a few MiB, so no (T, K, F) copy exists.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ def _gather(z_RF: Tensor, rows_tK: Tensor) -> Tensor:
     return gathered.reshape(*rows_tK.shape, z_RF.shape[-1])
 
 
+def _gradients(z_RF: Tensor, rows_TK: Tensor, grad_TKK: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The Gram's gradient with respect to z, slice by slice: row numbers (r,) and their gradients (r, F)."""
+    coefficients = grad_TKK + grad_TKK.transpose(1, 2)
+    start = 0
+    for rows in _slices(rows_TK, z_RF.shape[-1]):
+        product = torch.bmm(coefficients[start : start + rows.shape[0]], _gather(z_RF, rows))
+        yield rows.reshape(-1), product.flatten(0, 1).to(z_RF.dtype)
+        start += rows.shape[0]
+
+
 class _TokenGram(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -50,12 +61,7 @@ class _TokenGram(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TKK: Tensor) -> tuple[Tensor, None]:
         z_RF, rows_TK = ctx.saved_tensors
-        coefficients = grad_TKK + grad_TKK.transpose(1, 2)
-        parts, start = [], 0
-        for rows in _slices(rows_TK, z_RF.shape[-1]):
-            product = torch.bmm(coefficients[start : start + rows.shape[0]], _gather(z_RF, rows))
-            parts.append(product.flatten(0, 1).to(z_RF.dtype))
-            start += rows.shape[0]
+        parts = [part for _, part in _gradients(z_RF, rows_TK, grad_TKK)]
         return torch.zeros_like(z_RF).index_copy(0, rows_TK.reshape(-1), torch.cat(parts)), None
 
 
@@ -89,12 +95,8 @@ class _GramThrough(torch.autograd.Function):
             return grad_RF, None
         if grad_RF is None:
             grad_RF = torch.zeros_like(z_RF)
-        coefficients = grad_TKK + grad_TKK.transpose(1, 2)
-        start = 0
-        for rows in _slices(rows_TK, z_RF.shape[-1]):
-            product = torch.bmm(coefficients[start : start + rows.shape[0]], _gather(z_RF, rows))
-            grad_RF.index_add_(0, rows.reshape(-1), product.flatten(0, 1).to(z_RF.dtype))
-            start += rows.shape[0]
+        for rows, part in _gradients(z_RF, rows_TK, grad_TKK):
+            grad_RF.index_add_(0, rows, part)
         return grad_RF, None
 
 

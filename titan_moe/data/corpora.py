@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -228,7 +229,7 @@ def read_file(path: Path, domain: str) -> Iterator[Document]:
                 raise UnreadableFile("not text (not UTF-8, or has NUL bytes)")
             if text:
                 yield Document(text, domain)
-    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined] # gzip re-exports zlib
+    except (OSError, EOFError, zlib.error) as error:
         raise UnreadableFile(f"can't be read: {error}") from error
 
 

@@ -151,7 +151,7 @@ class Trainer:
         self.model = build_model(config, prepared.tokenizer.vocab_size, self.device)
         parallelize(self.model, config)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.flops_per_token = count(self.model, config.training.seq_len).flops_per_token
+        self.counts = count(self.model, config.training.seq_len)
         self.peak = peak_flops(self.device, self.model.dtype)
         self.scales: dict[str, float] | None = None
         self.signal: int | None = None
@@ -239,7 +239,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "mfu": self.flops_per_token * tokens / seconds / self.peak,
+            "mfu": self.counts.flops_per_token * tokens / seconds / self.peak,
             "memory_gib": peak_memory_gib(self.device),
         }
 
@@ -320,10 +320,9 @@ class Trainer:
         log.info(f"Starting from the weights of {path}")
 
     def announce(self) -> None:
-        counts = count(self.model, self.config.training.seq_len)
         epochs = self.config.training.steps * self.config.training.batch_size / self.epoch_sequences
         log.info(
-            f"{self.config.job.name}: {short(counts.total)} parameters, {short(counts.active)} active; "
+            f"{self.config.job.name}: {short(self.counts.total)} parameters, {short(self.counts.active)} active; "
             f"{self.config.training.dtype} on {self.device.type}; {epochs:.2f} passes over the training text; "
             f"writing to {self.run_dir.path}"
         )
