@@ -4,6 +4,8 @@ A key is a handful of integers, or integer tensors that broadcast: (seed, purpos
 MurmurHash3's 32-bit finaliser, folded over the key; there is no state.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,19 +15,23 @@ MASK = 0xFFFFFFFF
 ERC_NOISE, SP_SAMPLE, SP_SIGNS, SP_SKETCH = range(1, 5)
 
 
-def _finalise(h: Tensor) -> Tensor:
+def _finalise(h: Any) -> Any:
+    """The hash's last mixing, of a Python integer or of an int64 tensor."""
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & MASK
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & MASK
     return h ^ (h >> 16)
 
 
 def keyed_bits(*key: Tensor | int, device: torch.device) -> Tensor:
-    """32 random bits per element of the broadcast key, as int64 in [0, 2^32)."""
-    h = torch.zeros((), dtype=torch.int64, device=device)
+    """32 random bits per element of the broadcast key, as int64 in [0, 2^32).
+
+    Integers first and small tensors before large ones cost least: what is folded so far has the shape of the parts so far.
+    """
+    h: Any = 0
     for part in key:
-        value = torch.as_tensor(part, dtype=torch.int64, device=device) & MASK
-        h = _finalise((h * 0x9E3779B1 + value + 0x7F4A7C15) & MASK)
-    return h
+        value = part.to(device=device, dtype=torch.int64) if isinstance(part, Tensor) else part
+        h = _finalise((h * 0x9E3779B1 + (value & MASK) + 0x7F4A7C15) & MASK)
+    return torch.as_tensor(h, dtype=torch.int64, device=device)
 
 
 def keyed_uniform(*key: Tensor | int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

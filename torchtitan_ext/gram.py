@@ -1,7 +1,7 @@
 """Gram matrices of each token's k expert activations: the one small matrix that sp and o are functions of.
 
-T tokens, K experts per token, R routed rows, F width. Forward and backward are one pass over the rows each; rows are
-gathered in slices of a few MiB, so no (T, K, F) copy exists.
+T tokens, K experts per token, R routed rows, F width. Forward and backward are one pass over the rows each, and no (T, K, F)
+copy exists: on a CPU by the kernels of `csrc/gram.c`, elsewhere by PyTorch's operations on slices of a few MiB.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchtitan_ext import native
 
 SLICE_ELEMENTS = 1 << 18  # of gathered float32 values; a slice stays in a CPU's cache between gather and product
 GPU_SLICE_ELEMENTS = 1 << 26  # a GPU wants few kernels; this bounds the memory of the gathered rows to 256 MiB
@@ -21,8 +23,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _slices(rows_TK: Tensor, width: int) -> list[Tensor]:
     tokens, k = rows_TK.shape
-    if torch.compiler.is_compiling():
-        return [rows_TK]
     elements = SLICE_ELEMENTS if rows_TK.device.type == "cpu" else GPU_SLICE_ELEMENTS
     step = max(1, elements // max(1, k * width))
     return list(rows_TK.split(step)) if tokens > step else [rows_TK]
@@ -33,26 +33,62 @@ def _gather(z_RF: Tensor, rows_tK: Tensor) -> Tensor:
     return gathered.reshape(*rows_tK.shape, z_RF.shape[-1])
 
 
-def _gradients(z_RF: Tensor, rows_TK: Tensor, grad_TKK: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The Gram's gradient with respect to z, slice by slice: row numbers (r,) and their gradients (r, F)."""
-    coefficients = grad_TKK + grad_TKK.transpose(1, 2)
+def _products(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    """The Gram matrices by PyTorch's operations."""
+    parts = []
+    for rows in _slices(rows_TK, z_RF.shape[-1]):
+        x_tKF = _gather(z_RF, rows)
+        parts.append(torch.bmm(x_tKF, x_tKF.transpose(1, 2)))
+    return torch.cat(parts)
+
+
+def _gradients(z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The Gram's gradient with respect to z by PyTorch's operations, slice by slice: row numbers (r,) and gradients (r, F)."""
     start = 0
     for rows in _slices(rows_TK, z_RF.shape[-1]):
-        product = torch.bmm(coefficients[start : start + rows.shape[0]], _gather(z_RF, rows))
+        product = torch.bmm(coefficients_TKK[start : start + rows.shape[0]], _gather(z_RF, rows))
         yield rows.reshape(-1), product.flatten(0, 1).to(z_RF.dtype)
         start += rows.shape[0]
 
 
+def _symmetric(grad_TKK: Tensor) -> Tensor:
+    """The matrix that gives the gradient of row a as a combination of the token's rows, from the gradient of the Gram."""
+    return grad_TKK + grad_TKK.transpose(1, 2)
+
+
+@torch.library.custom_op("torchtitan_ext::token_gram", mutates_args=())
+def _gram_op(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    if not native.handles(z_RF):
+        return _products(z_RF, rows_TK)
+    tokens, k = rows_TK.shape
+    out_TKK = z_RF.new_empty(tokens, k, k, dtype=accumulation_dtype(z_RF.dtype))
+    native.token_gram(z_RF.contiguous(), rows_TK.contiguous(), out_TKK)
+    return out_TKK
+
+
+@_gram_op.register_fake
+def _(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    tokens, k = rows_TK.shape
+    return z_RF.new_empty(tokens, k, k, dtype=accumulation_dtype(z_RF.dtype))
+
+
+@torch.library.custom_op("torchtitan_ext::add_gram_gradient", mutates_args={"grad_RF"})
+def _add_gradient_op(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> None:
+    if native.handles(z_RF) and grad_RF.is_contiguous():
+        native.add_gram_gradient(grad_RF, z_RF.contiguous(), rows_TK.contiguous(), coefficients_TKK.contiguous())
+        return
+    for rows, part in _gradients(z_RF, rows_TK, coefficients_TKK):
+        grad_RF.index_add_(0, rows, part)
+
+
 class _TokenGram(torch.autograd.Function):
+    """Differentiable any number of times, and under torch.func; only the first derivative outside it is the kernel's."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
-        parts = []
-        for rows in _slices(rows_TK, z_RF.shape[-1]):
-            x_tKF = _gather(z_RF, rows)
-            parts.append(torch.bmm(x_tKF, x_tKF.transpose(1, 2)))
-        return torch.cat(parts)
+        return _products(z_RF, rows_TK) if _transformed(z_RF) else torch.ops.torchtitan_ext.token_gram(z_RF, rows_TK)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004 - torch's signature
@@ -61,8 +97,18 @@ class _TokenGram(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TKK: Tensor) -> tuple[Tensor, None]:
         z_RF, rows_TK = ctx.saved_tensors
-        parts = [part for _, part in _gradients(z_RF, rows_TK, grad_TKK)]
-        return torch.zeros_like(z_RF).index_copy(0, rows_TK.reshape(-1), torch.cat(parts)), None
+        coefficients = _symmetric(grad_TKK)
+        grad_RF = torch.zeros_like(z_RF, memory_format=torch.contiguous_format)
+        if torch.is_grad_enabled() or _transformed(z_RF):
+            parts = [part for _, part in _gradients(z_RF, rows_TK, coefficients)]
+            return grad_RF.index_copy(0, rows_TK.reshape(-1), torch.cat(parts)), None
+        torch.ops.torchtitan_ext.add_gram_gradient(grad_RF, z_RF, rows_TK, coefficients)
+        return grad_RF, None
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether a transform of torch.func (vmap, grad) wraps this tensor, which no kernel sees through."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def token_gram(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
@@ -86,7 +132,7 @@ class _GramThrough(torch.autograd.Function):
     def forward(ctx: Any, z_RF: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(z_RF, rows_TK)
         ctx.set_materialize_grads(False)
-        return z_RF.view_as(z_RF), _TokenGram.forward(z_RF, rows_TK)
+        return z_RF.view_as(z_RF), torch.ops.torchtitan_ext.token_gram(z_RF, rows_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_RF: Tensor | None, grad_TKK: Tensor | None) -> tuple[Tensor | None, None]:
@@ -95,8 +141,7 @@ class _GramThrough(torch.autograd.Function):
             return grad_RF, None
         if grad_RF is None:
             grad_RF = torch.zeros_like(z_RF)
-        for rows, part in _gradients(z_RF, rows_TK, grad_TKK):
-            grad_RF.index_add_(0, rows, part)
+        torch.ops.torchtitan_ext.add_gram_gradient(grad_RF, z_RF, rows_TK, _symmetric(grad_TKK))
         return grad_RF, None
 
 

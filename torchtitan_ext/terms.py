@@ -138,11 +138,9 @@ class Terms:
         weights_T = tokens.weights.flatten()
         if self.sp_method == "exact":
             return GramRows(rows_TK, weights_T)
-        uniform = draws.keyed_uniform(
-            draws.SP_SAMPLE, self.seed, tokens.step, layer, *_places(tokens), device=rows_TK.device
-        )
-        drawn = (uniform.flatten() < self.sp_sample_fraction).nonzero().squeeze(1)
-        return GramRows(rows_TK[drawn], weights_T[drawn] / self.sp_sample_fraction)
+        bits = draws.keyed_bits(draws.SP_SAMPLE, self.seed, layer, tokens.step, *_places(tokens), device=rows_TK.device)
+        drawn = (bits.flatten() < self.sp_sample_fraction * 2**32).nonzero().squeeze(1)
+        return GramRows(rows_TK.index_select(0, drawn), weights_T.index_select(0, drawn) / self.sp_sample_fraction)
 
     def previous_width(self, experts: int) -> int:
         """Numbers per token that cp needs of the previous MoE layer: all its scores, or one mass."""
@@ -202,7 +200,7 @@ class Terms:
             return specialization_loss(view.z_RF, rows=chosen.rows_NK, weights=chosen.weights_N)
         device, width = view.z_RF.device, view.z_RF.shape[1]
         dtype = accumulation_dtype(view.z_RF.dtype)
-        key = (self.seed, tokens.step, site.layer)
+        key = (self.seed, site.layer, tokens.step)
         signs = draws.keyed_signs(draws.SP_SIGNS, *key, *_places(tokens), width=width, device=device, dtype=dtype)
         dims = torch.arange(self.sp_sketch_dim, device=device)
         sketch = draws.keyed_signs(draws.SP_SKETCH, *key, dims, width=width, device=device, dtype=dtype)
@@ -236,7 +234,7 @@ class Terms:
         """Token-free: this micro-batch adds its share of the labelled tokens, so that a step adds up to the value once."""
         router = site.view.router_weight_ED
         experts, dim = (torch.arange(size, device=router.device) for size in router.shape)
-        key = (draws.ERC_NOISE, self.seed, site.tokens.step, site.layer, experts.unsqueeze(1), dim)
+        key = (draws.ERC_NOISE, self.seed, site.layer, site.tokens.step, experts.unsqueeze(1), dim)
         dtype = accumulation_dtype(router.dtype)
         noise = coupling_noise(router.detach().to(dtype), draws.keyed_uniform(*key, device=router.device, dtype=dtype))
         value = expert_router_coupling_loss(
@@ -254,10 +252,8 @@ class Terms:
 
 
 def _places(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Sequence in the global batch and position in it of every token, (B, S) each: what draws per token are keyed by."""
-    batch, seq = tokens.weights.shape
-    positions = torch.arange(seq, device=tokens.sequences.device).expand(batch, seq)
-    return tokens.sequences.unsqueeze(1).expand(batch, seq), positions
+    """Sequence in the global batch (B, 1) and position in it (S,) of every token: what draws per token are keyed by."""
+    return tokens.sequences.unsqueeze(1), torch.arange(tokens.weights.shape[1], device=tokens.sequences.device)
 
 
 def _labelled_counts(topk_ids_TK: Tensor, experts: int, weights_T: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
-"""The Gram engine: derivatives by finite differences, and no dependence on how rows are sliced."""
+"""The Gram engine: derivatives by finite differences, its kernels against PyTorch, no dependence on how rows are sliced."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from torchtitan_ext import gram
-from torchtitan_ext.gram import squared_cosines, token_gram
+from torchtitan_ext import gram, native
+from torchtitan_ext.gram import accumulation_dtype, squared_cosines, token_gram
 
 
 def make(tokens: int, k: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,6 +26,7 @@ def test_first_and_second_derivatives() -> None:
 def test_slices_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     z, rows = make(50, 4, 8)
     whole = token_gram(z, rows)
+    monkeypatch.setattr(native, "handles", lambda _: False)
     monkeypatch.setattr(gram, "SLICE_ELEMENTS", 100)
     assert len(gram._slices(rows, 8)) > 10
     z.requires_grad_()
@@ -43,3 +46,70 @@ def test_rows_that_no_token_uses_get_gradient_zero() -> None:
     assert z.grad is not None
     assert not z.grad[rows[2:].flatten()].any()
     assert z.grad[rows[:2].flatten()].any()
+
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "k", "width"), [(37, 1, 9), (37, 2, 8), (20, 4, 67), (11, 6, 40), (3, 9, 5), (0, 2, 4)]
+)
+def test_kernels_equal_pytorch(tokens: int, k: int, width: int, dtype: torch.dtype) -> None:
+    z, rows = make(tokens + 1, k, width)  # the last token's rows belong to nobody
+    z, rows = z.to(dtype), rows[:tokens]
+    wide = accumulation_dtype(dtype)
+    # A sum of n products of numbers of size 1 to 4 in any order: n roundings of at most 16 n eps in all.
+    tolerance = 16 * width * torch.finfo(wide).eps
+    products = torch.ops.torchtitan_ext.token_gram(z, rows)
+    torch.testing.assert_close(products, gram._products(z, rows), rtol=tolerance, atol=tolerance)
+    grad = torch.randn(z.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    coefficients = torch.randn(tokens, k, k, dtype=wide, generator=torch.Generator().manual_seed(1))
+    wanted = grad.to(wide)
+    for part_rows, part in gram._gradients(z.to(wide), rows, coefficients):
+        wanted.index_add_(0, part_rows, part)
+    torch.ops.torchtitan_ext.add_gram_gradient(grad, z, rows, coefficients)
+    tolerance = max(16 * k * torch.finfo(wide).eps, torch.finfo(dtype).eps / 2)  # one rounding to the type of z
+    torch.testing.assert_close(grad.to(wide), wanted, rtol=tolerance, atol=tolerance)
+
+
+@needs_compiler
+def test_the_kernels_round_to_bfloat16_as_pytorch_does() -> None:
+    bits = torch.arange(0, 2**32, 65537 // 8, dtype=torch.int64)
+    values = bits.to(torch.int32).view(torch.float32)
+    z = torch.ones(1, 1, dtype=torch.bfloat16).expand(len(values), 1).contiguous()
+    grad = torch.full_like(z, -0.0)
+    rows = torch.arange(len(values)).unsqueeze(1)
+    torch.ops.torchtitan_ext.add_gram_gradient(grad, z, rows, values.reshape(-1, 1, 1))
+    torch.testing.assert_close(grad.flatten(), values.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+    wide = torch.full((16, 16), -0.0, dtype=torch.bfloat16)  # whole lanes round by other code than a remainder
+    some = values[torch.arange(16) * (len(values) // 16)]
+    ones = torch.ones(16, 16, dtype=torch.bfloat16)
+    torch.ops.torchtitan_ext.add_gram_gradient(wide, ones, torch.arange(16).unsqueeze(1), some.reshape(-1, 1, 1))
+    torch.testing.assert_close(
+        wide, some.to(torch.bfloat16).unsqueeze(1).expand(16, 16), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("reason", ["no compiler", "no cache"])
+def test_without_a_compiler_pytorch_takes_over(
+    reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    z, rows = make(5, 2, 3)
+    wanted = token_gram(z, rows)
+    native.library.cache_clear()
+    if reason == "no compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    try:
+        torch.testing.assert_close(token_gram(z, rows), wanted, rtol=1e-14, atol=1e-14)
+        assert not native.handles(z)
+        assert len(caplog.records) == 1
+        assert "slower" in caplog.text
+    finally:
+        native.library.cache_clear()

@@ -1,0 +1,107 @@
+// Gram matrices of each token's k rows of z, and their gradient: one pass over the rows each.
+//
+// KERNELS makes both for one element type; bfloat16 (as uint16_t) is accumulated in float.
+
+#include <stdint.h>
+#include <stddef.h>
+
+#define BYTES 32
+typedef float float_lanes __attribute__((vector_size(BYTES), aligned(4), may_alias));
+typedef double double_lanes __attribute__((vector_size(BYTES), aligned(8), may_alias));
+typedef uint16_t half_lanes __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+typedef uint32_t word_lanes __attribute__((vector_size(BYTES)));
+
+static inline float_lanes load_float(const float *p) { return *(const float_lanes *)p; }
+static inline void store_float(float *p, float_lanes v) { *(float_lanes *)p = v; }
+static inline double_lanes load_double(const double *p) { return *(const double_lanes *)p; }
+static inline void store_double(double *p, double_lanes v) { *(double_lanes *)p = v; }
+
+static inline float_lanes load_bfloat16(const uint16_t *p) {
+    return (float_lanes)(__builtin_convertvector(*(const half_lanes *)p, word_lanes) << 16);
+}
+static inline void store_bfloat16(uint16_t *p, float_lanes v) { // rounds to nearest, ties to even; NaN stays NaN
+    word_lanes bits = (word_lanes)v;
+    word_lanes rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    word_lanes nan = (word_lanes)((bits & 0x7FFFFFFF) > 0x7F800000);
+    *(half_lanes *)p = __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), half_lanes);
+}
+
+static inline float one_float(const float *p) { return *p; }
+static inline double one_double(const double *p) { return *p; }
+static inline float one_bfloat16(const uint16_t *p) {
+    union { uint32_t word; float value; } bits = {(uint32_t)*p << 16};
+    return bits.value;
+}
+static inline void put_float(float *p, float v) { *p = v; }
+static inline void put_double(double *p, double v) { *p = v; }
+static inline void put_bfloat16(uint16_t *p, float v) {
+    union { float value; uint32_t word; } bits = {v};
+    int nan = (bits.word & 0x7FFFFFFF) > 0x7F800000;
+    *p = nan ? 0x7FC0 : (uint16_t)((bits.word + 0x7FFF + ((bits.word >> 16) & 1)) >> 16);
+}
+
+#define KERNELS(NAME, ELEMENT, SUM, LANES)                                                                             \
+    enum { LANES_##NAME = sizeof(LANES) / sizeof(SUM) };                                                               \
+    static inline SUM total_##NAME(LANES v) {                                                                          \
+        SUM sum = 0;                                                                                                   \
+        for (int i = 0; i < LANES_##NAME; i++) sum += v[i];                                                            \
+        return sum;                                                                                                    \
+    }                                                                                                                  \
+    /* out[t, a, b] = <z[rows[t, a]], z[rows[t, b]]>; z (R, width), rows (tokens, k), out (tokens, k, k). */           \
+    void token_gram_##NAME(const ELEMENT *z, const int64_t *rows, SUM *out, int64_t tokens, int64_t k, int64_t width,  \
+                           int threads) {                                                                              \
+        int64_t whole = width - width % LANES_##NAME;                                                                  \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
+        for (int64_t t = 0; t < tokens; t++) {                                                                         \
+            const int64_t *row = rows + t * k;                                                                         \
+            SUM *gram = out + t * k * k;                                                                               \
+            for (int64_t a = 0; a < k; a++) {                                                                          \
+                const ELEMENT *x = z + row[a] * width;                                                                 \
+                for (int64_t b = a; b < k; b += 4) {                                                                   \
+                    int64_t count = k - b < 4 ? k - b : 4;                                                             \
+                    const ELEMENT *y[4];                                                                               \
+                    for (int64_t j = 0; j < 4; j++) y[j] = z + row[b + (j < count ? j : 0)] * width;                   \
+                    LANES s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};                                                      \
+                    for (int64_t f = 0; f < whole; f += LANES_##NAME) {                                                \
+                        LANES v = load_##NAME(x + f);                                                                  \
+                        s0 += v * load_##NAME(y[0] + f);                                                               \
+                        s1 += v * load_##NAME(y[1] + f);                                                               \
+                        s2 += v * load_##NAME(y[2] + f);                                                               \
+                        s3 += v * load_##NAME(y[3] + f);                                                               \
+                    }                                                                                                  \
+                    SUM sums[4] = {total_##NAME(s0), total_##NAME(s1), total_##NAME(s2), total_##NAME(s3)};            \
+                    for (int64_t j = 0; j < count; j++) {                                                              \
+                        for (int64_t f = whole; f < width; f++) sums[j] += one_##NAME(x + f) * one_##NAME(y[j] + f);   \
+                        gram[a * k + b + j] = gram[(b + j) * k + a] = sums[j];                                         \
+                    }                                                                                                  \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+    /* grad[rows[t, a]] += sum_b coefficients[t, a, b] z[rows[t, b]]; no row may stand in rows twice. */               \
+    void add_gram_gradient_##NAME(ELEMENT *grad, const ELEMENT *z, const int64_t *rows, const SUM *coefficients,       \
+                                  int64_t tokens, int64_t k, int64_t width, int threads) {                             \
+        int64_t whole = width - width % LANES_##NAME;                                                                  \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
+        for (int64_t t = 0; t < tokens; t++) {                                                                         \
+            const int64_t *row = rows + t * k;                                                                         \
+            for (int64_t a = 0; a < k; a++) {                                                                          \
+                ELEMENT *g = grad + row[a] * width;                                                                    \
+                const SUM *c = coefficients + (t * k + a) * k;                                                         \
+                for (int64_t f = 0; f < whole; f += LANES_##NAME) {                                                    \
+                    LANES sum = load_##NAME(g + f);                                                                    \
+                    for (int64_t b = 0; b < k; b++) sum += c[b] * load_##NAME(z + row[b] * width + f);                 \
+                    store_##NAME(g + f, sum);                                                                          \
+                }                                                                                                      \
+                for (int64_t f = whole; f < width; f++) {                                                              \
+                    SUM sum = one_##NAME(g + f);                                                                       \
+                    for (int64_t b = 0; b < k; b++) sum += c[b] * one_##NAME(z + row[b] * width + f);                  \
+                    put_##NAME(g + f, sum);                                                                            \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+
+KERNELS(float, float, float, float_lanes)
+KERNELS(double, double, double, double_lanes)
+KERNELS(bfloat16, uint16_t, float, float_lanes)

@@ -1,0 +1,95 @@
+"""The package's C kernels: compiled on this machine the first time they are wanted, kept in the user's cache.
+
+Without a C compiler, or on another system than Linux, `library()` is None and callers take PyTorch's operations instead: the
+same results, slower.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("csrc") / "gram.c"
+# OpenMP's runtime is the one that PyTorch has loaded already, so both share their threads.
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
+COMPILE_SECONDS = 120
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they can't be had (said once, as a warning)."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning(
+            f"The losses' C kernels can't be compiled here, PyTorch's slower operations take their place: {error}"
+        )
+        return None
+
+
+def handles(z: Tensor) -> bool:
+    """Whether the kernels take this tensor."""
+    return z.device.type == "cpu" and z.dtype in SUFFIX and library() is not None
+
+
+def token_gram(z_RF: Tensor, rows_TK: Tensor, out_TKK: Tensor) -> None:
+    """`out[t, a, b] = <z[rows[t, a]], z[rows[t, b]]>`; all contiguous, out in at least float32."""
+    tokens, k = rows_TK.shape
+    _call("token_gram", z_RF.dtype, (z_RF, rows_TK, out_TKK), (tokens, k, z_RF.shape[1]))
+
+
+def add_gram_gradient(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> None:
+    """`grad[rows[t, a]] += sum_b coefficients[t, a, b] z[rows[t, b]]`; all contiguous, each row at most once in rows."""
+    tokens, k = rows_TK.shape
+    _call("add_gram_gradient", z_RF.dtype, (grad_RF, z_RF, rows_TK, coefficients_TKK), (tokens, k, z_RF.shape[1]))
+
+
+def _call(name: str, dtype: torch.dtype, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
+    found = library()
+    assert found is not None
+    for tensor in tensors:
+        assert tensor.is_contiguous()
+    function = getattr(found, f"{name}_{SUFFIX[dtype]}")
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    function(*pointers, *(ctypes.c_int64(size) for size in sizes), ctypes.c_int(torch.get_num_threads()))
+
+
+def _built() -> Path:
+    """Path of the shared library, compiled now if this machine has none of this source yet."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "cc"))), None)
+    if compiler is None:
+        raise OSError("no C compiler (gcc or cc) on PATH")
+    key = hashlib.sha256("\n".join((SOURCE.read_text(), compiler, *FLAGS, _processor())).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchtitan_ext"
+    path = cache / f"gram-{key}.so"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:  # processes may build at once: the last rename wins
+            fresh = Path(scratch) / path.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+            if done.returncode:
+                raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+            os.replace(fresh, path)
+    return path
+
+
+def _processor() -> str:
+    """What -march=native depends on: the architecture and its extensions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return platform.machine() + next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
