@@ -11,7 +11,13 @@ import re
 import sys
 from pathlib import Path
 
-MODULE_OF = {"pillow": "PIL", "tomli-w": "tomli_w", "pytest-timeout": "pytest_timeout", "types-tqdm": None}
+MODULE_OF = {
+    "pillow": "PIL",
+    "tomli-w": "tomli_w",
+    "scikit-learn": "sklearn",
+    "pytest-timeout": "pytest_timeout",
+    "types-tqdm": None,
+}
 
 
 def listed(pyproject: str, key: str) -> list[str]:

@@ -1,7 +1,19 @@
-"""Measures of routing and specialization; none carries a gradient."""
+"""Measures of routing and specialization; none carries a gradient.
 
+The cheap ones are in every training step's row; those that need SciPy or scikit-learn (imported when called) are for
+analysis. Shapes: T tokens, E experts, k chosen experts, D model width, F expert hidden width. Definitions: docs/metrics.md.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.losses import coupling_matrix, normalize_scores, specialization_loss, token_rows
 
 
 @torch.no_grad()
@@ -26,8 +38,7 @@ def token_entropy(scores: Tensor) -> Tensor:
 @torch.no_grad()
 def routing_entropy(scores: Tensor) -> Tensor:
     """Mean over tokens of the entropy of the routing scores (T, E), normalised first, in nats."""
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return token_entropy(scores / scores.sum(-1, keepdim=True)).mean()
+    return token_entropy(_normalised(scores)).mean()
 
 
 @torch.no_grad()
@@ -42,3 +53,169 @@ def conditional_routing(earlier_ids: Tensor, later_ids: Tensor, experts: int, ma
     joint = torch.bincount(pairs.flatten(), minlength=experts * experts).reshape(experts, experts).to(torch.float64)
     used = torch.bincount(earlier_ids.flatten(), minlength=experts).to(torch.float64)
     return joint / used.clamp(min=1).unsqueeze(1)
+
+
+@torch.no_grad()
+def load_variation(counts: Tensor) -> Tensor:
+    """Coefficient of variation of the assignment counts (..., E): standard deviation over mean; 0 for no token at all."""
+    counts = counts.to(torch.float64)
+    mean = counts.mean(-1)
+    return torch.where(mean > 0, counts.std(-1, correction=0) / torch.where(mean > 0, mean, 1.0), 0.0)
+
+
+@torch.no_grad()
+def topk_mass(scores: Tensor, topk_ids: Tensor) -> Tensor:
+    """Mean over tokens of the normalised score mass on the chosen experts: (T, E), (T, k) -> ()."""
+    scores = _normalised(scores)
+    return scores.gather(-1, topk_ids).sum(-1).mean()
+
+
+@torch.no_grad()
+def routing_margin(scores: Tensor, top_k: int) -> Tensor:
+    """Mean gap between the k-th and the (k+1)-th normalised score, (T, E) -> (). ValueError when k is not below E."""
+    if top_k >= scores.shape[-1]:
+        raise ValueError(f"routing_margin: no score is left out with top_k={top_k} of {scores.shape[-1]} experts")
+    best = _normalised(scores).topk(top_k + 1, dim=-1).values
+    return (best[..., top_k - 1] - best[..., top_k]).mean()
+
+
+@torch.no_grad()
+def expert_overlap(x: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Mean squared cosine of co-activated experts' vectors, in [0, 1]; chance level about 1 / width. 0 for k = 1.
+
+    x: (T, k, F) activations z, or outputs y; or (R, F) in any order with rows: (T, k).
+    """
+    rows, x = token_rows(x, rows)
+    k = rows.shape[1]
+    return specialization_loss(x, rows=rows) / max(k * (k - 1), 1)
+
+
+@torch.no_grad()
+def mean_gate_imbalance(gates: Tensor) -> Tensor:
+    """`(1/E) sum_e (mean_i g_ie - 1/E)^2` of gates (T, E) that sum to 1: 0 when balanced. Source: Guo et al., appendix E.
+
+    Not the variance over tokens, which is minus `routing_variance_loss`.
+    """
+    gates = gates.to(torch.promote_types(gates.dtype, torch.float32))
+    return (gates.mean(0) - 1.0 / gates.shape[1]).square().mean()
+
+
+@torch.no_grad()
+def expert_response(router_weight: Tensor, gate_weight: Tensor) -> Tensor:
+    """erc's M without noise, rows divided by their diagonal: how strongly expert j answers routing vector i, relative to i.
+
+    router_weight: (E, D), gate_weight: (E, F, D). Returns (E, E); below 1 off the diagonal where experts and router agree.
+    """
+    matrix = coupling_matrix(router_weight.to(accumulation_dtype(router_weight.dtype)), gate_weight)
+    return matrix / matrix.diagonal().unsqueeze(1)
+
+
+def _normalised(scores: Tensor) -> Tensor:
+    return normalize_scores(scores.to(accumulation_dtype(scores.dtype)))
+
+
+def _array(x: Tensor) -> "np.ndarray[Any, Any]":
+    return x.detach().cpu().to(torch.float64 if x.is_floating_point() else torch.int64).numpy()
+
+
+def match_experts(joint: Tensor) -> tuple["np.ndarray[Any, Any]", float]:
+    """The one-to-one matching of rows to columns that collects most of `joint` (E, E), and the share that it collects.
+
+    Returns (column of every row (E,), share in [0, 1]; 0 where nothing was counted). By SciPy's assignment solver.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    counts = _array(joint)
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    total = counts.sum()
+    return columns, float(counts[rows, columns].sum() / total) if total > 0 else 0.0
+
+
+def coupling_kappa(earlier_ids: Tensor, later_ids: Tensor, experts: int) -> float:
+    """kappa: `max over permutations pi of P(pi(C_l) = C_{l+1})`, C the top-1 experts (T,) of two neighbouring layers.
+
+    1 when each expert always hands its tokens to the same other one; at least the share of the best matching by chance, about
+    1/E and more for few tokens. Source: Hu et al.
+    """
+    joint = torch.bincount(earlier_ids * experts + later_ids, minlength=experts * experts)
+    return match_experts(joint.reshape(experts, experts))[1]
+
+
+class Persistence(NamedTuple):
+    top1: float
+    """Share of tokens whose first choice is unchanged."""
+    topk: float
+    """Share of the k choices that are unchanged, mean over tokens."""
+
+
+@torch.no_grad()
+def routing_persistence(before: Tensor, after: Tensor) -> Persistence:
+    """How much of the routing of the same tokens is the same at two checkpoints. Both: (T, k) ids, best first."""
+    kept = (before.unsqueeze(2) == after.unsqueeze(1)).any(2).to(torch.float64).mean()
+    return Persistence((before[:, 0] == after[:, 0]).to(torch.float64).mean().item(), kept.item())
+
+
+def routing_silhouette(inputs: Tensor, top1_ids: Tensor, sample: int = 0, seed: int = 0) -> float:
+    """Silhouette of router inputs (T, D) grouped by their top-1 expert (T,), Euclidean, in [-1, 1]; by scikit-learn.
+
+    sample: computed on that many tokens, 0 for all; it takes T^2 distances. Raises ValueError when fewer than two experts, or
+    as many as tokens, are used.
+    """
+    from sklearn.metrics import silhouette_score
+
+    return float(silhouette_score(_array(inputs), _array(top1_ids), sample_size=sample or None, random_state=seed))
+
+
+def knn_overlap(inputs: Tensor, top1_ids: Tensor, neighbours: int = 10) -> float:
+    """Mean share of a token's nearest neighbours (router inputs (T, D), Euclidean, itself left out) with another top-1 expert.
+
+    Chance level: 1 - sum of squared expert shares. Raises ValueError for fewer than neighbours + 1 tokens. Source: Guo et al.,
+    appendix E; the number of neighbours is ours.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    ids = _array(top1_ids)
+    found = NearestNeighbors(n_neighbors=neighbours).fit(_array(inputs)).kneighbors(return_distance=False)
+    return float((ids[found] != ids[:, None]).mean())
+
+
+def balanced_clusters(inputs: Tensor, clusters: int, seed: int = 0) -> "np.ndarray[Any, Any]":
+    """k-means clusters of equal size (T,): the centres by scikit-learn, then every (token, centre) pair in order of distance
+    is taken while the token is free and the cluster has fewer than ceil(T / clusters). inputs: (T, D)."""
+    from sklearn.cluster import KMeans
+
+    points = _array(inputs)
+    distances = KMeans(clusters, n_init=4, random_state=seed).fit(points).transform(points)
+    room = np.full(clusters, -(-len(points) // clusters))
+    labels = np.full(len(points), -1)
+    for pair in np.argsort(distances, axis=None, kind="stable"):
+        token, cluster = divmod(int(pair), clusters)
+        if labels[token] < 0 and room[cluster]:
+            labels[token] = cluster
+            room[cluster] -= 1
+    return labels
+
+
+def cluster_agreement(inputs: Sequence[Tensor], clusters: int, seed: int = 0) -> list[float]:
+    """Share of tokens that stay in the same cluster from one layer's router inputs to the next one's.
+
+    inputs: L tensors (T, D) of the same tokens. `balanced_clusters` of neighbouring layers are matched by assignment. Returns
+    L - 1 shares; 1 / clusters by chance for many tokens. Source: Hu et al., Fig. 7.
+    """
+    labels = [torch.from_numpy(balanced_clusters(x, clusters, seed)) for x in inputs]
+    return [coupling_kappa(a, b, clusters) for a, b in itertools.pairwise(labels)]
+
+
+@torch.no_grad()
+def domain_load(topk_ids: Tensor, domains: Tensor, experts: int, count: int) -> Tensor:
+    """Assignments per data domain and expert: ids (T, k), the domain of each token (T,) -> (count, E) int64."""
+    pairs = domains.unsqueeze(1) * experts + topk_ids
+    return torch.bincount(pairs.flatten(), minlength=count * experts).reshape(count, experts)
+
+
+def domain_information(load: Tensor) -> float:
+    """I(expert; domain) in nats from assignments per domain and expert (domains, E); by scikit-learn. 0 for no assignment."""
+    from sklearn.metrics import mutual_info_score
+
+    counts = _array(load)
+    return max(0.0, float(mutual_info_score(None, None, contingency=counts))) if counts.sum() else 0.0
