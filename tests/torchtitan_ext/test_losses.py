@@ -344,17 +344,77 @@ def test_weights_select_tokens() -> None:
     torch.testing.assert_close(weighted, alone, rtol=1e-13, atol=1e-14)
 
 
-def test_bfloat16_and_strided_input() -> None:
-    """bfloat16 rounds the inputs (2^-9 relative) and nothing else: results are those of the rounded inputs, in float32."""
-    logits = [torch.randn(TOKENS, 2 * EXPERTS, generator=generator(s)).bfloat16()[:, ::2] for s in range(2)]
-    z = torch.randn(TOKENS, WIDTH, 3, generator=generator(3)).bfloat16().transpose(1, 2)
-    assert not z.is_contiguous()
-    got = specialization_loss(z)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, specialization_loss(z.float().contiguous()), rtol=1e-6, atol=0)
-    got = router_z_loss(logits[0])
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, router_z_loss(logits[0].float().contiguous()), rtol=1e-6, atol=0)
+LOSSES = ["lb", "z", "sp", "cp", "cp:activated", "cp:transition", "o", "o:code", "v", "v:code", "erc"]
+
+
+def single_loss(name: str, k: int, ids: list[Tensor], s: list[Tensor], z: Tensor, erc: tuple[Tensor, ...]) -> Tensor:
+    """One loss or variant of scores s, activations z, and erc's router, gate weights and noise."""
+    name, _, variant = name.partition(":")
+    if name == "lb":
+        return load_balance_loss(s[0], ids[0])
+    if name == "z":
+        return router_z_loss(s[0])
+    if name == "sp":
+        return specialization_loss(z)
+    if name == "cp":
+        return coupling_loss(s, k, variant or "all", ids)
+    if name == "o":
+        return orthogonality_loss(z, variant or "paper")
+    if name == "v":
+        return routing_variance_loss(s[0], variant or "paper")
+    return expert_router_coupling_loss(erc[0], erc[1], 0.9, erc[2])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_bfloat16_and_strided_input(name: str) -> None:
+    """bfloat16 rounds the inputs and nothing else: values are those of the rounded inputs in float32, gradients are rounded
+    once (2^-9 relative; twice that is allowed, and float32 noise of the largest)."""
+    k = 2
+    strided = [torch.rand(TOKENS, 2 * EXPERTS, generator=generator(s)).softmax(-1).bfloat16()[:, ::2] for s in range(2)]
+    z = torch.randn(TOKENS, WIDTH, k, generator=generator(3)).bfloat16().transpose(1, 2)
+    router = torch.randn(WIDTH, EXPERTS, generator=generator(4)).bfloat16().t()
+    gate = torch.randn(EXPERTS, WIDTH, 3, generator=generator(5)).bfloat16().transpose(1, 2)
+    ids = [s.topk(k).indices for s in strided]
+    noise = 1 + 0.1 * torch.randn(EXPERTS, WIDTH, generator=generator(6))
+
+    def results(inputs: list[Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        value = single_loss(name, k, ids, leaves[:2], leaves[2], (leaves[3], leaves[4], noise))
+        return value, torch.autograd.grad(value, leaves, allow_unused=True)
+
+    inputs = [*strided, z, router, gate]
+    assert not any(x.is_contiguous() for x in inputs)
+    value, gradients = results(inputs)
+    wanted, exact = results([x.float().contiguous() for x in inputs])
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
+    assert any(g is not None for g in exact)
+    for a, b in zip(gradients, exact, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert a.dtype == torch.bfloat16
+            torch.testing.assert_close(a.float(), b, rtol=2**-8, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("experts", [1, 2, 4])
+def test_every_expert_chosen(experts: int) -> None:
+    """E = k: nothing is left out, so masses are 1, the load is even, and the definitions still hold."""
+    logits = torch.randn(LAYERS, TOKENS, experts, dtype=torch.float64, generator=generator(0))
+    scores = [s.requires_grad_() for s in logits.softmax(-1)]
+    ids = [s.topk(experts).indices for s in scores]
+    z = torch.randn(TOKENS, experts, WIDTH, dtype=torch.float64, generator=generator(3)).requires_grad_()
+    assert load_balance_loss(scores[0], ids[0]).item() == pytest.approx(1.0, rel=1e-14)
+    for source in ("all", "activated", "transition"):
+        assert coupling_loss(scores, experts, source, ids).item() == pytest.approx(1.0 - LAYERS, rel=1e-14)
+    assert_same(specialization_loss, reference.specialization, z)
+    if experts == 1:
+        assert specialization_loss(z).item() == 0.0
+        assert orthogonality_loss(z).item() == 0.0
+        assert orthogonality_loss(z, "code").item() == 0.0
+        assert routing_variance_loss(scores[0], "code").item() == 0.0
+    else:
+        assert_same(orthogonality_loss, reference.orthogonality, z)
+    assert_same(routing_variance_loss, reference.routing_variance, scores[0])
 
 
 def test_under_torch_func() -> None:
