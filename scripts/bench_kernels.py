@@ -9,11 +9,11 @@ backward, E = 64 and 4,096. Medians of alternating runs; extra memory is the pea
 """
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from benchmarking import seconds
 from torch import Tensor
 
 from titan_moe.model.moe import plan_dispatch
@@ -23,12 +23,6 @@ from torchtitan_ext.losses import coupling_loss
 
 TOKENS, K, WIDTH, EXPERTS = 2048, 4, 672, 64
 COMPARISONS = 25
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def textbook(z_RF: Tensor, rows_TK: Tensor) -> Tensor:

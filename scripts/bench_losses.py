@@ -11,29 +11,25 @@ the machine's noise touches much less. Memory is the peak of allocated bytes ove
 """
 
 import argparse
-import math
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from benchmarking import GEOMETRY, VOCABULARY, inputs_of, interval, seconds
 from torch import Tensor, nn
 
-from titan_moe.config.tables import Model, MoE, Optimizer
+from titan_moe.config.tables import Optimizer
 from titan_moe.model.init import init_weights
-from titan_moe.model.transformer import Inputs, Transformer
+from titan_moe.model.transformer import Transformer
 from titan_moe.train.device import keep_freed_memory, peak_allocated
 from titan_moe.train.optimizer import build_optimizer
 from torchtitan_ext.carry import empty_carry
 from torchtitan_ext.gram import gram_through
+from torchtitan_ext.response import response_through
 from torchtitan_ext.terms import LayerView, Terms, Tokens, WeightedGram
 
-GEOMETRY = {
-    "small": Model(dim=576, heads=9, layers=12, moe=MoE(experts=16, top_k=2, hidden_dim=1104)),
-    "medium": Model(dim=512, heads=8, layers=4, moe=MoE(experts=64, top_k=4, hidden_dim=672)),
-    "large": Model(dim=768, heads=12, layers=2, moe=MoE(experts=96, top_k=6, hidden_dim=1744)),
-}
 ARMS = [
+    "none",
     "lb",
     "z",
     "sp",
@@ -53,8 +49,9 @@ OPTION = {"sp": "sp_method", "cp": "cp_source", "o": "o_variant", "v": "v_varian
 
 
 def terms_of(arm: str, top_k: int) -> Terms:
-    """`sp:sample,cp` as sp by sampling and cp."""
+    """`sp:sample,cp` as sp by sampling and cp; `none` as no term."""
     weights, options = {}, {}
+    arm = arm.replace("none", "")
     for part in filter(None, arm.split(",")):
         name, _, choice = part.partition(":")
         weights[name] = WEIGHTS[name]
@@ -69,33 +66,15 @@ def use(model: Transformer, terms: Terms) -> None:
         moe.terms = terms
 
 
-def seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """95% interval of the median from order statistics (normal approximation of the binomial)."""
-    n = len(ratios)
-    reach = 0.98 * math.sqrt(n)
-    low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
-    return sorted(ratios)[low], sorted(ratios)[high]
-
-
 class Bench:
     def __init__(self, geometry: str, layers: int, sequences: int, seq: int, dtype: torch.dtype) -> None:
         settings = GEOMETRY[geometry]
-        settings = settings.model_copy(update={"layers": layers or settings.layers, "vocab_size": 32000})
+        settings = settings.model_copy(update={"layers": layers or settings.layers, "vocab_size": VOCABULARY})
         self.top_k, self.dtype = settings.moe.top_k, dtype
         self.model = Transformer(settings, terms_of("", self.top_k), dtype)
         init_weights(self.model, seed=0)
         self.optimizer = build_optimizer(self.model, Optimizer(lr=1e-4))
-        tokens = torch.randint(0, 32000, (sequences, seq), generator=torch.Generator().manual_seed(0))
-        weights = torch.full(tokens.shape, 1.0 / tokens.numel())
-        positions = torch.arange(seq).expand_as(tokens)
-        labels, documents = tokens.roll(-1, 1), torch.zeros_like(tokens)
-        self.inputs = Inputs(tokens, labels, documents, positions, weights, torch.arange(sequences), torch.tensor(1))
+        self.inputs = inputs_of(sequences, seq)
         self.off = terms_of("", self.top_k)
 
     def step(self) -> None:
@@ -136,9 +115,26 @@ class Bench:
         return seen
 
     def added(self, terms: Terms, views: list[LayerView], repeats: int = 7) -> float:
-        """Seconds of the terms' own forward and backward over all layers, less those of no term at all."""
+        """Seconds of the terms' own forward and backward over all layers, less those of no term at all.
+
+        For no term at all: less those of a build whose layers hand the carry on untouched.
+        """
         tokens = Tokens(self.inputs.token_weights, self.inputs.sequences, self.inputs.step)
-        incoming_z = [torch.zeros_like(view.z_RF) for view in views]  # what the down projections' backward would give
+
+        class Untouched(Terms):
+            def add(self, view, carry, layer, tokens):  # type: ignore[no-untyped-def] # noqa: ARG002
+                return carry
+
+        base = self.off if terms.names else Untouched({}, self.top_k)
+        moes = self.model.moe_modules()
+        zero_gradients: dict[
+            str, Tensor
+        ] = {}  # what the experts' own backward would give, made before the clock starts
+
+        def gradient_of(through: Tensor, name: str) -> Tensor:
+            if name not in zero_gradients:
+                zero_gradients[name] = torch.zeros_like(through)
+            return zero_gradients[name]
 
         def work(active: Terms) -> Callable[[], None]:
             def run() -> None:
@@ -148,6 +144,7 @@ class Bench:
                 carry = empty_carry(len(active.names), count, len(views), experts, torch.float32, device, width)
                 leaves: list[Tensor] = []
                 passed: list[Tensor] = []
+                incoming: list[Tensor] = []
                 for layer, view in enumerate(views):
                     fresh = view.detach()
                     own = [t.requires_grad_() for t in fresh if isinstance(t, Tensor) and t.is_floating_point()]
@@ -156,16 +153,25 @@ class Bench:
                         z_RF, gram = gram_through(fresh.z_RF, chosen.rows_NK)
                         fresh = fresh._replace(z_RF=z_RF, gram=WeightedGram(gram, chosen.weights_N))
                         passed.append(z_RF)
+                        incoming.append(gradient_of(z_RF, f"z{layer}"))
+                    router, gate_up = moes[layer].router.weight, moes[layer].experts.gate_up
+                    proxies = active.proxies(router, layer, tokens)
+                    if proxies is not None:
+                        weight, response = response_through(gate_up, proxies, moes[layer].router.moe.hidden_dim)
+                        fresh = fresh._replace(response_EE=response)
+                        own += [router, gate_up]
+                        passed.append(weight)
+                        incoming.append(gradient_of(weight, f"weight{layer}"))
                     leaves += own
                     carry = active.add(fresh, carry, layer, tokens)
                 if active.names:
                     objective = active.objective(carry.terms)
-                    incoming = [torch.ones_like(objective), *incoming_z[: len(passed)]]
-                    torch.autograd.grad([objective, *passed], leaves, incoming, allow_unused=True)
+                    ones = torch.ones_like(objective)
+                    torch.autograd.grad([objective, *passed], leaves, [ones, *incoming], allow_unused=True)
 
             return run
 
-        on, off = work(terms), work(self.off)
+        on, off = work(terms), work(base)
         on()
         return statistics.median(seconds(on) - seconds(off) for _ in range(repeats))
 

@@ -278,7 +278,12 @@ def expert_router_coupling_loss(
     if detach_router:
         router_weight = router_weight.detach()
     proxies = router_weight * noise.to(router_weight.dtype)
-    matrix = coupling_matrix(proxies, gate_weight)
+    return coupling_excess(coupling_matrix(proxies, gate_weight), alpha)
+
+
+def coupling_excess(matrix: Tensor, alpha: float) -> Tensor:
+    """erc from its activation matrix M (E, E): `(1/E^2) sum_{i != j} max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0)`."""
+    experts = matrix.shape[0]
     identity = torch.eye(experts, dtype=torch.bool, device=matrix.device)
     diagonal = alpha * torch.where(identity, matrix, 0.0).sum(1, keepdim=True)  # as squared_norms, and for its reason
     excess = (matrix - diagonal).relu() + (matrix.t() - diagonal).relu()

@@ -11,10 +11,10 @@ from torchtitan_ext import draws
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.gram import accumulation_dtype, squared_cosines
 from torchtitan_ext.losses import (
+    coupling_excess,
     coupling_noise,
     coupling_source_mass,
     coupling_target_mass,
-    expert_router_coupling_loss,
     load_balance_loss,
     orthogonality_loss,
     router_z_loss,
@@ -47,12 +47,10 @@ class LayerView(NamedTuple):
     """Expert outputs before the gate weight, sorted likewise."""
     rows_TK: Tensor
     """Row of `z_RF` and `y_RD` that holds token i's a-th expert."""
-    router_weight_ED: Tensor
-    """Routing vectors."""
-    gate_weight_EFD: Tensor
-    """The experts' gate projections."""
     gram: "WeightedGram | None" = None
     """Gram matrices of z that the layer took for sp on the way, when `Terms.gram_rows` asked for them."""
+    response_EE: Tensor | None = None
+    """erc's activation matrix, when `Terms.proxies` asked for it."""
 
     def detach(self) -> "LayerView":
         tensors = {name: value.detach() for name, value in self._asdict().items() if isinstance(value, Tensor)}
@@ -80,6 +78,8 @@ class Tokens(NamedTuple):
     """(B,) int64, index of each sequence in the global batch: the key of draws per token."""
     step: Tensor
     """() int64, the optimizer step: the key of every draw."""
+    share: float = 1.0
+    """This micro-batch's share of the terms that no token enters (erc); with 0 they are not computed."""
 
 
 class Site(NamedTuple):
@@ -133,6 +133,19 @@ class Terms:
         if self.weights.get("sp", 0.0) > 0 and self.sp_method in ("exact", "sample"):
             return self._sp_rows(rows_TK, layer, tokens)
         return None
+
+    def proxies(self, router_weight_ED: Tensor, layer: int, tokens: Tokens) -> Tensor | None:
+        """erc's noisy routing vectors (E, D), whose answers by every expert a layer should take, if it should."""
+        if "erc" not in self.weights or tokens.share == 0.0:
+            return None
+        if self.erc_detach_router or self.weights["erc"] == 0:
+            router_weight_ED = router_weight_ED.detach()
+        dtype, device = accumulation_dtype(router_weight_ED.dtype), router_weight_ED.device
+        router_weight_ED = router_weight_ED.to(dtype)
+        experts, dim = (torch.arange(size, device=device) for size in router_weight_ED.shape)
+        key = (draws.ERC_NOISE, self.seed, layer, tokens.step, experts.unsqueeze(1), dim)
+        uniform = draws.keyed_uniform(*key, device=device, dtype=dtype)
+        return router_weight_ED * coupling_noise(router_weight_ED.detach(), uniform)
 
     def _sp_rows(self, rows_TK: Tensor, layer: int, tokens: Tokens) -> GramRows:
         weights_T = tokens.weights.flatten()
@@ -231,16 +244,10 @@ class Terms:
         return routing_variance_loss(gates_TE, self.v_variant, weights=site.weights_T)
 
     def _expert_router_coupling(self, site: Site) -> Tensor:
-        """Token-free: this micro-batch adds its share of the labelled tokens, so that a step adds up to the value once."""
-        router = site.view.router_weight_ED
-        experts, dim = (torch.arange(size, device=router.device) for size in router.shape)
-        key = (draws.ERC_NOISE, self.seed, site.layer, site.tokens.step, experts.unsqueeze(1), dim)
-        dtype = accumulation_dtype(router.dtype)
-        noise = coupling_noise(router.detach().to(dtype), draws.keyed_uniform(*key, device=router.device, dtype=dtype))
-        value = expert_router_coupling_loss(
-            router, site.view.gate_weight_EFD, self.erc_alpha, noise, self.erc_detach_router
-        )
-        return value * site.weights_T.sum()
+        """Token-free, so a step needs it once: 0 where the layer was not asked for it."""
+        if site.view.response_EE is None:
+            return site.weights_T.new_zeros(())
+        return coupling_excess(site.view.response_EE, self.erc_alpha) * site.tokens.share
 
     def _measures(self, site: Site, specialization: Tensor | None) -> Tensor:
         view, weights_T = site.view, site.weights_T

@@ -72,8 +72,8 @@ def step(model: Transformer, whole: Batch, micro: int) -> tuple[float, Carry, di
     model.zero_grad()
     loss, carry = 0.0, None
     dtype = torch.promote_types(model.dtype, torch.float32)
-    for part in whole.split(micro):
-        out = model(part.inputs(dtype, torch.device("cpu")))
+    for number, part in enumerate(whole.split(micro)):
+        out = model(part.inputs(dtype, torch.device("cpu"), share=float(number == 0)))
         objective = out.ce + model.terms.objective(out.carry.terms)
         objective.backward()
         loss, carry = loss + objective.item(), add_carry(carry, out.carry)

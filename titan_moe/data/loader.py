@@ -37,12 +37,24 @@ class Batch(NamedTuple):
     label_count: int
     """Labelled tokens of the whole global batch, this part and all others."""
 
-    def inputs(self, dtype: torch.dtype, device: torch.device, step: int = 0) -> Inputs:
-        """The model's view. dtype: of the token weights, at least float32. step: the optimizer step, for keyed draws."""
+    def inputs(self, dtype: torch.dtype, device: torch.device, step: int = 0, share: float = 1.0) -> Inputs:
+        """The model's view. dtype: of the token weights, at least float32. step, share: see `Inputs`."""
         weights = self.loss_mask.to(dtype) / max(self.label_count, 1)
         number = torch.tensor(step, dtype=torch.int64)
-        tensors = (self.tokens, self.labels, self.document_ids, self.positions, weights, self.sequences, number)
-        return Inputs(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Inputs(
+            move(self.tokens),
+            move(self.labels),
+            move(self.document_ids),
+            move(self.positions),
+            move(weights),
+            move(self.sequences),
+            move(number),
+            share,
+        )
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Micro-batches of `size` sequences; each keeps the label count of the whole."""

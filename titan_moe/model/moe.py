@@ -18,6 +18,7 @@ from titan_moe.model.gemm import grouped_linear
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.gram import accumulation_dtype, gram_through
 from torchtitan_ext.losses import normalize_scores
+from torchtitan_ext.response import response_through
 from torchtitan_ext.terms import LayerView, Terms, Tokens, WeightedGram
 
 
@@ -119,9 +120,9 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(moe.experts, 2 * moe.hidden_dim, dim))
         self.down = nn.Parameter(torch.empty(moe.experts, dim, moe.hidden_dim))
 
-    def activations(self, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+    def activations(self, x_RD: Tensor, gate_up_EGD: Tensor, offsets_E: Tensor) -> Tensor:
         """SwiGLU activations z of rows sorted by expert: (R, D) -> (R, F)."""
-        return swiglu(grouped_linear(x_RD, self.gate_up, offsets_E))
+        return swiglu(grouped_linear(x_RD, gate_up_EGD, offsets_E))
 
     def outputs(self, z_RF: Tensor, offsets_E: Tensor) -> Tensor:
         """(R, F) -> (R, D)."""
@@ -145,7 +146,12 @@ class MoELayer(nn.Module):
         choice = self.router(x_TD)
         dispatch = plan_dispatch(choice.topk_ids_TK, self.router.moe.experts)
         x_RD = _Gather.apply(x_TD, dispatch.tokens_R, dispatch.rows_TK)
-        z_RF = self.experts.activations(x_RD, dispatch.offsets_E)
+        gate_up: Tensor = self.experts.gate_up
+        response = None
+        proxies = self.terms.proxies(self.router.weight, self.layer, tokens)
+        if proxies is not None:
+            gate_up, response = response_through(gate_up, proxies, self.router.moe.hidden_dim)
+        z_RF = self.experts.activations(x_RD, gate_up, dispatch.offsets_E)
         gram = None
         chosen = self.terms.gram_rows(dispatch.rows_TK, self.layer, tokens)
         if chosen is not None:
@@ -160,8 +166,7 @@ class MoELayer(nn.Module):
             z_RF=z_RF,
             y_RD=y_RD,
             rows_TK=dispatch.rows_TK,
-            router_weight_ED=self.router.weight,
-            gate_weight_EFD=self.experts.gate_up[:, : self.router.moe.hidden_dim],
             gram=gram,
+            response_EE=response,
         )
         return out_TD, self.terms.add(view, carry, self.layer, tokens), choice.topk_ids_TK

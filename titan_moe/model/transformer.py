@@ -37,6 +37,8 @@ class Inputs(NamedTuple):
     """(B,) int64, index of each sequence in the global batch."""
     step: Tensor
     """() int64, the optimizer step; with `sequences` it keys every random draw."""
+    share: float = 1.0
+    """Of the terms that no token enters (erc): 1 over all micro-batches of a step; one with 0 need not compute them."""
 
 
 class Output(NamedTuple):
@@ -140,7 +142,7 @@ class Transformer(nn.Module):
             inputs.tokens.device,
             self.terms.previous_width(settings.moe.experts),
         )
-        tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step)
+        tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.share)
         routing = []
         for block in self.layers.values():
             h_BSD, carry, topk_ids = block(h_BSD, carry, rotary, mask_BSS, tokens)

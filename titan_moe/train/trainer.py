@@ -86,8 +86,8 @@ def train_step(
     dtype = accumulation_dtype(model.dtype)
     loss = ce = torch.zeros((), dtype=dtype, device=device)
     carry: Carry | None = None
-    for micro_batch in batch.split(config.training.microbatch_size or config.training.batch_size):
-        out = model(micro_batch.inputs(dtype, device, step))
+    for number, micro_batch in enumerate(batch.split(config.training.microbatch_size or config.training.batch_size)):
+        out = model(micro_batch.inputs(dtype, device, step, share=float(number == 0)))
         objective = out.ce + model.terms.objective(out.carry.terms, factors)
         objective.backward()
         loss, ce, carry = loss + objective.detach(), ce + out.ce.detach(), add_carry(carry, out.carry)
@@ -109,8 +109,9 @@ def measure_terms(
 ) -> dict[str, float]:
     """The terms of a global batch, unweighted, without an update."""
     carry: Carry | None = None
-    for micro_batch in batch.split(config.training.microbatch_size or config.training.batch_size):
-        out = model(micro_batch.inputs(accumulation_dtype(model.dtype), device, step))
+    for number, micro_batch in enumerate(batch.split(config.training.microbatch_size or config.training.batch_size)):
+        inputs = micro_batch.inputs(accumulation_dtype(model.dtype), device, step, share=float(number == 0))
+        out = model(inputs)
         carry = add_carry(carry, out.carry)
     assert carry is not None
     return dict(zip(model.terms.names, carry.terms.tolist(), strict=True))

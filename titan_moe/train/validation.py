@@ -40,7 +40,7 @@ def validate(
     counts = torch.zeros(model.moe_layers, experts, dtype=torch.int64, device=device)
     joint = torch.zeros(pairs, experts, experts, dtype=torch.float64, device=device)
     for batch in validation_batches(windows, sequences, batch_size):
-        inputs = batch.inputs(dtype, device)
+        inputs = batch.inputs(dtype, device, share=0.0)
         ce, carry, routing = model.evaluate(inputs)
         nats += ce.item() * batch.label_count
         labels += batch.label_count

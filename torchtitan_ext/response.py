@@ -1,0 +1,60 @@
+"""How strongly every expert answers every routing vector: erc's matrix, taken on the way of the weights to the experts.
+
+E experts, J of them here (all, or one rank's), F expert hidden width, D model width, G rows of a weight that holds the gate
+projection in its first F.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtitan_ext.gram import accumulation_dtype
+
+
+class _ResponseThrough(torch.autograd.Function):
+    """The identity on the weights, and the answers beside it. The backward adds to the gradient that comes back, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        gate_JFD = weight_JGD[:, :width].to(proxies_ED.dtype)
+        answers_JEF = torch.matmul(proxies_ED, gate_JFD.transpose(1, 2))
+        lengths_JE = torch.linalg.vector_norm(answers_JEF, dim=-1)
+        ctx.save_for_backward(weight_JGD, proxies_ED, answers_JEF, lengths_JE)
+        ctx.width = width
+        ctx.set_materialize_grads(False)
+        return weight_JGD.view_as(weight_JGD), lengths_JE.t()
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_JGD: Tensor | None, grad_EJ: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        weight_JGD, proxies_ED, answers_JEF, lengths_JE = ctx.saved_tensors
+        if grad_EJ is None:
+            return grad_JGD, None, None
+        if grad_JGD is None:
+            grad_JGD = torch.zeros_like(weight_JGD)
+        positive_JE = lengths_JE > 0
+        factor_JE = torch.where(positive_JE, grad_EJ.t() / torch.where(positive_JE, lengths_JE, 1.0), 0.0)
+        grad_JEF = answers_JEF * factor_JE.unsqueeze(2)
+        grad_gate_JFD = grad_JGD[:, : ctx.width]
+        proxies_JED = proxies_ED.expand(weight_JGD.shape[0], *proxies_ED.shape)
+        if grad_JGD.dtype == proxies_ED.dtype:
+            grad_gate_JFD.baddbmm_(grad_JEF.transpose(1, 2), proxies_JED)
+        else:
+            grad_gate_JFD += torch.bmm(grad_JEF.transpose(1, 2), proxies_JED)
+        grad_proxies_ED = None
+        if ctx.needs_input_grad[1]:
+            grad_proxies_ED = torch.bmm(grad_JEF, weight_JGD[:, : ctx.width].to(grad_JEF.dtype)).sum(0)
+        return grad_JGD, grad_proxies_ED, None
+
+
+def response_through(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The weights again, and `M[i, j] = || W_gate^j proxy_i ||` of the experts j in them, (E, J).
+
+    For a caller that goes on with the returned weights; whatever consumes them must give back a gradient of its own making,
+    since the backward writes into it. proxies: in at least float32. First derivatives only; a zero answer has gradient 0.
+    """
+    assert proxies_ED.dtype == accumulation_dtype(weight_JGD.dtype)
+    through: tuple[Tensor, Tensor] = _ResponseThrough.apply(weight_JGD, proxies_ED, width)
+    return through
