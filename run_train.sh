@@ -19,7 +19,10 @@ if [ "$NPROC" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
 fi
 
 # Configuration and inputs are checked here, once, since torchrun turns every failure into status 1 and 45 lines.
-WORLD_SIZE=$((NPROC * ${NNODES:-1})) "$PYTHON" -m titan_moe.cli train --check "$@" || exit $?
+WORLD_SIZE=$((NPROC * ${NNODES:-1})) "$PYTHON" -m titan_moe.cli train --check "$@"
+status=$?
+[ "$status" = 64 ] && exit 0 # the run is finished, and has said so
+[ "$status" = 0 ] || exit "$status"
 exec "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" --nnodes "${NNODES:-1}" \
     --node-rank "${NODE_RANK:-0}" --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}" \
     --max-restarts "${MAX_RESTARTS:-0}" -m titan_moe.cli train "$@"

@@ -105,6 +105,8 @@ class Bench:
         seen: list[LayerView] = []
 
         class Recorder(Terms):
+            needs_activations = True
+
             def add(self, view, carry, layer, tokens):  # type: ignore[no-untyped-def]
                 seen.append(view.detach())
                 return super().add(view, carry, layer, tokens)
@@ -119,7 +121,7 @@ class Bench:
 
         For no term at all: less those of a build whose layers hand the carry on untouched.
         """
-        tokens = Tokens(self.inputs.token_weights, self.inputs.sequences, self.inputs.step)
+        tokens = Tokens(self.inputs.token_weights, self.inputs.sequences, self.inputs.step, self.inputs.places)
 
         class Untouched(Terms):
             def add(self, view, carry, layer, tokens):  # type: ignore[no-untyped-def] # noqa: ARG002
@@ -150,6 +152,7 @@ class Bench:
                     own = [t.requires_grad_() for t in fresh if isinstance(t, Tensor) and t.is_floating_point()]
                     chosen = active.gram_rows(fresh.rows_TK, layer, tokens)
                     if chosen is not None:
+                        assert fresh.z_RF is not None
                         z_RF, gram = gram_through(fresh.z_RF, chosen.rows_NK)
                         fresh = fresh._replace(z_RF=z_RF, gram=WeightedGram(gram, chosen.weights_N))
                         passed.append(z_RF)

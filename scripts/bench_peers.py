@@ -50,7 +50,7 @@ def our_layer(settings: Model, dtype: torch.dtype, x_TD: Tensor) -> Work:
     layer.to(dtype)
     carry = empty_carry(len(terms.names), TOKENS, 2, settings.moe.experts, torch.float32, x_TD.device)
     carry = carry._replace(previous=torch.ones(TOKENS, 1))
-    tokens = Tokens(torch.full((1, TOKENS), 1.0 / TOKENS), torch.arange(1), torch.tensor(1))
+    tokens = Tokens(torch.full((1, TOKENS), 1.0 / TOKENS), torch.arange(1), torch.tensor(1), torch.arange(TOKENS))
     gradient = torch.randn_like(x_TD)
 
     def work() -> None:

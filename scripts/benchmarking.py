@@ -23,7 +23,9 @@ def inputs_of(sequences: int, seq: int) -> Inputs:
     weights = torch.full(tokens.shape, 1.0 / tokens.numel())
     positions = torch.arange(seq).expand_as(tokens)
     labels, documents = tokens.roll(-1, 1), torch.zeros_like(tokens)
-    return Inputs(tokens, labels, documents, positions, weights, torch.arange(sequences), torch.tensor(1))
+    return Inputs(
+        tokens, labels, documents, positions, weights, torch.arange(sequences), torch.tensor(1), torch.arange(seq)
+    )
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -9,6 +9,7 @@ Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 afte
 
 import errno
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -20,6 +21,7 @@ from titan_moe.config.tables import Config
 from titan_moe.errors import TrainingError, UserError
 from titan_moe.train.run_dir import RunDir
 
+FINISHED = 64  # what `train --check` tells run_train.sh: the run is done, there is nothing to start
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 USAGE = """usage: titan-moe VERB [--config NAME or PATH] [--section.key=value ...]
@@ -100,21 +102,33 @@ def split_config(words: list[str]) -> tuple[str, list[str]]:
 def train(config: Config, check_only: bool) -> int:
     from titan_moe.data.prepare import prepare
 
-    run_dir = RunDir(config)
-    if not check_only:
-        run_dir.open()
-        if finished(config, run_dir):
-            return 0
-    prepared = prepare(config)
-    check_vocabulary(config, prepared.tokenizer.vocab_size)
+    rank = int(os.environ.get("RANK", "0"))
+    run_dir = RunDir(config, rank)
+    if finished(config, run_dir):
+        return FINISHED if check_only else 0
     if check_only:
+        prepared = prepare(config)
+        check_vocabulary(config, prepared.tokenizer.vocab_size)
         return 0
+    from titan_moe.parallel.degrees import resolve
+    from titan_moe.parallel.mesh import Mesh, from_first, start_processes, stop_processes
+    from titan_moe.train.device import pick_device
+
+    device = pick_device()
+    start_processes(device, config.parallelism.timeout_seconds)
+    from_first(run_dir.open)
+    prepared = from_first(lambda: prepare(config))
+    check_vocabulary(config, prepared.tokenizer.vocab_size)
     # torchdata 0.11 sets a hint that torch 2.13 no longer reads.
     warnings.filterwarnings("ignore", "'set_vital' is deprecated")
     from titan_moe.train.trainer import Trainer
 
     start_log(run_dir)
-    return Trainer(config, prepared, run_dir).run()
+    degrees = resolve(config.parallelism, world_size_from_environment(), str)
+    try:
+        return Trainer(config, prepared, run_dir, Mesh(degrees, device)).run()
+    finally:
+        stop_processes()
 
 
 def finished(config: Config, run_dir: RunDir) -> bool:
@@ -145,6 +159,7 @@ def start_log(run_dir: RunDir) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     console = logging.StreamHandler(sys.stdout)
+    console.setLevel(logging.INFO if run_dir.rank == 0 else logging.WARNING)
     file = logging.FileHandler(run_dir.log)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.handlers = [console, file]

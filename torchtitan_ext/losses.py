@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchtitan_ext.collectives import Group, all_sum
 from torchtitan_ext.gram import (
     accumulation_dtype,
     squared_cosines,
@@ -50,17 +51,20 @@ def normalize_scores(scores: Tensor) -> Tensor:
     return scores / scores.sum(-1, keepdim=True)
 
 
-def expert_shares(topk_ids: Tensor, experts: int, weights: Tensor) -> Tensor:
-    """f, the weighted share of the assignments that each expert got; no gradient.
+def expert_load(topk_ids: Tensor, experts: int, weights: Tensor) -> Tensor:
+    """The assignments of each expert, each counted with its token's weight; no gradient.
 
-    topk_ids: (..., T, k) int64, weights: (..., T). Returns (..., E), all 0 where no token has weight.
+    topk_ids: (..., T, k) int64, weights: (..., T). Returns (..., E).
     """
-    k = topk_ids.shape[-1]
-    shares = weights.new_zeros(*topk_ids.shape[:-2], experts)
+    load = weights.new_zeros(*topk_ids.shape[:-2], experts)
     per_assignment = weights.detach().unsqueeze(-1).expand(topk_ids.shape).flatten(-2)
-    shares = shares.scatter_add(-1, topk_ids.flatten(-2), per_assignment)
-    total = weights.detach().sum(-1, keepdim=True) * k
-    return torch.where(total > 0, shares / torch.where(total > 0, total, 1.0), 0.0)
+    return load.scatter_add(-1, topk_ids.flatten(-2), per_assignment)
+
+
+def load_shares(load: Tensor) -> Tensor:
+    """f, each expert's share of the assignments: (..., E) -> (..., E), all 0 where there is none."""
+    total = load.sum(-1, keepdim=True)
+    return torch.where(total > 0, load / torch.where(total > 0, total, 1.0), 0.0)
 
 
 def load_balance_loss(
@@ -77,7 +81,7 @@ def load_balance_loss(
         weights = mean_weights(scores, scores.shape[:-1])
     weights = weights.to(scores.dtype)
     if load is None:
-        load = expert_shares(topk_ids, scores.shape[-1], weights)
+        load = load_shares(expert_load(topk_ids, scores.shape[-1], weights))
     mean_scores = (weights.unsqueeze(-2) @ scores).squeeze(-2)
     return scores.shape[-1] * (load.to(scores.dtype).detach() * mean_scores).sum()
 
@@ -140,14 +144,17 @@ def coupling_source_mass(scores: Tensor, topk_ids: Tensor | None, source: str) -
     raise ValueError(f"coupling_loss: source={source!r} is not one of 'all', 'activated', 'transition'")
 
 
-def transition_coupling(earlier: Tensor, later: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
+def transition_coupling(
+    earlier: Tensor, later: Tensor, top_k: int, weights: Tensor | None = None, group: Group | None = None
+) -> Tensor:
     """cp by transitions for one pair of layers: minus the sum of the k largest entries of every row of
-    `C = S_l^T S_{l+1} / T`; the choice carries no gradient. Scores (T, E) each; weights (T,) replace 1/T."""
+    `C = S_l^T S_{l+1} / T`; the choice carries no gradient. Scores (T, E) each; weights (T,) replace 1/T. group: the ranks that
+    hold the other tokens; the choice is made over all of them, and their results add up."""
     earlier, later = _accumulate(earlier), _accumulate(later)
     if weights is None:
         weights = mean_weights(earlier, earlier.shape[:1])
     transitions = (earlier * weights.to(earlier.dtype).unsqueeze(1)).t() @ later
-    chosen = transitions.detach().topk(top_k, dim=1).indices
+    chosen = all_sum(transitions.detach(), group).topk(top_k, dim=1).indices
     return -transitions.gather(1, chosen).sum()
 
 
@@ -224,7 +231,7 @@ def routing_variance_loss(
     experts = gates.shape[-1]
     if variant == "paper":
         if mean is None:
-            mean = weighted_mean(gates, weights)
+            mean = weighted_mean(gates, weights, None)
         # The mean's own gradient vanishes, since deviations from it sum to 0.
         deviations = gates - mean.detach().to(gates.dtype).unsqueeze(-2)
         return -(deviations.square().mean(-1) * weights).sum()
@@ -234,10 +241,16 @@ def routing_variance_loss(
     raise ValueError(f"routing_variance_loss: variant={variant!r} is not one of 'paper', 'code'")
 
 
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Mean over tokens, weights normalised to sum to 1: (..., T, E), (..., T) -> (..., E); 0 where no token has weight."""
-    total = weights.sum(-1, keepdim=True)
-    return (weights.unsqueeze(-2) @ values).squeeze(-2) / torch.where(total > 0, total, 1.0)
+def weighted_mean(values: Tensor, weights: Tensor, group: Group | None) -> Tensor:
+    """Mean over the tokens of all ranks of the group, weights normalised to sum to 1; no gradient.
+
+    (..., T, E), (..., T) -> (..., E); 0 where no token has weight.
+    """
+    sums = (weights.unsqueeze(-2) @ values.detach()).squeeze(-2)
+    sums, total = all_sum(torch.cat([sums, weights.sum(-1, keepdim=True)], dim=-1), group).split(
+        [values.shape[-1], 1], -1
+    )
+    return sums / torch.where(total > 0, total, 1.0)
 
 
 @torch.no_grad()

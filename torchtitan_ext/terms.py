@@ -9,19 +9,23 @@ from torch import Tensor
 
 from torchtitan_ext import draws
 from torchtitan_ext.carry import Carry
+from torchtitan_ext.collectives import Ranks, all_sum
 from torchtitan_ext.gram import accumulation_dtype, squared_cosines
 from torchtitan_ext.losses import (
     coupling_excess,
     coupling_noise,
     coupling_source_mass,
     coupling_target_mass,
+    expert_load,
     load_balance_loss,
+    load_shares,
     orthogonality_loss,
     router_z_loss,
     routing_variance_loss,
     sketched_specialization_loss,
     specialization_loss,
     transition_coupling,
+    weighted_mean,
     weighted_sum,
 )
 from torchtitan_ext.metrics import token_entropy
@@ -41,8 +45,8 @@ class LayerView(NamedTuple):
     """The chosen experts, bias included."""
     gates_TK: Tensor
     """Gate weights of the chosen experts."""
-    z_RF: Tensor
-    """SwiGLU activations, sorted by expert."""
+    z_RF: Tensor | None
+    """SwiGLU activations, sorted by expert; None where experts are on other ranks and no term asked for them."""
     y_RD: Tensor
     """Expert outputs before the gate weight, sorted likewise."""
     rows_TK: Tensor
@@ -62,6 +66,8 @@ class GramRows(NamedTuple):
 
     rows_NK: Tensor
     weights_N: Tensor
+    whole: bool
+    """Whether these are all tokens, by the method and not by chance: the same on every rank."""
 
 
 class WeightedGram(NamedTuple):
@@ -78,6 +84,8 @@ class Tokens(NamedTuple):
     """(B,) int64, index of each sequence in the global batch: the key of draws per token."""
     step: Tensor
     """() int64, the optimizer step: the key of every draw."""
+    places: Tensor
+    """(S,) int64, where each of these tokens stands in its sequence: the other key of draws per token."""
     share: float = 1.0
     """This micro-batch's share of the terms that no token enters (erc); with 0 they are not computed."""
 
@@ -111,6 +119,8 @@ class Terms:
     v_scope: str = "sequence"
     erc_alpha: float = 1.0
     erc_detach_router: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
+    """The ranks that share a micro-step."""
     custom: Mapping[str, Callable[[LayerView], Tensor]] = field(default_factory=dict)
     """Terms beside the built-in ones: a value per token."""
 
@@ -150,10 +160,18 @@ class Terms:
     def _sp_rows(self, rows_TK: Tensor, layer: int, tokens: Tokens) -> GramRows:
         weights_T = tokens.weights.flatten()
         if self.sp_method == "exact":
-            return GramRows(rows_TK, weights_T)
+            return GramRows(rows_TK, weights_T, whole=True)
         bits = draws.keyed_bits(draws.SP_SAMPLE, self.seed, layer, tokens.step, *_places(tokens), device=rows_TK.device)
         drawn = (bits.flatten() < self.sp_sample_fraction * 2**32).nonzero().squeeze(1)
-        return GramRows(rows_TK.index_select(0, drawn), weights_T.index_select(0, drawn) / self.sp_sample_fraction)
+        return GramRows(
+            rows_TK.index_select(0, drawn), weights_T.index_select(0, drawn) / self.sp_sample_fraction, False
+        )
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether a term reads `LayerView.z_RF` itself, and not only Gram matrices that `gram_rows` asked for."""
+        by_gram = self.weights.get("sp", 0.0) > 0 and self.sp_method in ("exact", "sample")
+        return bool(self.custom) or ("sp" in self.weights and not by_gram)
 
     def previous_width(self, experts: int) -> int:
         """Numbers per token that cp needs of the previous MoE layer: all its scores, or one mass."""
@@ -199,15 +217,17 @@ class Terms:
         view, weights = site.view, site.tokens.weights
         if self.lb_scope == "sequence":
             scores, ids = view.scores_TE.unflatten(0, weights.shape), view.topk_ids_TK.unflatten(0, weights.shape)
-            return load_balance_loss(scores, ids, weights=weights)
-        # One process holds the whole micro-step, so "global" and "microbatch" take the same counts.
-        load = site.counts_E.to(weights.dtype) / site.counts_E.sum().clamp(min=1)
+            load = all_sum(expert_load(ids, scores.shape[-1], weights), self.ranks.sequence)
+            return load_balance_loss(scores, ids, load_shares(load), weights=weights)
+        counts_E = site.counts_E if self.lb_scope == "microbatch" else all_sum(site.counts_E, self.ranks.data)
+        load = load_shares(counts_E.to(weights.dtype))
         return load_balance_loss(view.scores_TE, view.topk_ids_TK, load, weights=site.weights_T)
 
     def _specialization(self, site: Site) -> Tensor:
         view, tokens = site.view, site.tokens
         if view.gram is not None:
             return weighted_sum(squared_cosines(view.gram.gram_NKK), view.gram.weights_N)
+        assert view.z_RF is not None
         if self.sp_method in ("exact", "sample"):
             chosen = self._sp_rows(view.rows_TK, site.layer, tokens)
             return specialization_loss(view.z_RF, rows=chosen.rows_NK, weights=chosen.weights_N)
@@ -225,7 +245,7 @@ class Terms:
         if site.layer == 0:
             return site.previous.sum() * 0.0
         if self.cp_source == "transition":
-            return transition_coupling(site.previous, site.view.scores_TE, self.top_k, site.weights_T)
+            return transition_coupling(site.previous, site.view.scores_TE, self.top_k, site.weights_T, self.ranks.data)
         target_T = coupling_target_mass(site.view.scores_TE, self.top_k)
         return -weighted_sum(site.previous.squeeze(1) * target_T, site.weights_T)
 
@@ -239,9 +259,13 @@ class Terms:
         view, weights = site.view, site.tokens.weights
         shares_TK = view.gates_TK / view.gates_TK.sum(1, keepdim=True)
         gates_TE = torch.zeros_like(view.scores_TE).scatter(1, view.topk_ids_TK, shares_TK)
+        group = {"sequence": self.ranks.sequence, "global": self.ranks.data, "microbatch": None}[self.v_scope]
         if self.v_scope == "sequence":
-            return routing_variance_loss(gates_TE.unflatten(0, weights.shape), self.v_variant, weights=weights)
-        return routing_variance_loss(gates_TE, self.v_variant, weights=site.weights_T)
+            gates_TE = gates_TE.unflatten(0, weights.shape)
+        else:
+            weights = site.weights_T
+        mean = weighted_mean(gates_TE, weights.to(gates_TE.dtype), group) if self.v_variant == "paper" else None
+        return routing_variance_loss(gates_TE, self.v_variant, mean, weights=weights)
 
     def _expert_router_coupling(self, site: Site) -> Tensor:
         """Token-free, so a step needs it once: 0 where the layer was not asked for it."""
@@ -260,7 +284,7 @@ class Terms:
 
 def _places(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Sequence in the global batch (B, 1) and position in it (S,) of every token: what draws per token are keyed by."""
-    return tokens.sequences.unsqueeze(1), torch.arange(tokens.weights.shape[1], device=tokens.sequences.device)
+    return tokens.sequences.unsqueeze(1), tokens.places
 
 
 def _labelled_counts(topk_ids_TK: Tensor, experts: int, weights_T: Tensor) -> Tensor:

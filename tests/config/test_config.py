@@ -77,8 +77,9 @@ FILES = {
     "[regularizers.lb]\nwarmup_steps = -1": r"lb\.warmup_steps = -1",
     "[model.moe]\nfirst_dense_layers = 4": r"the model has no MoE layer, but lb",
     "[model.moe]\nfirst_dense_layers = 9": r"first_dense_layers = 9 is more than",
-    "[parallelism]\nep = 2": r"parallelism\.ep: parallelism is not built yet",
-    "[parallelism]\ndp_shard = 4": r"parallelism\.dp_shard: parallelism is not built yet",
+    "[parallelism]\nep = 2": r"parallelism\.ep = 2 must divide dp_shard \* cp = 1",
+    "[parallelism]\ndp_shard = 4": r"parallelism\.dp_shard: .*= 4, but there are 1 processes; use NPROC=4",
+    "[parallelism]\ntp = 2": r"parallelism\.tp: not built yet",
     "[float8]\nenable = true": r"float8\.enable: float8 is not built yet",
     "[checkpoint]\nasync_save = true": r"checkpoint\.async_save: not built yet",
     "[job]\nname = 'a/b'": r"job\.name = 'a/b'",
@@ -124,9 +125,27 @@ def test_unknown_configuration_and_unreadable_file(tmp_path: Path) -> None:
         load_config(str(tmp_path / "junk.toml"))
 
 
-def test_two_processes_are_refused_for_now() -> None:
-    with pytest.raises(UserError, match="NPROC=1"):
-        load_config("debug", world_size=2)
+WORLDS = [
+    (6, ["dp_replicate=4"], r"6 processes are not a multiple of dp_replicate \* cp = 4; 1, 2, 3, 6 would be"),
+    (4, ["dp_shard=3"], r"dp_shard.*= 3, but there are 4 processes; use NPROC=3, or dp_shard = -1"),
+    (4, ["ep=3"], r"parallelism\.ep = 3 must divide dp_shard \* cp = 4, whose ranks it borrows: 1, 2, 4"),
+    (8, ["dp_replicate=2", "ep=8"], r"must divide dp_shard \* cp = 4"),
+    (6, ["ep=6"], r"parallelism\.ep = 6 must divide model\.moe\.experts = 16: 1, 2, 4, 8, 16"),
+    (10, ["ep=2"], r"the 5 ranks beside ep can't share an expert evenly"),
+    (3, ["cp=3"], r"training\.seq_len = 256 must be a multiple of 2 \* parallelism\.cp = 6"),
+    (5, [], r"training\.batch_size = 8 is not a multiple of 5"),
+    (16, [], r"training\.batch_size = 8 is not a multiple of 16"),
+]
+
+
+@pytest.mark.parametrize(("world", "words", "message"), WORLDS)
+def test_layouts_that_cannot_be(world: int, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config("debug", [f"--parallelism.{word}" for word in words], world_size=world)
+
+
+def test_a_layout_that_can_be() -> None:
+    load_config("debug", ["--parallelism.ep=2", "--parallelism.cp=2", "--parallelism.dp_replicate=2"], world_size=8)
 
 
 def test_the_written_configuration_reads_back(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from titan_moe.model.counts import count, meta_model
 from titan_moe.model.head import chunked_cross_entropy
 from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Inputs, Transformer
+from titan_moe.parallel.mesh import single
 from titan_moe.parallel.parallelize import parallelize
 from titan_moe.train.metrics import add_carry
 from torchtitan_ext import draws
@@ -100,6 +101,8 @@ def test_terms_in_the_carry_are_the_library_functions(source: str) -> None:
         original = moe.terms
 
         class Spy(Terms):
+            needs_activations = True
+
             def add(self, view, carry, layer, tokens, original=original):  # type: ignore[no-untyped-def]
                 seen.append((view, tokens))
                 return original.add(view, carry, layer, tokens)
@@ -169,7 +172,9 @@ def config_with(**tables: object) -> Config:
 @pytest.mark.parametrize("method", ["exact", "sample"])
 def test_recomputation_does_not_change_the_step(mode: str, dtype: torch.dtype, tolerance: float, method: str) -> None:
     plain, recomputed, whole = network(dtype, sp_method=method), network(dtype, sp_method=method), batch()
-    parallelize(recomputed, config_with(activation_checkpoint=ActivationCheckpoint(mode=mode)))
+    parallelize(
+        recomputed, config_with(activation_checkpoint=ActivationCheckpoint(mode=mode)), single(torch.device("cpu"))
+    )
     assert [n for n, _ in recomputed.named_parameters()] == [n for n, _ in plain.named_parameters()]
     ours, theirs = step(recomputed, whole, 2), step(plain, whole, 2)
     assert_same_step(ours, theirs, tolerance)
@@ -179,7 +184,9 @@ def test_recomputation_does_not_change_the_step(mode: str, dtype: torch.dtype, t
 def test_recomputation_never_chooses_again() -> None:
     """A choice that would fall otherwise in the backward pass (here: the bias has moved) must not be taken again."""
     model, reference, whole = network(), network(), batch()
-    parallelize(model, config_with(activation_checkpoint=ActivationCheckpoint(mode="full")))
+    parallelize(
+        model, config_with(activation_checkpoint=ActivationCheckpoint(mode="full")), single(torch.device("cpu"))
+    )
     inputs = whole.inputs(torch.float64, torch.device("cpu"))
     out, expected = model(inputs), reference(inputs)
     for moe in model.moe_modules():
@@ -195,7 +202,7 @@ def test_recomputation_never_chooses_again() -> None:
 def test_compilation_does_not_change_the_step(mode: str) -> None:
     plain, compiled, whole = network(torch.float32), network(torch.float32), batch()
     tables = {"compile": Compile(enable=True), "activation_checkpoint": ActivationCheckpoint(mode=mode)}
-    parallelize(compiled, config_with(**tables))
+    parallelize(compiled, config_with(**tables), single(torch.device("cpu")))
     assert_same_step(step(compiled, whole, 2), step(plain, whole, 2), 1e-5)
 
 
@@ -223,7 +230,8 @@ def logits(
     weights = torch.full(tokens.shape, 1 / tokens.numel(), dtype=torch.float64)
     documents = zeros if documents is None else documents
     sequences = torch.arange(len(tokens))
-    return model.logits(Inputs(tokens, tokens, documents, positions, weights, sequences, torch.tensor(0)))
+    places = torch.arange(tokens.shape[1])
+    return model.logits(Inputs(tokens, tokens, documents, positions, weights, sequences, torch.tensor(0), places))
 
 
 def test_no_token_sees_a_later_one() -> None:

@@ -15,6 +15,7 @@ from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
 from titan_moe.data.prepare import prepare
 from titan_moe.errors import TrainingError, UserError
+from titan_moe.parallel.mesh import single
 from titan_moe.train.checkpoint import load_checkpoint
 from titan_moe.train.run_dir import RunDir
 from titan_moe.train.trainer import Trainer
@@ -46,7 +47,7 @@ def train(config: Config) -> list[dict[str, Any]]:
     run_dir.open()
     start_log(run_dir)
     try:
-        Trainer(config, prepare(config), run_dir).run()
+        Trainer(config, prepare(config), run_dir, single(torch.device("cpu"))).run()
     finally:
         run_dir.close()
     return rows(run_dir)
@@ -190,7 +191,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tiny_config: Make) -> None:
     config = tiny_config("--training.steps=2")
     train(config)
     path = RunDir(config).checkpoint(2)
-    trainer = Trainer(config, prepare(config), RunDir(config))
+    trainer = Trainer(config, prepare(config), RunDir(config), single(torch.device("cpu")))
     for name in (".metadata", "__0_0.distcp"):
         good = (path / name).read_bytes()
         (path / name).write_bytes(good[: len(good) // 2])
@@ -213,7 +214,7 @@ def test_a_checkpoint_that_would_run_code_does_not(tiny_config: Make, tmp_path: 
     train(config)
     path = RunDir(config).checkpoint(2)
     (path / ".metadata").write_bytes(pickle.dumps(Hostile()))
-    trainer = Trainer(config, prepare(config), RunDir(config))
+    trainer = Trainer(config, prepare(config), RunDir(config), single(torch.device("cpu")))
     with pytest.raises(UserError, match="can't be loaded"):
         load_checkpoint(path, trainer.model, trainer.optimizer)
     assert not (tmp_path / "owned").exists()
@@ -236,7 +237,7 @@ def test_a_term_that_is_not_finite_is_named(tiny_config: Make) -> None:
     config = tiny_config()
     run_dir = RunDir(config)
     run_dir.open()
-    trainer = Trainer(config, prepare(config), run_dir)
+    trainer = Trainer(config, prepare(config), run_dir, single(torch.device("cpu")))
     with torch.no_grad():
         trainer.model.layers["1"].moe.router.weight.fill_(1e30)
     with pytest.raises(
@@ -264,7 +265,7 @@ def test_lr_schedules() -> None:
 
 def test_weight_decay_spares_norms(tiny_config: Make) -> None:
     config = tiny_config("--optimizer.lr=0.1", "--optimizer.weight_decay=0.5")
-    trainer = Trainer(config, prepare(config), RunDir(config))
+    trainer = Trainer(config, prepare(config), RunDir(config), single(torch.device("cpu")))
     decayed, spared = trainer.optimizer.param_groups
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     assert decayed["weight_decay"] == 0.5

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from titan_moe import extend
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
+from titan_moe.parallel.degrees import check_degrees, resolve
 
 Origin = Callable[[str], str]  # key -> "file: key", for error messages
 
@@ -13,10 +14,10 @@ def check_config(config: Config, origin: Origin, world_size: int) -> None:
     """Raises UserError for a combination that can't work or isn't built."""
     extend.load_modules(config.extensions.modules, origin("extensions.modules"))
     check_model(config, origin)
-    check_batch(config, origin)
+    check_parallelism(config, origin, world_size)
     check_regularizers(config, origin)
     check_names(config, origin)
-    check_not_built(config, origin, world_size)
+    check_not_built(config, origin)
 
 
 def check_model(config: Config, origin: Origin) -> None:
@@ -40,13 +41,11 @@ def check_model(config: Config, origin: Origin) -> None:
         )
 
 
-def check_batch(config: Config, origin: Origin) -> None:
-    training = config.training
-    if training.microbatch_size and training.batch_size % training.microbatch_size:
-        raise UserError(
-            f"{origin('training.batch_size')} = {training.batch_size} is not a multiple of "
-            f"training.microbatch_size = {training.microbatch_size}"
-        )
+def check_parallelism(config: Config, origin: Origin, world_size: int) -> None:
+    for name in ("tp", "pp"):
+        if getattr(config.parallelism, name) != 1:
+            raise UserError(f"{origin(f'parallelism.{name}')}: not built yet; leave it at 1")
+    check_degrees(config, resolve(config.parallelism, world_size, origin), origin)
 
 
 def check_regularizers(config: Config, origin: Origin) -> None:
@@ -94,15 +93,7 @@ def check_names(config: Config, origin: Origin) -> None:
         raise UserError(f"{origin('job.name')} = {config.job.name!r} must be a plain name, without '/'")
 
 
-def check_not_built(config: Config, origin: Origin, world_size: int) -> None:
-    degrees = config.parallelism
-    for name in ("dp_replicate", "tp", "cp", "pp", "ep"):
-        if getattr(degrees, name) != 1:
-            raise UserError(f"{origin(f'parallelism.{name}')}: parallelism is not built yet; leave it at 1")
-    if degrees.dp_shard not in (-1, 1):
-        raise UserError(f"{origin('parallelism.dp_shard')}: parallelism is not built yet; leave it at -1")
-    if world_size != 1:
-        raise UserError(f"environment: {world_size} processes asked for, but parallelism is not built yet; use NPROC=1")
+def check_not_built(config: Config, origin: Origin) -> None:
     if config.float8.enable:
         raise UserError(f"{origin('float8.enable')}: float8 is not built yet; set it to false")
     if config.checkpoint.async_save:

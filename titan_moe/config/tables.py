@@ -272,20 +272,26 @@ class LRScheduler(Table):
 
 
 class Parallelism(Table):
-    """Degrees of parallelism. Only one process is built yet."""
+    """Degrees of parallelism: dp_replicate x dp_shard x cp ranks; tp and pp are not built yet."""
 
     dp_replicate: PositiveInt = 1
     """Replicas of the (sharded) model."""
     dp_shard: Annotated[int, Field(ge=-1)] = -1
-    """Ranks that parameters are sharded over; -1: what is left."""
+    """Ranks that parameters are sharded over (FSDP); -1: what is left."""
     tp: PositiveInt = 1
     """Tensor-parallel ranks."""
     cp: PositiveInt = 1
-    """Context-parallel ranks."""
+    """Context-parallel ranks: parts of the same sequences; parameters are sharded over them too."""
     pp: PositiveInt = 1
     """Pipeline stages."""
     ep: PositiveInt = 1
-    """Expert-parallel ranks."""
+    """Expert-parallel ranks: the experts are spread over them. They are borrowed from dp_shard x cp."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered parameters after its forward pass, gather them again for backward: less memory, more traffic."""
+    defer_reduction: bool = True
+    """Reduce gradients over ranks once a step, after the last micro-batch: less traffic, whole gradients until then."""
+    timeout_seconds: PositiveInt = 600
+    """A collective that takes longer than this ends the run."""
     pp_schedule: str = "1F1B"
     """Pipeline schedule."""
 

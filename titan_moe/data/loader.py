@@ -53,22 +53,39 @@ class Batch(NamedTuple):
             move(weights),
             move(self.sequences),
             move(number),
+            torch.arange(self.tokens.shape[1], device=device),
             share,
         )
 
-    def split(self, size: int) -> Iterator["Batch"]:
-        """Micro-batches of `size` sequences; each keeps the label count of the whole."""
-        for start in range(0, self.tokens.shape[0], size):
-            part = slice(start, start + size)
-            yield Batch(
-                self.tokens[part],
-                self.labels[part],
-                self.loss_mask[part],
-                self.document_ids[part],
-                self.positions[part],
-                self.sequences[part],
-                self.label_count,
-            )
+    def padded(self, size: int) -> "Batch":
+        """With sequences without any label after its own, to `size` of them: so that no rank is left without one."""
+        missing = size - self.tokens.shape[0]
+        if missing == 0:
+            return self
+        rows = torch.cat([torch.arange(self.tokens.shape[0]), torch.zeros(missing, dtype=torch.int64)])
+        mask = self.loss_mask[rows]
+        mask[-missing:] = False
+        tensors = (self.document_ids[rows], self.positions[rows], torch.arange(size))
+        return Batch(self.tokens[rows], self.labels[rows], mask, *tensors, self.label_count)
+
+    def part(self, start: int, size: int) -> "Batch":
+        """`size` sequences from `start` on; the label count stays that of the whole."""
+        rows = slice(start, start + size)
+        return Batch(
+            self.tokens[rows],
+            self.labels[rows],
+            self.loss_mask[rows],
+            self.document_ids[rows],
+            self.positions[rows],
+            self.sequences[rows],
+            self.label_count,
+        )
+
+    def split(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator["Batch"]:
+        """Micro-batches of `size` sequences for this of the ranks: micro-step m holds sequences `m * size * ranks` and on, the
+        first `size` of them for rank 0."""
+        for start in range(0, self.tokens.shape[0], size * ranks):
+            yield self.part(start + rank * size, size)
 
 
 class Windows:

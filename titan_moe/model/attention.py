@@ -3,6 +3,8 @@
 B sequences, S tokens, H query heads, G key-value heads, d head width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = accumulation_dtype(x.dtype)
-        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+        weight = self.weight.to(x.dtype).to(dtype)  # rounded as sharding in mixed precision hands it over
+        return F.rms_norm(x.to(dtype), weight.shape, weight, self.eps).to(x.dtype)
 
 
 def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -51,6 +54,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
 
+        self.gather: Callable[[Tensor], Tensor] | None = None
+        """Brings the keys and values of the whole sequence, where ranks hold parts of it (parallel/context.py)."""
+
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
         """mask_BSS: which (query, key) pairs may attend; None: all earlier ones."""
         batch, seq, _ = x_BSD.shape
@@ -60,6 +66,9 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if self.gather is not None:
+            both = self.gather(torch.cat([k, v], dim=2).flatten(2))
+            k, v = both.view(batch, -1, 2 * self.kv_heads, self.head_dim).chunk(2, dim=2)
         dtype = product_dtype(q)
         out_BHSd = F.scaled_dot_product_attention(
             q.transpose(1, 2).to(dtype),

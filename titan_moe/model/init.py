@@ -9,9 +9,12 @@ unit scale.
 
 import hashlib
 import math
+from operator import add
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_moe.model.transformer import Transformer
 
@@ -29,11 +32,24 @@ def init_weights(model: Transformer, seed: int) -> None:
             std = parameter.shape[-1] ** -0.5
             if name.endswith(RESIDUAL_OUTPUTS):
                 std *= depth_scale
-            parts = enumerate(parameter) if parameter.dim() == 3 else [(0, parameter)]
-            for expert, part in parts:
-                part.copy_(draw(f"{seed}/{name}/{expert}", part.shape, std))
+            own, (first, *corner) = local_part(parameter)
+            if parameter.dim() == 3:
+                for expert, part in enumerate(own, start=first):
+                    whole = draw(f"{seed}/{name}/{expert}", parameter.shape[1:], std)
+                    part.copy_(whole[tuple(map(slice, corner, map(add, corner, part.shape)))])
+            elif own.numel():
+                whole = draw(f"{seed}/{name}/0", parameter.shape, std)
+                own.copy_(whole[tuple(map(slice, (first, *corner), map(add, (first, *corner), own.shape)))])
         for moe in model.moe_modules():
             moe.router.expert_bias.zero_()
+
+
+def local_part(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What this rank holds of a parameter, and where its first element stands in the whole."""
+    if not isinstance(parameter, DTensor):
+        return parameter, (0,) * parameter.dim()
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), tuple(offset)
 
 
 def keyed_generator(key: str) -> torch.Generator:

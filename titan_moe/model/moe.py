@@ -6,11 +6,13 @@ Dispatch and combine are siblings of the expert computation: expert parallelism 
 Rows are sorted by expert, gathered once and summed back once. No (T, E, F) tensor, no one-hot matrix.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from titan_moe.config.tables import MoE
 from titan_moe.model.feed_forward import FeedForward, swiglu
@@ -19,7 +21,7 @@ from torchtitan_ext.carry import Carry
 from torchtitan_ext.gram import accumulation_dtype, gram_through
 from torchtitan_ext.losses import normalize_scores
 from torchtitan_ext.response import response_through
-from torchtitan_ext.terms import LayerView, Terms, Tokens, WeightedGram
+from torchtitan_ext.terms import GramRows, LayerView, Terms, Tokens, WeightedGram
 
 
 class Choice(NamedTuple):
@@ -29,6 +31,10 @@ class Choice(NamedTuple):
     scores_TE: Tensor  # normalised to sum to 1
     topk_ids_TK: Tensor
     gates_TK: Tensor
+
+
+def no_proxies(weight_ED: Tensor) -> None:
+    """For a router that nothing is asked of but its choice."""
 
 
 class Router(nn.Module):
@@ -42,7 +48,10 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.experts, dim))
         self.register_buffer("expert_bias", torch.zeros(moe.experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor) -> Choice:
+    def forward(
+        self, x_TD: Tensor, proxies_of: Callable[[Tensor], Tensor | None] = no_proxies
+    ) -> tuple[Choice, Tensor | None]:
+        """The choice, and what `proxies_of` makes of the routing vectors (erc's noisy ones, if it is on)."""
         dtype = accumulation_dtype(x_TD.dtype)
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         if self.moe.score == "softmax":
@@ -56,7 +65,7 @@ class Router(nn.Module):
             gates_TK = normalize_scores(gates_TK)
         if self.moe.route_scale != 1.0:
             gates_TK = gates_TK * self.moe.route_scale
-        return Choice(logits_TE, scores_TE, topk_ids_TK, gates_TK)
+        return Choice(logits_TE, scores_TE, topk_ids_TK, gates_TK), proxies_of(self.weight)
 
 
 class Dispatch(NamedTuple):
@@ -95,6 +104,12 @@ class _Gather(torch.autograd.Function):
         return F.embedding_bag(rows_TK, grad_RD.contiguous(), mode="sum"), None, None
 
 
+def gather_tokens(x_TD: Tensor, home: Dispatch) -> Tensor:
+    """Each row's token, in the order of the experts: (T, D) -> (R, D)."""
+    x_RD: Tensor = _Gather.apply(x_TD, home.tokens_R, home.rows_TK)
+    return x_RD
+
+
 class _Combine(torch.autograd.Function):
     """Expert order back to tokens, each row times its gate weight."""
 
@@ -112,21 +127,80 @@ class _Combine(torch.autograd.Function):
         return grad_RD * gates_R.unsqueeze(1).to(y_RD.dtype), grad_gates_R[rows_TK], None, None
 
 
+class Routed(NamedTuple):
+    """Rows at the experts, and the way home."""
+
+    x_RD: Tensor
+    """Rows of the experts on this rank, sorted by expert."""
+    offsets_E: Tensor
+    """End of each of those experts' rows, int32."""
+    home: Dispatch
+    """Of this rank's own tokens: where their rows stand, sorted by expert over all experts."""
+    route: Any = None
+    """What a dispatcher between ranks must remember."""
+
+
+class Dispatcher:
+    """Brings tokens to experts and back. This one has all experts on its own rank; others replace it (parallel/experts.py)."""
+
+    def dispatch(self, x_TD: Tensor, topk_ids_TK: Tensor, experts: int) -> Routed:
+        home = plan_dispatch(topk_ids_TK, experts)
+        return Routed(gather_tokens(x_TD, home), home.offsets_E, home)
+
+    def gram(self, z_RF: Tensor, chosen: GramRows, routed: Routed) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - the interface
+        """z to go on with, and the Gram matrices (N, k, k) of the chosen tokens."""
+        return gram_through(z_RF, chosen.rows_NK)
+
+    def activations(self, z_RF: Tensor, routed: Routed) -> Tensor:  # noqa: ARG002 - the interface
+        """z of this rank's own tokens, in home order."""
+        return z_RF
+
+    def outputs(self, y_RD: Tensor, routed: Routed) -> Tensor:  # noqa: ARG002 - the interface
+        """The experts' outputs for this rank's own tokens, in home order."""
+        return y_RD
+
+    def combine(self, y_RD: Tensor, gates_TK: Tensor, routed: Routed) -> Tensor:
+        """Outputs in home order, each times its gate weight, summed per token: (R, D) -> (T, D)."""
+        out_TD: Tensor = _Combine.apply(y_RD, gates_TK, routed.home.tokens_R, routed.home.rows_TK)
+        return out_TD
+
+    def response(self, response_EJ: Tensor) -> Tensor:
+        """erc's matrix over all experts, from the columns of those on this rank."""
+        return response_EJ
+
+
 class Experts(nn.Module):
-    """E SwiGLU networks, in the layout that the grouped product wants: gate and up fused (E, 2F, D), down (E, D, F)."""
+    """E SwiGLU networks, in the layout that the grouped product wants: gate and up fused (E, 2F, D), down (E, D, F).
+
+    Under expert parallelism the weights are DTensors sharded over E, and this rank computes its own experts.
+    """
 
     def __init__(self, dim: int, moe: MoE) -> None:
         super().__init__()
+        self.hidden_dim = moe.hidden_dim
         self.gate_up = nn.Parameter(torch.empty(moe.experts, 2 * moe.hidden_dim, dim))
         self.down = nn.Parameter(torch.empty(moe.experts, dim, moe.hidden_dim))
 
-    def activations(self, x_RD: Tensor, gate_up_EGD: Tensor, offsets_E: Tensor) -> Tensor:
-        """SwiGLU activations z of rows sorted by expert: (R, D) -> (R, F)."""
-        return swiglu(grouped_linear(x_RD, gate_up_EGD, offsets_E))
+    def forward(
+        self,
+        x_RD: Tensor,
+        offsets_E: Tensor,
+        proxies_ED: Tensor | None,
+        on_activations: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Outputs (R, D), activations z (R, F), Gram matrices that `on_activations` took between the two products, and
+        these experts' answers to the proxies (E, J), erc's columns."""
+        gate_up, down = local(self.gate_up), local(self.down)
+        response = None
+        if proxies_ED is not None:
+            gate_up, response = response_through(gate_up, proxies_ED, self.hidden_dim)
+        z_RF, gram = on_activations(swiglu(grouped_linear(x_RD, gate_up, offsets_E)))
+        return grouped_linear(z_RF, down, offsets_E), z_RF, gram, response
 
-    def outputs(self, z_RF: Tensor, offsets_E: Tensor) -> Tensor:
-        """(R, F) -> (R, D)."""
-        return grouped_linear(z_RF, self.down, offsets_E)
+
+def local(weight: Tensor) -> Tensor:
+    """This rank's part of a sharded weight."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class MoELayer(nn.Module):
@@ -137,36 +211,31 @@ class MoELayer(nn.Module):
         super().__init__()
         self.layer = layer
         self.terms = terms
+        self.dispatcher = Dispatcher()
         self.router = Router(dim, moe)
         self.experts = Experts(dim, moe)
         self.shared = FeedForward(dim, moe.hidden_dim * moe.shared_experts) if moe.shared_experts else None
 
     def forward(self, x_TD: Tensor, carry: Carry, tokens: Tokens) -> tuple[Tensor, Carry, Tensor]:
         """Output (T, D), the carry with this layer added, and the chosen experts (T, k)."""
-        choice = self.router(x_TD)
-        dispatch = plan_dispatch(choice.topk_ids_TK, self.router.moe.experts)
-        x_RD = _Gather.apply(x_TD, dispatch.tokens_R, dispatch.rows_TK)
-        gate_up: Tensor = self.experts.gate_up
-        response = None
-        proxies = self.terms.proxies(self.router.weight, self.layer, tokens)
-        if proxies is not None:
-            gate_up, response = response_through(gate_up, proxies, self.router.moe.hidden_dim)
-        z_RF = self.experts.activations(x_RD, gate_up, dispatch.offsets_E)
-        gram = None
-        chosen = self.terms.gram_rows(dispatch.rows_TK, self.layer, tokens)
-        if chosen is not None:
-            z_RF, gram_NKK = gram_through(z_RF, chosen.rows_NK)
-            gram = WeightedGram(gram_NKK, chosen.weights_N)
-        y_RD = self.experts.outputs(z_RF, dispatch.offsets_E)
-        out_TD: Tensor = _Combine.apply(y_RD, choice.gates_TK, dispatch.tokens_R, dispatch.rows_TK)
+        choice, proxies = self.router(x_TD, lambda weight: self.terms.proxies(weight, self.layer, tokens))
+        routed = self.dispatcher.dispatch(x_TD, choice.topk_ids_TK, self.router.moe.experts)
+        chosen = self.terms.gram_rows(routed.home.rows_TK, self.layer, tokens)
+
+        def take_gram(z_RF: Tensor) -> tuple[Tensor, Tensor | None]:
+            return (z_RF, None) if chosen is None else self.dispatcher.gram(z_RF, chosen, routed)
+
+        y_RD, z_RF, gram, response = self.experts(routed.x_RD, routed.offsets_E, proxies, take_gram)
+        y_RD = self.dispatcher.outputs(y_RD, routed)
+        out_TD = self.dispatcher.combine(y_RD, choice.gates_TK, routed)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
         view = LayerView(
             **choice._asdict(),
-            z_RF=z_RF,
+            z_RF=self.dispatcher.activations(z_RF, routed) if self.terms.needs_activations else None,
             y_RD=y_RD,
-            rows_TK=dispatch.rows_TK,
-            gram=gram,
-            response_EE=response,
+            rows_TK=routed.home.rows_TK,
+            gram=None if gram is None or chosen is None else WeightedGram(gram, chosen.weights_N),
+            response_EE=None if response is None else self.dispatcher.response(response),
         )
         return out_TD, self.terms.add(view, carry, self.layer, tokens), choice.topk_ids_TK

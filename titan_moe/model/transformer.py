@@ -3,6 +3,7 @@
 B sequences, S tokens, T = B * S, D model width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,8 @@ class Inputs(NamedTuple):
     """(B,) int64, index of each sequence in the global batch."""
     step: Tensor
     """() int64, the optimizer step; with `sequences` it keys every random draw."""
+    places: Tensor
+    """(S,) int64, where each of these tokens stands in its sequence; with `sequences` it keys draws per token."""
     share: float = 1.0
     """Of the terms that no token enters (erc): 1 over all micro-batches of a step; one with 0 need not compute them."""
 
@@ -95,10 +98,15 @@ class Transformer(nn.Module):
         self.embedding = nn.Parameter(torch.empty(model.vocab_size, model.dim))
         self.layers = nn.ModuleDict({str(n): Block(model, terms, n) for n in range(model.layers)})
         self.norm = RMSNorm(model.dim, model.norm_eps)
+        self.mask: Callable[[Tensor, Tensor | None], Tensor | None] = own_mask
+        """Places (s,) and document ids (B, s) to (query, key) pairs; context parallelism has its own."""
         self.output = None if model.tie_embeddings else Linear(model.dim, model.vocab_size)
         self.to(accumulation_dtype(dtype))
         for moe in self.moe_modules():
             moe.router.expert_bias = moe.router.expert_bias.to(torch.float32)
+
+    def blocks(self) -> list[Block]:
+        return [block for block in self.layers.values() if isinstance(block, Block)]
 
     def moe_modules(self) -> list[MoELayer]:
         moes = (block.moe for block in self.layers.values())
@@ -120,6 +128,9 @@ class Transformer(nn.Module):
     def output_weight(self) -> Tensor:
         return self.embedding if self.output is None else self.output.weight
 
+    def attention_mask(self, inputs: Inputs) -> Tensor | None:
+        return self.mask(inputs.places, inputs.document_ids if self.settings.document_mask else None)
+
     def logits(self, inputs: Inputs) -> Tensor:
         """(B, S, V), for evaluation of short texts."""
         hidden_TD, _, _ = self.hidden(inputs)
@@ -132,7 +143,7 @@ class Transformer(nn.Module):
         h_BSD = F.embedding(inputs.tokens, self.embedding).to(self.dtype)
         head_dim = settings.head_dim or settings.dim // settings.heads
         rotary = rotary_tables(inputs.positions, head_dim, settings.rope_theta, exact)
-        mask_BSS = document_mask(inputs.document_ids) if settings.document_mask else None
+        mask_BSS = self.attention_mask(inputs)
         carry = empty_carry(
             len(self.terms.names),
             inputs.tokens.numel(),
@@ -142,13 +153,18 @@ class Transformer(nn.Module):
             inputs.tokens.device,
             self.terms.previous_width(settings.moe.experts),
         )
-        tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.share)
+        tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.places, inputs.share)
         routing = []
         for block in self.layers.values():
             h_BSD, carry, topk_ids = block(h_BSD, carry, rotary, mask_BSS, tokens)
             if topk_ids is not None:
                 routing.append(topk_ids)
         return self.norm(h_BSD).flatten(0, 1), carry, routing
+
+
+def own_mask(places_S: Tensor, document_ids: Tensor | None) -> Tensor | None:  # noqa: ARG001 - context.py's signature
+    """Which (query, key) pairs may attend when all keys are here: (B, S, S) bool; None: all earlier ones."""
+    return None if document_ids is None else document_mask(document_ids)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

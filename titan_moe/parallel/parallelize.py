@@ -1,13 +1,21 @@
-"""The one function between the plain network and the training loop."""
+"""The one function between the plain network and the training loop. A dimension of size 1 costs nothing."""
 
 import functools
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_moe.config.tables import ActivationCheckpoint, Config
+from titan_moe.model.moe import Experts
 from titan_moe.model.transformer import Transformer
+from titan_moe.parallel.context import Context
+from titan_moe.parallel.degrees import expert_shard_dim
+from titan_moe.parallel.experts import AllToAll
+from titan_moe.parallel.fsdp import shard
+from titan_moe.parallel.mesh import Mesh
 
 # Saved in every mode: a flipped tie would send rows elsewhere in the backward pass than in the forward pass.
 CHOICES = {torch.ops.aten.topk.default}
@@ -24,12 +32,34 @@ PRODUCTS = {
 }
 
 
-def parallelize(model: Transformer, config: Config) -> None:
-    """Applies recomputation, then compilation, block by block, in place; parameter names stay as they are."""
-    for block in model.layers.values():
+def parallelize(model: Transformer, config: Config, mesh: Mesh) -> None:
+    """Spreads experts and sequences over ranks, then recomputation, compilation and sharding block by block, in place.
+
+    Parameter names stay as they are. A model without weights (on the meta device) is sharded without ever being whole.
+    """
+    if mesh.ep is not None:
+        for moe in model.moe_modules():
+            spread(moe.experts, mesh)
+            moe.dispatcher = AllToAll(mesh.ep.get_group())
+    if mesh.cp is not None:
+        context = Context(mesh.cp)
+        model.mask = context.mask
+        for block in model.blocks():
+            block.attention.gather = context.gather
+    for block in model.blocks():
         recompute(block, config.activation_checkpoint)
         if config.compile.enable:
             block.compile()
+    if mesh.dense is not None:
+        shard(model, mesh, expert_shard_dim(config, mesh.degrees), config.parallelism.reshard_after_forward)
+
+
+def spread(experts: Experts, mesh: Mesh) -> None:
+    """Gives every rank of ep its experts."""
+    assert mesh.ep is not None
+    for name, weight in list(experts.named_parameters()):
+        own = distribute_tensor(weight.detach(), mesh.ep, [Shard(0)], src_data_rank=None)
+        setattr(experts, name, nn.Parameter(own))
 
 
 def recompute(block: torch.nn.Module, settings: ActivationCheckpoint) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -78,26 +79,44 @@ class _TensorsOnly(DefaultLoadPlanner):
 
 
 def save_checkpoint(
-    run_dir: RunDir, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any], keep: int
+    run_dir: RunDir,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    facts: dict[str, Any],
+    keep: int,
+    first: bool = True,
 ) -> Path:
-    """Writes checkpoint `step` and deletes all but the newest `keep`. facts: what state.json holds beside the step."""
+    """Writes checkpoint `step` and deletes all but the newest `keep`. facts: what state.json holds beside the step. Every rank
+    writes its own part; the first one does what is done once, the others leave when all is in place."""
     final = run_dir.checkpoint(step)
     fresh = final.with_name(f".{final.name}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    if first:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+    barrier()
     try:
         write_tensors(fresh, tensors(model, optimizer))
-        (fresh / STATE_FILE).write_text(json.dumps({"step": step, **facts}, indent=1))
-        fsync_folder(fresh)
-        if final.exists():
-            shutil.rmtree(final)
-        fresh.rename(final)
+        if first:
+            (fresh / STATE_FILE).write_text(json.dumps({"step": step, **facts}, indent=1))
+            fsync_folder(fresh)
+            if final.exists():
+                shutil.rmtree(final)
+            fresh.rename(final)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)  # what a full disk left half written
-    fsync_folder(run_dir.checkpoints)
-    for old in run_dir.saved_steps()[:-keep]:
-        shutil.rmtree(run_dir.checkpoint(old))
+        if first:
+            shutil.rmtree(fresh, ignore_errors=True)  # what a full disk left half written
+    if first:
+        fsync_folder(run_dir.checkpoints)
+        for old in run_dir.saved_steps()[:-keep]:
+            shutil.rmtree(run_dir.checkpoint(old))
+    barrier()
     return final
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def write_tensors(folder: Path, state: dict[str, Tensor]) -> None:

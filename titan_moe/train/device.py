@@ -1,6 +1,7 @@
 """The device a process computes on, its allocator, and its peak speed."""
 
 import ctypes
+import os
 import resource
 import sys
 import time
@@ -24,7 +25,12 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's: the GPU of its local rank, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def keep_freed_memory() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from titan_moe.model.moe import local
 from titan_moe.train.validation import Validation
 from torchtitan_ext.carry import MEASURES, Carry
 from torchtitan_ext.metrics import dead_share, max_vio
@@ -166,6 +167,6 @@ def first_non_finite(values: dict[str, float]) -> str | None:
 def non_finite_gradient(model: torch.nn.Module) -> str:
     """Name of the first parameter whose gradient is not finite."""
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+        if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all()):
             return name
-    return "their norm overflows"
+    return "another rank's part, or their norm overflows"

@@ -4,16 +4,22 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from titan_moe.config.tables import LRScheduler, Optimizer
 
 
 def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW, one kernel for all parameters. Norms are not decayed; the router's matrix is, its balancing bias is no
+    """AdamW, one kernel for all parameters of a mesh. Norms are not decayed; the router's matrix is, its balancing bias is no
     parameter."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    by_kind: dict[tuple[object, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():  # one kernel can't take parameters of different meshes
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        by_kind.setdefault((mesh, parameter.dim() > 1), []).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": settings.weight_decay if matrices else 0.0}
+        for (_, matrices), parameters in by_kind.items()
+    ]
     betas = (settings.beta1, settings.beta2)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
 

@@ -45,20 +45,25 @@ MAY_CHANGE = (
 
 
 class RunDir:
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, rank: int = 0) -> None:
+        self.rank = rank
         self.path = Path(config.job.output_dir) / config.job.name
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.profile = self.path / "profile"
-        self.log = self.path / "logs" / "rank-0.log"
+        self.log = self.path / "logs" / f"rank-{rank}.log"
         self._lock: IO[str] | None = None
 
     def open(self) -> None:
-        """Makes the directories and takes the lock, which ends with the process however it dies. Raises UserError."""
+        """Makes the directories and takes the lock, which ends with the process however it dies. Raises UserError.
+
+        The lock is rank 0's alone."""
         try:
             for folder in (self.checkpoints, self.log.parent):
                 folder.mkdir(parents=True, exist_ok=True)
+            if self.rank != 0:
+                return
             self._lock = (self.path / ".lock").open("a")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 
 from titan_moe import extend
 from titan_moe.config.tables import Config
+from torchtitan_ext.collectives import Ranks
 from torchtitan_ext.terms import Terms, enabled_terms
 
 
-def build_terms(config: Config) -> Terms:
+def build_terms(config: Config, ranks: Ranks | None = None) -> Terms:
     regularizers = config.regularizers
     measure = [*regularizers.measure, *(["lb"] if regularizers.matched() else [])]
     enabled = enabled_terms(regularizers.weights(), measure)
@@ -26,6 +27,7 @@ def build_terms(config: Config) -> Terms:
         v_scope=regularizers.v.scope,
         erc_alpha=regularizers.erc.alpha,
         erc_detach_router=regularizers.erc.detach_router,
+        ranks=ranks or Ranks(),
         custom={name: extend.regularizers[name] for name in enabled if name in extend.regularizers},
     )
 

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from titan_moe import __version__, extend
 from titan_moe.config.describe import to_toml
@@ -21,7 +22,11 @@ from titan_moe.data.shards import TokenStream
 from titan_moe.errors import TrainingError, UserError
 from titan_moe.model.counts import count
 from titan_moe.model.init import init_weights
-from titan_moe.model.transformer import Transformer
+from titan_moe.model.transformer import Inputs, Transformer
+from titan_moe.parallel.context import take_part
+from titan_moe.parallel.fsdp import reduce_gradients
+from titan_moe.parallel.mesh import Mesh
+from titan_moe.parallel.norm import clip_gradients
 from titan_moe.parallel.parallelize import parallelize
 from titan_moe.train.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.train.device import (
@@ -29,7 +34,6 @@ from titan_moe.train.device import (
     make_deterministic,
     peak_flops,
     peak_memory_gib,
-    pick_device,
     synchronize,
 )
 from titan_moe.train.metrics import (
@@ -56,6 +60,7 @@ from titan_moe.train.terms import build_terms, lb_scales, weight_factors
 from titan_moe.train.validation import validate
 from torchtitan_ext.balancer import update_expert_bias
 from torchtitan_ext.carry import Carry
+from torchtitan_ext.collectives import all_sum
 from torchtitan_ext.gram import accumulation_dtype
 
 log = logging.getLogger("titan_moe")
@@ -75,24 +80,27 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     config: Config,
-    device: torch.device,
+    mesh: Mesh,
     step: int,
     factors: Mapping[str, float],
 ) -> StepResult:
     """One optimizer step on a global batch. factors: on the terms' weights at this step.
 
-    Raises TrainingError, before the update, for a value that is not finite.
+    Raises TrainingError, before the update and on all ranks, for a value that is not finite.
     """
     dtype = accumulation_dtype(model.dtype)
-    loss = ce = torch.zeros((), dtype=dtype, device=device)
+    loss = ce = torch.zeros((), dtype=dtype, device=mesh.device)
     carry: Carry | None = None
-    for number, micro_batch in enumerate(batch.split(config.training.microbatch_size or config.training.batch_size)):
-        out = model(micro_batch.inputs(dtype, device, step, share=float(number == 0)))
+    parts = list(micro_batches(batch, config, mesh))
+    for number, part in enumerate(parts):
+        reduce_gradients(model, now=number == len(parts) - 1 or not config.parallelism.defer_reduction)
+        out = model(model_inputs(part, dtype, mesh, step, first=number == 0))
         objective = out.ce + model.terms.objective(out.carry.terms, factors)
         objective.backward()
         loss, ce, carry = loss + objective.detach(), ce + out.ce.detach(), add_carry(carry, out.carry)
     assert carry is not None
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.max_grad_norm)
+    loss, ce, carry = sum_over_ranks(loss, ce, carry, mesh)
+    norm = clip_gradients(list(model.parameters()), config.training.max_grad_norm)
     result = StepResult(loss.item(), ce.item(), carry, norm.item())
     check_finite(model, result)
     optimizer.step()
@@ -103,18 +111,39 @@ def train_step(
     return result
 
 
+def micro_batches(batch: Batch, config: Config, mesh: Mesh) -> Iterator[Batch]:
+    """This rank's sequences of each micro-step."""
+    size = config.training.microbatch_size or config.training.batch_size // mesh.degrees.data
+    return batch.split(size, mesh.data_rank, mesh.degrees.data)
+
+
+def model_inputs(part: Batch, dtype: torch.dtype, mesh: Mesh, step: int, first: bool) -> Inputs:
+    """The model's view of a micro-batch, this rank's part of its sequences. Terms that no token enters are computed in the
+    first one, and every rank adds its share of them."""
+    share = 1.0 / mesh.degrees.world if first else 0.0
+    return take_part(part.inputs(dtype, mesh.device, step, share), mesh.degrees.cp, mesh.cp_rank)
+
+
+def sum_over_ranks(loss: Tensor, ce: Tensor, carry: Carry, mesh: Mesh) -> tuple[Tensor, Tensor, Carry]:
+    """What a step reports, over all ranks: one sum of numbers, one of counts."""
+    group = mesh.ranks.data
+    numbers = all_sum(torch.cat([loss.reshape(1), ce.reshape(1), carry.terms, carry.sums.flatten()]), group)
+    terms = numbers[2 : 2 + carry.terms.numel()]
+    sums = numbers[2 + carry.terms.numel() :].reshape(carry.sums.shape)
+    counts = all_sum(carry.counts, group)
+    return numbers[0], numbers[1], carry._replace(terms=terms, counts=counts, sums=sums)
+
+
 @torch.no_grad()
-def measure_terms(
-    model: Transformer, batch: Batch, config: Config, device: torch.device, step: int
-) -> dict[str, float]:
+def measure_terms(model: Transformer, batch: Batch, config: Config, mesh: Mesh, step: int) -> dict[str, float]:
     """The terms of a global batch, unweighted, without an update."""
     carry: Carry | None = None
-    for number, micro_batch in enumerate(batch.split(config.training.microbatch_size or config.training.batch_size)):
-        inputs = micro_batch.inputs(accumulation_dtype(model.dtype), device, step, share=float(number == 0))
-        out = model(inputs)
+    dtype = accumulation_dtype(model.dtype)
+    for number, part in enumerate(micro_batches(batch, config, mesh)):
+        out = model(model_inputs(part, dtype, mesh, step, first=number == 0))
         carry = add_carry(carry, out.carry)
     assert carry is not None
-    return dict(zip(model.terms.names, carry.terms.tolist(), strict=True))
+    return dict(zip(model.terms.names, all_sum(carry.terms, mesh.ranks.data).tolist(), strict=True))
 
 
 def check_finite(model: Transformer, result: StepResult) -> None:
@@ -130,9 +159,8 @@ def check_finite(model: Transformer, result: StepResult) -> None:
 class Trainer:
     """A run: everything that lives as long as the process."""
 
-    def __init__(self, config: Config, prepared: Prepared, run_dir: RunDir) -> None:
-        self.config, self.run_dir = config, run_dir
-        self.device = pick_device()
+    def __init__(self, config: Config, prepared: Prepared, run_dir: RunDir, mesh: Mesh) -> None:
+        self.config, self.run_dir, self.mesh, self.device = config, run_dir, mesh, mesh.device
         keep_freed_memory()
         if config.training.deterministic:
             make_deterministic()
@@ -149,27 +177,30 @@ class Trainer:
         )
         self.loader = training_loader(train, config.training.batch_size, config.job.seed)
         self.epoch_sequences = len(train)
-        self.model = build_model(config, prepared.tokenizer.vocab_size, self.device)
-        parallelize(self.model, config)
+        self.model = build_model(config, prepared.tokenizer.vocab_size, mesh)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.counts = count(self.model, config.training.seq_len)
         self.peak = peak_flops(self.device, self.model.dtype)
         self.scales: dict[str, float] | None = None
         self.signal: int | None = None
+        """A signal to this process, until all ranks have agreed to stop; then the one that they stop for."""
 
     def run(self) -> int:
         """Trains to the end, or to a signal. Returns the exit status."""
         config = self.config
         start = self.resume()
         self.announce()
-        console = Console(log.info, config.training.steps, start, config.metrics.interval)
         tensorboard = None
-        trackers: list[extend.Tracker] = [JsonLines(self.run_dir.metrics), console]
-        if config.metrics.tensorboard:
+        trackers: list[extend.Tracker] = []
+        if self.mesh.first:
+            console = Console(log.info, config.training.steps, start, config.metrics.interval)
+            trackers += [JsonLines(self.run_dir.metrics), console]
+        if self.mesh.first and config.metrics.tensorboard:
             folder, interval = self.run_dir.tensorboard, config.metrics.interval
             tensorboard = TensorBoard(folder, interval, start + 1 if start else 0, to_toml(config))
             trackers.append(tensorboard)
-        trackers += [extend.trackers[name](config, self.run_dir.path) for name in config.metrics.trackers]
+        if self.mesh.first:
+            trackers += [extend.trackers[name](config, self.run_dir.path) for name in config.metrics.trackers]
         try:
             with self.signals(), profiler(config.profiling, self.run_dir.profile) as profile:
                 if start == 0:
@@ -196,7 +227,7 @@ class Trainer:
             try:
                 batch = next(batches)
                 factors = weight_factors(config, step, self.scales_to_lb(batch, step))
-                result = train_step(self.model, self.optimizer, batch, config, self.device, step, factors)
+                result = train_step(self.model, self.optimizer, batch, config, self.mesh, step, factors)
             except TrainingError as error:
                 newest = self.run_dir.newest()
                 where = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
@@ -209,18 +240,27 @@ class Trainer:
             last = step == steps
             if last or due(step, config.validation.interval):
                 self.validate(step, trackers, tensorboard)
-            if last or self.signal is not None or due(step, config.checkpoint.interval):
+            stop = self.agreed_to_stop()
+            if last or stop or due(step, config.checkpoint.interval):
                 self.save(step)
-            if self.signal is not None:
+            if stop:
                 return step
         return steps
+
+    def agreed_to_stop(self) -> bool:
+        """Whether any rank got a signal by now; the same answer on all, and the same signal."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        seen = torch.tensor([float(self.signal == number) for number in numbers], device=self.device)
+        counts = all_sum(seen, self.mesh.ranks.data).tolist()
+        self.signal = next((number for number, count in zip(numbers, counts, strict=True) if count), None)
+        return self.signal is not None
 
     def scales_to_lb(self, batch: Batch, step: int) -> dict[str, float]:
         """The scaling of terms with `match_lb`, measured on the first batch of the run and kept in its checkpoints."""
         if self.scales is None:
             self.scales = {}
             if self.config.regularizers.matched():
-                values = measure_terms(self.model, batch, self.config, self.device, step)
+                values = measure_terms(self.model, batch, self.config, self.mesh, step)
                 self.scales = lb_scales(self.config, values)
                 log.info("scaled to lb: " + ", ".join(f"{name} x {scale:g}" for name, scale in self.scales.items()))
         return self.scales
@@ -246,9 +286,9 @@ class Trainer:
 
     def validate(self, step: int, trackers: list[extend.Tracker], tensorboard: TensorBoard | None) -> None:
         config = self.config
-        size = config.training.microbatch_size or config.training.batch_size
+        size = config.training.microbatch_size or config.training.batch_size // self.mesh.degrees.data
         found = validate(
-            self.model, self.validation_windows, self.tokenizer, config.validation.sequences, size, self.device
+            self.model, self.validation_windows, self.tokenizer, config.validation.sequences, size, self.mesh
         )
         row = {
             "kind": "validation",
@@ -273,7 +313,9 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "scales": self.scales,
         }
-        save_checkpoint(self.run_dir, step, self.model, self.optimizer, facts, self.config.checkpoint.keep)
+        save_checkpoint(
+            self.run_dir, step, self.model, self.optimizer, facts, self.config.checkpoint.keep, self.mesh.first
+        )
 
     def resume(self) -> int:
         """Loads the newest checkpoint, if there is one; returns the step that it was made after."""
@@ -290,9 +332,10 @@ class Trainer:
             log.info(f"Going on from {newest}")
         elif self.config.checkpoint.load_path:
             self.load_weights(Path(self.config.checkpoint.load_path))
-        self.run_dir.cut_metrics(step)
-        self.run_dir.cut_tensorboard(step)
-        self.run_dir.write_config(self.config)
+        if self.mesh.first:
+            self.run_dir.cut_metrics(step)
+            self.run_dir.cut_tensorboard(step)
+            self.run_dir.write_config(self.config)
         return step
 
     def check_data(self, state: dict[str, Any], newest: Path) -> None:
@@ -321,10 +364,15 @@ class Trainer:
         log.info(f"Starting from the weights of {path}")
 
     def announce(self) -> None:
+        if not self.mesh.first:
+            return
+        degrees = self.mesh.degrees
+        layout = ", ".join(f"{name} {size}" for name, size in degrees._asdict().items() if size > 1)
+        where = f"{degrees.world} x {self.device.type} ({layout})" if layout else self.device.type
         epochs = self.config.training.steps * self.config.training.batch_size / self.epoch_sequences
         log.info(
             f"{self.config.job.name}: {short(self.counts.total)} parameters, {short(self.counts.active)} active; "
-            f"{self.config.training.dtype} on {self.device.type}; {epochs:.2f} passes over the training text; "
+            f"{self.config.training.dtype} on {where}; {epochs:.2f} passes over the training text; "
             f"writing to {self.run_dir.path}"
         )
 
@@ -350,12 +398,13 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def build_model(config: Config, tokenizer_vocab: int, device: torch.device) -> Transformer:
-    """The network with its initial weights."""
+def build_model(config: Config, tokenizer_vocab: int, mesh: Mesh) -> Transformer:
+    """The network on its ranks, with its initial weights; no rank ever holds more than its share."""
     vocab_size = config.model.vocab_size or tokenizer_vocab
     settings = config.model.model_copy(update={"vocab_size": vocab_size})
     with torch.device("meta"):
-        model = Transformer(settings, build_terms(config), getattr(torch, config.training.dtype))
-    model.to_empty(device=device)
+        model = Transformer(settings, build_terms(config, mesh.ranks), getattr(torch, config.training.dtype))
+    parallelize(model, config, mesh)
+    model.to_empty(device=mesh.device)
     init_weights(model, config.job.seed)
     return model

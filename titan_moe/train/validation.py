@@ -10,6 +10,9 @@ from torch import Tensor
 from titan_moe.data.loader import Windows, validation_batches
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.model.transformer import Inputs, Transformer
+from titan_moe.parallel.context import take_part
+from titan_moe.parallel.mesh import Mesh
+from torchtitan_ext.collectives import all_sum
 from torchtitan_ext.gram import accumulation_dtype
 from torchtitan_ext.metrics import conditional_routing
 
@@ -31,19 +34,21 @@ class Validation(NamedTuple):
 
 @torch.no_grad()
 def validate(
-    model: Transformer, windows: Windows, tokenizer: Tokenizer, sequences: int, batch_size: int, device: torch.device
+    model: Transformer, windows: Windows, tokenizer: Tokenizer, sequences: int, batch_size: int, mesh: Mesh
 ) -> Validation:
-    """Goes over the first `sequences` windows (0: all), `batch_size` at a time."""
+    """Goes over the first `sequences` windows (0: all), `batch_size` at a time on each rank. The same result on all ranks."""
     dtype = accumulation_dtype(model.dtype)
+    device, ranks = mesh.device, mesh.degrees.data
     nats, labels, source_bytes = 0.0, 0, 0
     experts, pairs = model.settings.moe.experts, max(model.moe_layers - 1, 0)
     counts = torch.zeros(model.moe_layers, experts, dtype=torch.int64, device=device)
     joint = torch.zeros(pairs, experts, experts, dtype=torch.float64, device=device)
-    for batch in validation_batches(windows, sequences, batch_size):
-        inputs = batch.inputs(dtype, device, share=0.0)
+    for batch in validation_batches(windows, sequences, batch_size * ranks):
+        part = batch.padded(batch_size * ranks).part(mesh.data_rank * batch_size, batch_size) if ranks > 1 else batch
+        inputs = take_part(part.inputs(dtype, device, share=0.0), mesh.degrees.cp, mesh.cp_rank)
         ce, carry, routing = model.evaluate(inputs)
         nats += ce.item() * batch.label_count
-        labels += batch.label_count
+        labels += int((inputs.token_weights > 0).sum())
         source_bytes += labelled_bytes(inputs, tokenizer)
         counts += carry.counts
         mask = (inputs.token_weights > 0).flatten()
@@ -51,6 +56,9 @@ def validate(
             earlier, later = routing[pair], routing[pair + 1]
             used = torch.bincount(earlier[mask].flatten(), minlength=experts).unsqueeze(1)
             joint[pair] += conditional_routing(earlier, later, experts, mask) * used
+    counts, joint = all_sum(counts, mesh.ranks.data), all_sum(joint, mesh.ranks.data)
+    sums = torch.tensor([nats, labels, source_bytes], dtype=torch.float64, device=device)
+    nats, labels, source_bytes = all_sum(sums, mesh.ranks.data).tolist()
     used_E = counts[:pairs].clamp(min=1).unsqueeze(2)
     load = counts / counts.sum(1, keepdim=True).clamp(min=1)
     return Validation(nats / labels, nats / math.log(2) / source_bytes, load.cpu(), (joint / used_E).cpu())

@@ -1,0 +1,89 @@
+"""The ranks of a run as device meshes: one view for dense parameters, one for experts, one for data."""
+
+import datetime
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from titan_moe.parallel.degrees import Degrees
+from torchtitan_ext.collectives import Group, Ranks
+
+T = TypeVar("T")
+
+
+class Mesh:
+    """Where this process stands. With one process there are no groups, and nothing is ever communicated."""
+
+    def __init__(self, degrees: Degrees, device: torch.device) -> None:
+        self.degrees, self.device = degrees, device
+        self.rank = 0
+        self.dense: DeviceMesh | None = None
+        """What parameters other than the experts' are sharded over: (fsdp,) or (dp_replicate, fsdp)."""
+        self.expert_dense: DeviceMesh | None = None
+        """The same for experts, beside ep: (efsdp,) or (dp_replicate, efsdp)."""
+        self.ep: DeviceMesh | None = None
+        self.ranks = Ranks()
+        self.cp: Group | None = None
+        self.data_rank = self.cp_rank = 0
+        if degrees.world == 1:
+            return
+        d = degrees
+        self.rank = dist.get_rank()
+        root = init_device_mesh(device.type, (d.world,), mesh_dim_names=("world",))
+        dense = root._unflatten(0, (d.dp_replicate, d.fsdp), ("dp_replicate", "fsdp"))
+        experts = root._unflatten(0, (d.dp_replicate, d.expert_fsdp, d.ep), ("dp_replicate", "efsdp", "ep"))
+        data = root._unflatten(0, (d.data, d.cp), ("data", "cp"))
+        replicated = d.dp_replicate > 1
+        self.dense = dense["dp_replicate", "fsdp"] if replicated else dense["fsdp"]
+        self.expert_dense = experts["dp_replicate", "efsdp"] if replicated else experts["efsdp"]
+        self.ep = experts["ep"] if d.ep > 1 else None
+        self.cp = data["cp"].get_group() if d.cp > 1 else None
+        self.ranks = Ranks(data=root.get_group(), sequence=self.cp)
+        self.data_rank, self.cp_rank = data["data"].get_local_rank(), data["cp"].get_local_rank()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes what is written once."""
+        return self.rank == 0
+
+
+def single(device: torch.device) -> Mesh:
+    return Mesh(Degrees(1, 1, 1, 1), device)
+
+
+def start_processes(device: torch.device, timeout_seconds: int) -> None:
+    """Joins the process group that the environment describes, if it describes one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, timeout=timeout)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """`make()` on rank 0, then on the others. When it fails there, the others leave quietly: rank 0 says why."""
+    if not dist.is_initialized():
+        return make()
+    if dist.get_rank() == 0:
+        done = False
+        try:
+            found = make()
+            done = True
+        finally:
+            dist.broadcast_object_list([done])
+        return found
+    outcome: list[bool] = [False]
+    dist.broadcast_object_list(outcome)
+    if not outcome[0]:
+        sys.exit(2)
+    return make()
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,42 @@
+"""Gradient clipping over parameters that are sharded over different meshes."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from torchtitan_ext.gram import accumulation_dtype
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], highest: float) -> Tensor:
+    """Scales all gradients so that their total 2-norm is at most `highest`; returns the norm before that, the same on every
+    rank. Each shard is counted once: sums run over the mesh dimensions that a gradient is sharded over, one pass per mesh."""
+    squares: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    locals_: list[Tensor] = []
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is None:
+            continue
+        groups: tuple[dist.ProcessGroup, ...] = ()
+        if isinstance(grad, DTensor):
+            dims = [d for d, placement in enumerate(grad.placements) if not placement.is_replicate()]
+            groups = tuple(grad.device_mesh.get_group(d) for d in dims)
+            grad = grad.to_local()
+        locals_.append(grad)
+        squares.setdefault(groups, []).append(grad)
+    total: Tensor | None = None
+    for groups, grads in squares.items():
+        exact = accumulation_dtype(grads[0].dtype)
+        norms = torch.stack([norm.to(exact) for norm in torch._foreach_norm(grads)])
+        part = norms.square().sum()
+        for group in groups:
+            dist.all_reduce(part, group=group)
+        total = part if total is None else total + part
+    assert total is not None, "no parameter has a gradient"
+    norm = total.sqrt()
+    factor = torch.clamp(highest / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_(locals_, factor.to(locals_[0].dtype))
+    return norm

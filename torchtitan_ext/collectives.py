@@ -1,0 +1,82 @@
+"""The few collectives that losses and experts need, each with its gradient. A group of None is one process alone.
+
+Ranks hold shares of one objective, J = sum_r J_r, so what a rank computes from other ranks' tensors sends them its gradient,
+and gradients are summed, never averaged.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup
+
+
+class Ranks(NamedTuple):
+    """The ranks that share a micro-step's tokens."""
+
+    data: Group | None = None
+    """All that hold tokens of the same micro-step, parts of sequences included."""
+    sequence: Group | None = None
+    """Those that hold parts of the same sequences (context parallelism)."""
+
+
+def all_sum(x: Tensor, group: Group | None) -> Tensor:
+    """The sum over ranks, without a gradient."""
+    return x.detach() if group is None else _all_sum(x, group)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _all_sum(x: Tensor, group: Group) -> Tensor:
+    total = x.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = (send, receive), group
+        return _all_to_all(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive = ctx.sizes
+        return _all_to_all(grad, receive, send, ctx.group), None, None, None
+
+
+def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    return out
+
+
+@torch.compiler.disable
+def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    """Rows of x to their ranks: the first send[0] to rank 0, and so on; receive[r] come from rank r. Differentiable."""
+    result: Tensor = _Exchange.apply(x, send, receive, group)
+    return result
+
+
+class _GatherColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group, ctx.width = group, x.shape[1]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total[:, ctx.group.rank() * ctx.width :][:, : ctx.width], None
+
+
+@torch.compiler.disable
+def gather_columns(x: Tensor, group: Group) -> Tensor:
+    """(N, M) of every rank side by side, (N, ranks * M). The backward sums what all ranks made of a rank's columns."""
+    result: Tensor = _GatherColumns.apply(x, group)
+    return result
