@@ -253,7 +253,8 @@ class Terms:
         """What cp needs of this layer in the next one: (T, E) or (T, 1)."""
         if self.cp_source == "transition":
             return view.scores_TE
-        return coupling_source_mass(view.scores_TE, view.topk_ids_TK, self.cp_source).unsqueeze(1)
+        # A copy: wrappers of a block (FSDP's) hang their hooks on its outputs, and mistrust views.
+        return coupling_source_mass(view.scores_TE, view.topk_ids_TK, self.cp_source).unsqueeze(1).clone()
 
     def _variance(self, site: Site) -> Tensor:
         view, weights = site.view, site.tokens.weights

@@ -1,12 +1,18 @@
-"""FSDP2 and HSDP: a unit per block, one for its experts under expert parallelism, one for its router in bfloat16.
+"""FSDP2 and HSDP, a unit per block. Under expert parallelism a block's experts are sharded over a mesh of their own.
 
-Gradients are summed over ranks, never averaged: the losses are already shares of the global batch. So no unit needs a factor,
-whatever the mesh that it is sharded over.
+Gradients are summed over ranks, never averaged: the losses are already shares of the global batch. So nothing needs a factor,
+whatever the mesh that it is sharded over. Routers stay whole and in float32 on every rank, as they are small and their
+precision decides who goes where; their gradients are summed at the end of a step.
+
+No unit is nested in a block: its hooks would run inside what is recomputed.
 """
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import Shard
 
 from titan_moe.model.transformer import Transformer
@@ -17,31 +23,59 @@ from torchtitan_ext.gram import accumulation_dtype
 def shard(model: Transformer, mesh: Mesh, expert_dim: int | None, reshard: bool) -> None:
     """Wraps the model in place. expert_dim: the dimension in which experts are sharded beside ep. reshard: after forward."""
     assert mesh.dense is not None
-    assert mesh.expert_dense is not None
     exact = accumulation_dtype(model.dtype)
     compute = None if model.dtype == exact else model.dtype
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=exact, cast_forward_inputs=False)
-    whole = MixedPrecisionPolicy(reduce_dtype=exact, cast_forward_inputs=False)
+    experts = mesh_info(mesh.expert_dense) if mesh.ep is not None and mesh.expert_dense is not None else None
+    whole = set(routers(model))
+    for block in model.blocks():
+        own = set(block.moe.experts.parameters()) if block.moe is not None and experts is not None else set()
 
-    def unit(module: nn.Module, over: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool, dim: int = 0) -> None:
-        fully_shard(
-            module, mesh=over, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=lambda _: Shard(dim)
-        )
-
-    for block in model.layers.values():
-        moe = getattr(block, "moe", None)
-        if moe is not None and compute is not None:
-            unit(moe.router, mesh.dense, whole, reshard)
-        if moe is not None and mesh.ep is not None:
+        def placement(parameter: nn.Parameter, own: set[nn.Parameter] = own) -> ShardPlacementResult | None:
+            if parameter not in own:
+                return None
             assert expert_dim is not None
-            unit(moe.experts, mesh.expert_dense, policy, reshard, expert_dim)
-        fully_shard(block, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=False)
+            assert experts is not None
+            return ShardPlacementResult(Shard(expert_dim), experts)
+
+        fully_shard(
+            block,
+            mesh=mesh.dense,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=placement,
+            ignored_params=whole,
+        )
+    fully_shard(model, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
     for method in ("evaluate", "logits"):
         register_fsdp_forward_method(model, method)
     for module in units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def mesh_info(mesh: DeviceMesh) -> FSDPMeshInfo:
+    """A mesh (shard,) or (replicate, shard) as FSDP wants it for single parameters."""
+    if mesh.ndim == 1:
+        return FSDPMeshInfo(mesh, shard_mesh_dim=0)
+    return HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+
+
+def routers(model: Transformer) -> list[nn.Parameter]:
+    """The parameters that every rank holds whole."""
+    return [moe.router.weight for moe in model.moe_modules()]
+
+
+@torch.no_grad()
+def sum_router_gradients(model: Transformer, mesh: Mesh) -> None:
+    """Over all ranks, in one go; FSDP sums all others."""
+    gradients = [weight.grad for weight in routers(model) if weight.grad is not None]
+    if mesh.ranks.data is None or not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=mesh.ranks.data)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
 
 
 def units(model: nn.Module) -> list[FSDPModule]:

@@ -24,7 +24,7 @@ from titan_moe.model.counts import count
 from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.context import take_part
-from titan_moe.parallel.fsdp import reduce_gradients
+from titan_moe.parallel.fsdp import reduce_gradients, sum_router_gradients
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.norm import clip_gradients
 from titan_moe.parallel.parallelize import parallelize
@@ -100,6 +100,7 @@ def train_step(
         loss, ce, carry = loss + objective.detach(), ce + out.ce.detach(), add_carry(carry, out.carry)
     assert carry is not None
     loss, ce, carry = sum_over_ranks(loss, ce, carry, mesh)
+    sum_router_gradients(model, mesh)
     norm = clip_gradients(list(model.parameters()), config.training.max_grad_norm)
     result = StepResult(loss.item(), ce.item(), carry, norm.item())
     check_finite(model, result)

@@ -1,0 +1,112 @@
+"""No layout changes the result: five steps with all seven terms, in float64, against one process."""
+
+import functools
+
+import pytest
+import torch
+
+from tests.distributed.launch import launch
+from tests.distributed.steps import DEEPSEEK, VANILLA, Outcome, gradients, train
+
+SEQUENCE = ["--regularizers.lb.scope=sequence"]  # v's default is that
+GLOBAL = ["--regularizers.lb.scope=global", "--regularizers.v.scope=global"]
+STYLES = {"vanilla": VANILLA, "deepseek": DEEPSEEK}
+
+# name -> (ranks, words of the layout)
+LAYOUTS = {
+    "dp2": (2, []),
+    "dp4": (4, []),
+    "hsdp2x2": (4, ["--parallelism.dp_replicate=2"]),
+    "replicate2": (2, ["--parallelism.dp_replicate=2"]),
+    "ep2": (2, ["--parallelism.ep=2"]),
+    "ep4": (4, ["--parallelism.ep=4"]),
+    "ep2dp2": (4, ["--parallelism.ep=2"]),
+    "ep2hsdp2": (4, ["--parallelism.ep=2", "--parallelism.dp_replicate=2"]),
+    "cp2": (2, ["--parallelism.cp=2"]),
+    "cp2ep2": (2, ["--parallelism.cp=2", "--parallelism.ep=2"]),
+    "cp2dp2ep4": (4, ["--parallelism.cp=2", "--parallelism.ep=4"]),
+}
+
+
+@functools.cache
+def alone(*words: str) -> Outcome:
+    return train(list(words), 1)
+
+
+def assert_equal(found: Outcome, wanted: Outcome, tolerance: float = 1e-9) -> None:
+    assert torch.equal(found.counts, wanted.counts)
+    for step, (row, other) in enumerate(zip(found.rows, wanted.rows, strict=True), start=1):
+        for name, value in row.items():
+            assert value == pytest.approx(other[name], rel=tolerance, abs=1e-14), f"{name} at step {step}"
+    assert found.parameters.keys() == wanted.parameters.keys()
+    for name, value in found.parameters.items():
+        difference = (value - wanted.parameters[name]).norm()
+        assert difference <= tolerance * wanted.parameters[name].norm() + 1e-14, f"{name}: {difference}"
+
+
+def check(layout: str, words: list[str], baseline: list[str] | None = None) -> None:
+    world, degrees = LAYOUTS[layout]
+    wanted = alone(*(words if baseline is None else baseline))
+    for found in launch(world, train, [*words, *degrees], world):
+        assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout(layout: str, style: str) -> None:
+    check(layout, [*STYLES[style], *SEQUENCE])
+
+
+VARIANTS = {
+    "global-scopes": GLOBAL,
+    "sample": ["--regularizers.sp.method=sample", "--regularizers.sp.sample_fraction=0.4"],
+    "sketch": ["--regularizers.sp.method=sketch", "--regularizers.sp.sketch_dim=6"],
+    "measured": ["--regularizers.sp.weight=0", "--regularizers.erc.weight=0", "--regularizers.measure=sp,erc"],
+    "transition": ["--regularizers.cp.source=transition"],
+    "activated-code": [
+        "--regularizers.cp.source=activated",
+        "--regularizers.o.variant=code",
+        "--regularizers.v.variant=code",
+    ],
+    "full": ["--activation_checkpoint.mode=full"],
+    "selective": ["--activation_checkpoint.mode=selective", "--regularizers.sp.method=sample"],
+    "keep-gathered": ["--parallelism.reshard_after_forward=false"],
+    "documents-gqa": ["--model.document_mask=true", "--model.kv_heads=1", "--model.qk_norm=true"],
+    "untied": ["--model.tie_embeddings=false"],
+}
+
+
+@pytest.mark.parametrize("layout", ["ep2dp2", "cp2dp2ep4"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant: str, layout: str) -> None:
+    """The baseline has the same micro-steps, so that scope `global` means the same tokens; recomputation is not in it."""
+    check(layout, [*DEEPSEEK, *SEQUENCE, *VARIANTS[variant]])
+
+
+@pytest.mark.parametrize("layout", ["hsdp2x2", "ep2dp2", "cp2ep2"])
+@pytest.mark.parametrize("defer", ["true", "false"])
+def test_accumulation(layout: str, defer: str) -> None:
+    """Two micro-steps on the layout, and one, two or as many as sequences on one process."""
+    world, degrees = LAYOUTS[layout]
+    data = world // (2 if "cp2" in layout else 1)
+    words = [*DEEPSEEK, *SEQUENCE, f"--parallelism.defer_reduction={defer}"]
+    found = launch(world, train, [*words, *degrees, f"--training.microbatch_size={4 // data}"], world)[0]
+    for size in (1, 4, 8):
+        assert_equal(found, alone(*words, f"--training.microbatch_size={size}"))
+
+
+def test_global_scope_with_accumulation() -> None:
+    """The same micro-steps: four sequences each, on one process and on two."""
+    found = launch(2, train, [*GLOBAL, "--training.microbatch_size=2", "--parallelism.ep=2"], 2)[0]
+    assert_equal(found, alone(*GLOBAL, "--training.microbatch_size=4"))
+
+
+@pytest.mark.parametrize("layout", ["dp2", "hsdp2x2", "ep2", "cp2", "cp2dp2ep4"])
+def test_gradients_of_every_parameter(layout: str) -> None:
+    world, degrees = LAYOUTS[layout]
+    words = [*DEEPSEEK, *SEQUENCE]
+    wanted = gradients(words, 1)
+    for found in launch(world, gradients, [*words, *degrees], world):
+        assert found.keys() == wanted.keys()
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, wanted[name], rtol=1e-9, atol=1e-12, msg=name)
