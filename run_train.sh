@@ -23,6 +23,11 @@ WORLD_SIZE=$((NPROC * ${NNODES:-1})) "$PYTHON" -m titan_moe.cli train --check "$
 status=$?
 [ "$status" = 64 ] && exit 0 # the run is finished, and has said so
 [ "$status" = 0 ] || exit "$status"
+if [ -z "${OMP_NUM_THREADS:-}" ]; then # torchrun would make it 1
+    OMP_NUM_THREADS=$(($(getconf _NPROCESSORS_ONLN) / NPROC))
+    [ "$OMP_NUM_THREADS" -gt 0 ] || OMP_NUM_THREADS=1
+    export OMP_NUM_THREADS
+fi
 exec "$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" --nnodes "${NNODES:-1}" \
     --node-rank "${NODE_RANK:-0}" --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}" \
     --max-restarts "${MAX_RESTARTS:-0}" -m titan_moe.cli train "$@"

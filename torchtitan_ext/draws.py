@@ -29,7 +29,10 @@ def keyed_bits(*key: Tensor | int, device: torch.device) -> Tensor:
     """
     h: Any = 0
     for part in key:
-        value = part.to(device=device, dtype=torch.int64) if isinstance(part, Tensor) else part
+        # The compiler makes symbols of integers that differ between layers, and mistakes their products for floats.
+        number = torch.compiler.is_compiling() and not isinstance(part, Tensor)
+        value = torch.full((), part, dtype=torch.int64, device=device) if number else part  # type: ignore[arg-type]
+        value = value.to(device=device, dtype=torch.int64) if isinstance(value, Tensor) else value
         h = _finalise((h * 0x9E3779B1 + (value & MASK) + 0x7F4A7C15) & MASK)
     return torch.as_tensor(h, dtype=torch.int64, device=device)
 

@@ -49,6 +49,7 @@ class _ResponseThrough(torch.autograd.Function):
         return grad_JGD, grad_proxies_ED, None
 
 
+@torch.compiler.disable  # torch 2.13's compiler refuses a sharded weight here: a view of it leaves an autograd.Function
 def response_through(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The weights again, and `M[i, j] = || W_gate^j proxy_i ||` of the experts j in them, (E, J).
 

@@ -48,7 +48,7 @@ class _GatherSequence(torch.autograd.Function):
         by_rank[:, order_S] = grad_BSN.to(exact)
         stacked = by_rank.unflatten(1, (ctx.group.size(), -1)).transpose(0, 1).contiguous()
         mine = torch.empty(ctx.shape, dtype=exact, device=grad_BSN.device)
-        dist.reduce_scatter_tensor(mine, stacked.flatten(0, 1), group=ctx.group)
+        dist.reduce_scatter_single(mine, stacked.flatten(0, 1), group=ctx.group)
         return mine.to(grad_BSN.dtype), None, None
 
 

@@ -80,11 +80,12 @@ def check_degrees(config: Config, degrees: Degrees, origin: Origin) -> None:
             f"{origin('training.seq_len')} = {training.seq_len} must be a multiple of 2 * parallelism.cp = {2 * degrees.cp}: "
             "every rank takes two pieces of a sequence"
         )
-    size = (training.microbatch_size or max(1, training.batch_size // degrees.data)) * degrees.data
+    size = (training.microbatch_size or 1) * degrees.data
     if training.batch_size % size:
+        parts = f"{training.microbatch_size} (training.microbatch_size) * " if training.microbatch_size else ""
         raise UserError(
-            f"{origin('training.batch_size')} = {training.batch_size} is not a multiple of {size} = "
-            f"training.microbatch_size * {degrees.data} ranks with sequences of their own"
+            f"{origin('training.batch_size')} = {training.batch_size} is not a multiple of {parts}{degrees.data}, the ranks "
+            "with sequences of their own"
         )
 
 
