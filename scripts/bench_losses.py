@@ -25,7 +25,7 @@ from titan_moe.train.device import keep_freed_memory, peak_allocated
 from titan_moe.train.optimizer import build_optimizer
 from torchtitan_ext.carry import empty_carry
 from torchtitan_ext.gram import gram_through
-from torchtitan_ext.response import response_through
+from torchtitan_ext.response import lengths, response_through
 from torchtitan_ext.terms import LayerView, Terms, Tokens, WeightedGram
 
 ARMS = [
@@ -105,7 +105,7 @@ class Bench:
         seen: list[LayerView] = []
 
         class Recorder(Terms):
-            needs_activations = True
+            needs_activations = needs_outputs = True
 
             def add(self, view, carry, layer, tokens):  # type: ignore[no-untyped-def]
                 seen.append(view.detach())
@@ -160,8 +160,9 @@ class Bench:
                     router, gate_up = moes[layer].router.weight, moes[layer].experts.gate_up
                     proxies = active.proxies(router, layer, tokens)
                     if proxies is not None:
-                        weight, response = response_through(gate_up, proxies, moes[layer].router.moe.hidden_dim)
-                        fresh = fresh._replace(response_EE=response)
+                        hidden = moes[layer].router.moe.hidden_dim
+                        weight, response = response_through(gate_up.flatten(1, 2), proxies, hidden)
+                        fresh = fresh._replace(response_EE=lengths(response))
                         own += [router, gate_up]
                         passed.append(weight)
                         incoming.append(gradient_of(weight, f"weight{layer}"))

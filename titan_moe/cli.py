@@ -151,6 +151,12 @@ def check_vocabulary(config: Config, pieces: int) -> None:
             f"model.vocab_size = {config.model.vocab_size} is less than the tokenizer's {pieces} pieces; "
             "raise it or set it to 0"
         )
+    size = config.model.vocab_size or pieces
+    if size % config.parallelism.tp:
+        better = -(-size // config.parallelism.tp) * config.parallelism.tp
+        raise UserError(
+            f"parallelism.tp = {config.parallelism.tp} must divide the vocabulary of {size}; set model.vocab_size = {better}"
+        )
 
 
 def start_log(run_dir: RunDir) -> None:

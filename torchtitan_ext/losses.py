@@ -25,6 +25,7 @@ from torchtitan_ext.gram import (
     squared_span_projections,
     token_gram,
 )
+from torchtitan_ext.response import lengths
 
 
 def mean_weights(values: Tensor, shape: Sequence[int] | torch.Size) -> Tensor:
@@ -310,6 +311,4 @@ def coupling_matrix(proxies: Tensor, gate_weight: Tensor) -> Tensor:
     """
     gate_weight = _accumulate(gate_weight)
     activations_jiF = torch.matmul(proxies, gate_weight.transpose(1, 2))
-    squares = activations_jiF.square().sum(-1).t()
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+    return lengths(activations_jiF.square().sum(-1).t())

@@ -19,24 +19,21 @@ class _ResponseThrough(torch.autograd.Function):
     def forward(ctx: Any, weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
         gate_JFD = weight_JGD[:, :width].to(proxies_ED.dtype)
         answers_JEF = torch.matmul(proxies_ED, gate_JFD.transpose(1, 2))
-        lengths_JE = torch.linalg.vector_norm(answers_JEF, dim=-1)
-        ctx.save_for_backward(weight_JGD, proxies_ED, answers_JEF, lengths_JE)
+        ctx.save_for_backward(weight_JGD, proxies_ED, answers_JEF)
         ctx.width = width
         ctx.set_materialize_grads(False)
-        return weight_JGD.view_as(weight_JGD), lengths_JE.t()
+        return weight_JGD.view_as(weight_JGD), answers_JEF.square().sum(-1).t()
 
     @staticmethod
     def backward(
         ctx: Any, grad_JGD: Tensor | None, grad_EJ: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        weight_JGD, proxies_ED, answers_JEF, lengths_JE = ctx.saved_tensors
+        weight_JGD, proxies_ED, answers_JEF = ctx.saved_tensors
         if grad_EJ is None:
             return grad_JGD, None, None
         if grad_JGD is None:
             grad_JGD = torch.zeros_like(weight_JGD)
-        positive_JE = lengths_JE > 0
-        factor_JE = torch.where(positive_JE, grad_EJ.t() / torch.where(positive_JE, lengths_JE, 1.0), 0.0)
-        grad_JEF = answers_JEF * factor_JE.unsqueeze(2)
+        grad_JEF = answers_JEF * (2.0 * grad_EJ.t()).unsqueeze(2)
         grad_gate_JFD = grad_JGD[:, : ctx.width]
         proxies_JED = proxies_ED.expand(weight_JGD.shape[0], *proxies_ED.shape)
         if grad_JGD.dtype == proxies_ED.dtype:
@@ -51,11 +48,18 @@ class _ResponseThrough(torch.autograd.Function):
 
 @torch.compiler.disable  # torch 2.13's compiler refuses a sharded weight here: a view of it leaves an autograd.Function
 def response_through(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The weights again, and `M[i, j] = || W_gate^j proxy_i ||` of the experts j in them, (E, J).
+    """The weights again, and `|| W_gate^j proxy_i ||^2` of the experts j in them, (E, J): sums over hidden units, so that ranks
+    with parts of them add up.
 
     For a caller that goes on with the returned weights; whatever consumes them must give back a gradient of its own making,
-    since the backward writes into it. proxies: in at least float32. First derivatives only; a zero answer has gradient 0.
+    since the backward writes into it. proxies: in at least float32. First derivatives only.
     """
     assert proxies_ED.dtype == accumulation_dtype(weight_JGD.dtype)
     through: tuple[Tensor, Tensor] = _ResponseThrough.apply(weight_JGD, proxies_ED, width)
     return through
+
+
+def lengths(squares: Tensor) -> Tensor:
+    """M from its squares; the gradient of a zero answer is 0."""
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)

@@ -47,8 +47,8 @@ class LayerView(NamedTuple):
     """Gate weights of the chosen experts."""
     z_RF: Tensor | None
     """SwiGLU activations, sorted by expert; None where experts are on other ranks and no term asked for them."""
-    y_RD: Tensor
-    """Expert outputs before the gate weight, sorted likewise."""
+    y_RD: Tensor | None
+    """Expert outputs before the gate weight, sorted likewise; None where no term asked for them."""
     rows_TK: Tensor
     """Row of `z_RF` and `y_RD` that holds token i's a-th expert."""
     gram: "WeightedGram | None" = None
@@ -173,6 +173,11 @@ class Terms:
         by_gram = self.weights.get("sp", 0.0) > 0 and self.sp_method in ("exact", "sample")
         return bool(self.custom) or ("sp" in self.weights and not by_gram)
 
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether a term reads `LayerView.y_RD`."""
+        return bool(self.custom) or "o" in self.weights
+
     def previous_width(self, experts: int) -> int:
         """Numbers per token that cp needs of the previous MoE layer: all its scores, or one mass."""
         return experts if self.cp_source == "transition" else 1
@@ -206,6 +211,7 @@ class Terms:
         if name == "cp":
             return self._coupling(site)
         if name == "o":
+            assert view.y_RD is not None
             return orthogonality_loss(view.y_RD, self.o_variant, rows=view.rows_TK, weights=weights_T)
         if name == "v":
             return self._variance(site)

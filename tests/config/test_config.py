@@ -79,7 +79,7 @@ FILES = {
     "[model.moe]\nfirst_dense_layers = 9": r"first_dense_layers = 9 is more than",
     "[parallelism]\nep = 2": r"parallelism\.ep = 2 must divide dp_shard \* cp = 1",
     "[parallelism]\ndp_shard = 4": r"parallelism\.dp_shard: .*= 4, but there are 1 processes; use NPROC=4",
-    "[parallelism]\ntp = 2": r"parallelism\.tp: not built yet",
+    "[parallelism]\npp = 2": r"parallelism\.pp: not built yet",
     "[float8]\nenable = true": r"float8\.enable: float8 is not built yet",
     "[checkpoint]\nasync_save = true": r"checkpoint\.async_save: not built yet",
     "[job]\nname = 'a/b'": r"job\.name = 'a/b'",
@@ -126,7 +126,7 @@ def test_unknown_configuration_and_unreadable_file(tmp_path: Path) -> None:
 
 
 WORLDS = [
-    (6, ["dp_replicate=4"], r"6 processes are not a multiple of dp_replicate \* cp = 4; 1, 2, 3, 6 would be"),
+    (6, ["dp_replicate=4"], r"6 processes are not a multiple of dp_replicate \* cp \* tp = 4; 1, 2, 3, 6 would be"),
     (4, ["dp_shard=3"], r"dp_shard.*= 3, but there are 4 processes; use NPROC=3, or dp_shard = -1"),
     (4, ["ep=3"], r"parallelism\.ep = 3 must divide dp_shard \* cp = 4, whose ranks it borrows: 1, 2, 4"),
     (8, ["dp_replicate=2", "ep=8"], r"must divide dp_shard \* cp = 4"),

@@ -16,7 +16,7 @@ from titan_moe.parallel.mesh import Mesh
 from titan_moe.train.optimizer import build_optimizer, set_lr
 from titan_moe.train.trainer import build_model, micro_batches, model_inputs, train_step
 
-VOCABULARY, SEQ, BATCH = 61, 16, 8
+VOCABULARY, SEQ, BATCH = 62, 16, 8
 TERMS = ("lb", "z", "sp", "cp", "o", "v", "erc")
 BASE = [
     "--model.dim=16",

@@ -35,10 +35,10 @@ def one_by_one(moe_layer: MoELayer, x: Tensor, chosen: Tensor) -> Tensor:
             gates = gates / gates.sum()
         out = torch.zeros(DIM, dtype=x.dtype)
         for gate, e in zip(gates * moe.route_scale, chosen[i], strict=True):
-            gate_proj, up_proj = experts.gate_up[e].chunk(2)
+            gate_proj, up_proj = experts.gate_up[e]
             out = out + gate * (experts.down[e] @ (F.silu(gate_proj @ token) * (up_proj @ token)))
         if moe_layer.shared is not None:
-            gate_proj, up_proj = moe_layer.shared.gate_up.weight.chunk(2)
+            gate_proj, up_proj = moe_layer.shared.gate.weight, moe_layer.shared.up.weight
             out = out + moe_layer.shared.down.weight @ (F.silu(gate_proj @ token) * (up_proj @ token))
         rows.append(out)
     return torch.stack(rows)

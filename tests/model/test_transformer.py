@@ -101,7 +101,7 @@ def test_terms_in_the_carry_are_the_library_functions(source: str) -> None:
         original = moe.terms
 
         class Spy(Terms):
-            needs_activations = True
+            needs_activations = needs_outputs = True
 
             def add(self, view, carry, layer, tokens, original=original):  # type: ignore[no-untyped-def]
                 seen.append((view, tokens))
@@ -122,7 +122,7 @@ def test_terms_in_the_carry_are_the_library_functions(source: str) -> None:
     ]
     coupled = []
     for layer, moe in enumerate(model.moe_modules()):
-        router, gate = moe.router.weight, moe.experts.gate_up[:, :10]
+        router, gate = moe.router.weight, moe.experts.gate_up[:, 0]
         key = (draws.ERC_NOISE, 0, layer, 7, torch.arange(6).unsqueeze(1), torch.arange(16))
         uniform = draws.keyed_uniform(*key, device=router.device, dtype=torch.float64)
         coupled.append(expert_router_coupling_loss(router, gate, 1.0, coupling_noise(router.detach(), uniform)))

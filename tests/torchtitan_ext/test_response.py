@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torchtitan_ext.losses import coupling_excess, coupling_matrix, expert_router_coupling_loss
-from torchtitan_ext.response import response_through
+from torchtitan_ext.response import lengths, response_through
 
 EXPERTS, WIDTH, DIM = 5, 4, 3
 
@@ -21,7 +21,8 @@ def make(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor
 def test_equals_the_library_function(used: str) -> None:
     weight, router = make()
     other = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    through, matrix = response_through(weight, router, WIDTH)
+    through, squares = response_through(weight, router, WIDTH)
+    matrix = lengths(squares)
     torch.testing.assert_close(matrix, coupling_matrix(router, weight[:, :WIDTH]), rtol=1e-13, atol=1e-14)
     uses = {"matrix": (1.0, 0.0), "weight": (0.0, 1.0), "both": (1.0, 1.0)}[used]
     value = uses[0] * coupling_excess(matrix, 0.9) if uses[0] else 0.0
@@ -43,7 +44,8 @@ def test_bfloat16_weights() -> None:
     """Rounded inputs, float32 arithmetic, one rounding of the gradient (2^-9 relative; 2^-8 is allowed)."""
     weight, router = make(torch.bfloat16)
     router32 = router.detach().float().requires_grad_()
-    _, matrix = response_through(weight, router32, WIDTH)
+    _, squares = response_through(weight, router32, WIDTH)
+    matrix = lengths(squares)
     got = torch.autograd.grad(coupling_excess(matrix, 0.9), [weight, router32])
     wide = weight.detach().float().requires_grad_()
     wanted = torch.autograd.grad(coupling_excess(coupling_matrix(router32, wide[:, :WIDTH]), 0.9), [wide, router32])
@@ -54,7 +56,8 @@ def test_bfloat16_weights() -> None:
 
 def test_a_detached_router_gets_no_gradient() -> None:
     weight, router = make()
-    _, matrix = response_through(weight, router.detach(), WIDTH)
+    _, squares = response_through(weight, router.detach(), WIDTH)
+    matrix = lengths(squares)
     coupling_excess(matrix, 0.9).backward()
     assert weight.grad is not None
     assert router.grad is None

@@ -42,9 +42,8 @@ def check_model(config: Config, origin: Origin) -> None:
 
 
 def check_parallelism(config: Config, origin: Origin, world_size: int) -> None:
-    for name in ("tp", "pp"):
-        if getattr(config.parallelism, name) != 1:
-            raise UserError(f"{origin(f'parallelism.{name}')}: not built yet; leave it at 1")
+    if config.parallelism.pp != 1:
+        raise UserError(f"{origin('parallelism.pp')}: not built yet; leave it at 1")
     check_degrees(config, resolve(config.parallelism, world_size, origin), origin)
 
 

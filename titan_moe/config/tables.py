@@ -272,14 +272,14 @@ class LRScheduler(Table):
 
 
 class Parallelism(Table):
-    """Degrees of parallelism: dp_replicate x dp_shard x cp ranks; tp and pp are not built yet."""
+    """Degrees of parallelism: dp_replicate x dp_shard x cp x tp ranks; pp is not built yet."""
 
     dp_replicate: PositiveInt = 1
     """Replicas of the (sharded) model."""
     dp_shard: Annotated[int, Field(ge=-1)] = -1
     """Ranks that parameters are sharded over (FSDP); -1: what is left."""
     tp: PositiveInt = 1
-    """Tensor-parallel ranks."""
+    """Tensor-parallel ranks: heads, hidden units and vocabulary are spread over them."""
     cp: PositiveInt = 1
     """Context-parallel ranks: parts of the same sequences; parameters are sharded over them too."""
     pp: PositiveInt = 1

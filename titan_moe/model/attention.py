@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from titan_moe.config.tables import Model
 from titan_moe.model.gemm import Linear, product_dtype
+from titan_moe.model.shares import ALONE, Shares
 from torchtitan_ext.gram import accumulation_dtype
 
 
@@ -22,9 +23,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shares: Shares = ALONE) -> Tensor:
+        """shares: where each rank has heads of its own, that use the one weight."""
         dtype = accumulation_dtype(x.dtype)
-        weight = self.weight.to(x.dtype).to(dtype)  # rounded as sharding in mixed precision hands it over
+        weight = shares.enter(self.weight).to(x.dtype).to(dtype)  # rounded as sharding in mixed precision hands it over
         return F.rms_norm(x.to(dtype), weight.shape, weight, self.eps).to(x.dtype)
 
 
@@ -54,21 +56,21 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
 
+        self.shares: Shares = ALONE
         self.gather: Callable[[Tensor], Tensor] | None = None
         """Brings the keys and values of the whole sequence, where ranks hold parts of it (parallel/context.py)."""
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
         """mask_BSS: which (query, key) pairs may attend; None: all earlier ones."""
         batch, seq, _ = x_BSD.shape
-        q = self.wq(x_BSD).view(batch, seq, self.heads, self.head_dim)
-        k = self.wk(x_BSD).view(batch, seq, self.kv_heads, self.head_dim)
-        v = self.wv(x_BSD).view(batch, seq, self.kv_heads, self.head_dim)
+        x_BSD = self.shares.enter(x_BSD)
+        q, k, v = (w(x_BSD).view(batch, seq, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, self.shares), self.k_norm(k, self.shares)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if self.gather is not None:
             both = self.gather(torch.cat([k, v], dim=2).flatten(2))
-            k, v = both.view(batch, -1, 2 * self.kv_heads, self.head_dim).chunk(2, dim=2)
+            k, v = both.view(batch, both.shape[1], -1, self.head_dim).chunk(2, dim=2)
         dtype = product_dtype(q)
         out_BHSd = F.scaled_dot_product_attention(
             q.transpose(1, 2).to(dtype),
@@ -78,4 +80,4 @@ class Attention(nn.Module):
             is_causal=mask_BSS is None,
             enable_gqa=self.kv_heads != self.heads,
         )
-        return self.wo(out_BHSd.transpose(1, 2).reshape(batch, seq, -1).to(x_BSD.dtype))
+        return self.shares.leave(self.wo(out_BHSd.transpose(1, 2).reshape(batch, seq, -1).to(x_BSD.dtype)))

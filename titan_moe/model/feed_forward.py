@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_moe.model.gemm import Linear
+from titan_moe.model.shares import ALONE, Shares
 
 SLICE_ELEMENTS = 1 << 17  # values per slice of the element-wise passes: small enough for a core's cache
 
@@ -53,12 +54,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """A dense SwiGLU layer, gate and up fused: the shared experts, and the first dense layers."""
+    """A dense SwiGLU layer: the shared experts, and the first dense layers."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.gate_up = Linear(dim, 2 * hidden_dim)
+        self.gate = Linear(dim, hidden_dim)
+        self.up = Linear(dim, hidden_dim)
         self.down = Linear(hidden_dim, dim)
+        self.shares: Shares = ALONE
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x_TD)))
+        x_TD = self.shares.enter(x_TD)
+        return self.shares.leave(self.down(F.silu(self.gate(x_TD)) * self.up(x_TD)))

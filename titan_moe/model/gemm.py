@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @functools.cache
@@ -37,6 +38,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype)).to(x.dtype)
 
 
+def local(weight: Tensor) -> Tensor:
+    """This rank's part of a sharded weight."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
 class Linear(nn.Module):
     """A linear map without bias whose weight keeps its own type."""
 
@@ -45,7 +51,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outer, inner))
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, local(self.weight))
 
 
 def grouped_linear(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def init_weights(model: Transformer, seed: int) -> None:
             if name.endswith(RESIDUAL_OUTPUTS):
                 std *= depth_scale
             own, (first, *corner) = local_part(parameter)
-            if parameter.dim() == 3:
+            if ".experts." in name:
                 for expert, part in enumerate(own, start=first):
                     whole = draw(f"{seed}/{name}/{expert}", parameter.shape[1:], std)
                     part.copy_(whole[tuple(map(slice, corner, map(add, corner, part.shape)))])

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from titan_moe.config.tables import MoE
 from titan_moe.model.feed_forward import FeedForward, swiglu
-from titan_moe.model.gemm import grouped_linear
+from titan_moe.model.gemm import grouped_linear, local
+from titan_moe.model.shares import ALONE, Shares
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.gram import accumulation_dtype, gram_through
 from torchtitan_ext.losses import normalize_scores
-from torchtitan_ext.response import response_through
+from torchtitan_ext.response import lengths, response_through
 from torchtitan_ext.terms import GramRows, LayerView, Terms, Tokens, WeightedGram
 
 
@@ -170,15 +170,14 @@ class Dispatcher:
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks, in the layout that the grouped product wants: gate and up fused (E, 2F, D), down (E, D, F).
+    """E SwiGLU networks, in the layout that the grouped product wants: gate and up (E, 2, F, D), down (E, D, F).
 
-    Under expert parallelism the weights are DTensors sharded over E, and this rank computes its own experts.
+    Under expert and tensor parallelism the weights are DTensors sharded over E and F, and this rank computes its own part.
     """
 
     def __init__(self, dim: int, moe: MoE) -> None:
         super().__init__()
-        self.hidden_dim = moe.hidden_dim
-        self.gate_up = nn.Parameter(torch.empty(moe.experts, 2 * moe.hidden_dim, dim))
+        self.gate_up = nn.Parameter(torch.empty(moe.experts, 2, moe.hidden_dim, dim))
         self.down = nn.Parameter(torch.empty(moe.experts, dim, moe.hidden_dim))
 
     def forward(
@@ -189,18 +188,14 @@ class Experts(nn.Module):
         on_activations: Callable[[Tensor], tuple[Tensor, Tensor | None]],
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Outputs (R, D), activations z (R, F), Gram matrices that `on_activations` took between the two products, and
-        these experts' answers to the proxies (E, J), erc's columns."""
+        the squared lengths of these experts' answers to the proxies (E, J)."""
         gate_up, down = local(self.gate_up), local(self.down)
-        response = None
+        hidden_dim = gate_up.shape[2]
+        gate_up, response = gate_up.flatten(1, 2), None
         if proxies_ED is not None:
-            gate_up, response = response_through(gate_up, proxies_ED, self.hidden_dim)
+            gate_up, response = response_through(gate_up, proxies_ED, hidden_dim)
         z_RF, gram = on_activations(swiglu(grouped_linear(x_RD, gate_up, offsets_E)))
         return grouped_linear(z_RF, down, offsets_E), z_RF, gram, response
-
-
-def local(weight: Tensor) -> Tensor:
-    """This rank's part of a sharded weight."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class MoELayer(nn.Module):
@@ -211,6 +206,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.layer = layer
         self.terms = terms
+        self.shares: Shares = ALONE
         self.dispatcher = Dispatcher()
         self.router = Router(dim, moe)
         self.experts = Experts(dim, moe)
@@ -219,23 +215,33 @@ class MoELayer(nn.Module):
     def forward(self, x_TD: Tensor, carry: Carry, tokens: Tokens) -> tuple[Tensor, Carry, Tensor]:
         """Output (T, D), the carry with this layer added, and the chosen experts (T, k)."""
         choice, proxies = self.router(x_TD, lambda weight: self.terms.proxies(weight, self.layer, tokens))
-        routed = self.dispatcher.dispatch(x_TD, choice.topk_ids_TK, self.router.moe.experts)
+        routed = self.dispatcher.dispatch(self.shares.enter(x_TD), choice.topk_ids_TK, self.router.moe.experts)
         chosen = self.terms.gram_rows(routed.home.rows_TK, self.layer, tokens)
 
         def take_gram(z_RF: Tensor) -> tuple[Tensor, Tensor | None]:
             return (z_RF, None) if chosen is None else self.dispatcher.gram(z_RF, chosen, routed)
 
+        if proxies is not None:
+            proxies = self.shares.enter(proxies)
         y_RD, z_RF, gram, response = self.experts(routed.x_RD, routed.offsets_E, proxies, take_gram)
         y_RD = self.dispatcher.outputs(y_RD, routed)
-        out_TD = self.dispatcher.combine(y_RD, choice.gates_TK, routed)
+        if self.terms.needs_outputs:  # whole rows; otherwise partial sums are combined first, k times less to sum up
+            y_RD = self.shares.leave(y_RD)
+            out_TD = self.dispatcher.combine(y_RD, choice.gates_TK, routed)
+        else:
+            out_TD = self.shares.leave(self.dispatcher.combine(y_RD, self.shares.enter(choice.gates_TK), routed))
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
         view = LayerView(
             **choice._asdict(),
-            z_RF=self.dispatcher.activations(z_RF, routed) if self.terms.needs_activations else None,
-            y_RD=y_RD,
+            z_RF=self.home_activations(z_RF, routed) if self.terms.needs_activations else None,
+            y_RD=y_RD if self.terms.needs_outputs else None,
             rows_TK=routed.home.rows_TK,
-            gram=None if gram is None or chosen is None else WeightedGram(gram, chosen.weights_N),
-            response_EE=None if response is None else self.dispatcher.response(response),
+            gram=None if gram is None or chosen is None else WeightedGram(self.shares.leave(gram), chosen.weights_N),
+            response_EE=None if response is None else self.dispatcher.response(lengths(self.shares.leave(response))),
         )
         return out_TD, self.terms.add(view, carry, self.layer, tokens), choice.topk_ids_TK
+
+    def home_activations(self, z_RF: Tensor, routed: Routed) -> Tensor:
+        """z of this rank's own tokens, all hidden units."""
+        return self.shares.widen(self.dispatcher.activations(z_RF, routed))

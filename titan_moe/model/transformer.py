@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from titan_moe.config.tables import Model
 from titan_moe.model.attention import Attention, RMSNorm, rotary_tables
 from titan_moe.model.feed_forward import FeedForward
-from titan_moe.model.gemm import Linear, linear
+from titan_moe.model.gemm import Linear, linear, local
 from titan_moe.model.head import chunked_cross_entropy
 from titan_moe.model.moe import MoELayer
+from titan_moe.model.shares import ALONE, Shares
 from torchtitan_ext.carry import Carry, empty_carry
 from torchtitan_ext.gram import accumulation_dtype
 from torchtitan_ext.terms import Terms, Tokens
@@ -92,6 +93,7 @@ class Transformer(nn.Module):
         super().__init__()
         assert model.vocab_size > 0, "the vocabulary size comes from the tokenizer"
         self.settings = model
+        self.shares: Shares = ALONE
         self.terms = terms
         self.dtype = dtype
         self.moe_layers = model.layers - model.moe.first_dense_layers
@@ -121,12 +123,21 @@ class Transformer(nn.Module):
         """The same, and every MoE layer's chosen experts (T, k)."""
         hidden_TD, carry, routing = self.hidden(inputs)
         weights_T = inputs.token_weights.flatten()
-        ce = chunked_cross_entropy(hidden_TD, self.output_weight, inputs.labels.flatten(), weights_T)
+        ce = chunked_cross_entropy(hidden_TD, self.output_weight, inputs.labels.flatten(), weights_T, self.shares)
         return ce, carry, routing
 
     @property
     def output_weight(self) -> Tensor:
-        return self.embedding if self.output is None else self.output.weight
+        """(V, D), or this rank's part of the vocabulary."""
+        return local(self.embedding if self.output is None else self.output.weight)
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """Each token's vector, by the rank that has its row."""
+        embedding_VD = local(self.embedding)
+        rows_BS = tokens_BS - self.shares.first_row(embedding_VD.shape[0])
+        here_BS = (rows_BS >= 0) & (rows_BS < embedding_VD.shape[0])
+        found_BSD = F.embedding(rows_BS.clamp(0, embedding_VD.shape[0] - 1), embedding_VD).to(self.dtype)
+        return self.shares.leave(found_BSD * here_BS.unsqueeze(2))
 
     def attention_mask(self, inputs: Inputs) -> Tensor | None:
         return self.mask(inputs.places, inputs.document_ids if self.settings.document_mask else None)
@@ -134,13 +145,13 @@ class Transformer(nn.Module):
     def logits(self, inputs: Inputs) -> Tensor:
         """(B, S, V), for evaluation of short texts."""
         hidden_TD, _, _ = self.hidden(inputs)
-        return linear(hidden_TD, self.output_weight).unflatten(0, inputs.tokens.shape)
+        return self.shares.widen(linear(hidden_TD, self.output_weight)).unflatten(0, inputs.tokens.shape)
 
     def hidden(self, inputs: Inputs) -> tuple[Tensor, Carry, list[Tensor]]:
         """Hidden states after the last norm (T, D), the carry, and every MoE layer's chosen experts (T, k)."""
         settings = self.settings
         exact = accumulation_dtype(self.dtype)
-        h_BSD = F.embedding(inputs.tokens, self.embedding).to(self.dtype)
+        h_BSD = self.embed(inputs.tokens)
         head_dim = settings.head_dim or settings.dim // settings.heads
         rotary = rotary_tables(inputs.positions, head_dim, settings.rope_theta, exact)
         mask_BSS = self.attention_mask(inputs)

@@ -10,15 +10,21 @@ Origin = Callable[[str], str]  # key -> "file: key", for error messages
 
 
 class Degrees(NamedTuple):
-    """World = dp_replicate * dp_shard * cp, in this order, the last one fastest; ep ranks are neighbours in dp_shard * cp."""
+    """World = dp_replicate * dp_shard * cp * tp, the last one fastest; ep ranks are neighbours in dp_shard * cp."""
 
     dp_replicate: int
     dp_shard: int
     cp: int
     ep: int
+    tp: int
 
     @property
     def world(self) -> int:
+        return self.token_ranks * self.tp
+
+    @property
+    def token_ranks(self) -> int:
+        """Ranks, or groups of tensor-parallel ranks, with tokens of their own."""
         return self.dp_replicate * self.dp_shard * self.cp
 
     @property
@@ -39,19 +45,20 @@ class Degrees(NamedTuple):
 
 def resolve(parallelism: Parallelism, world: int, origin: Origin) -> Degrees:
     """The degrees for so many processes. Raises UserError for a combination that can't be, and says which numbers could."""
-    fixed = parallelism.dp_replicate * parallelism.cp
+    fixed = parallelism.dp_replicate * parallelism.cp * parallelism.tp
     shard = parallelism.dp_shard
     if shard in (-1, 0):
         if world % fixed:
             raise UserError(
-                f"{origin('parallelism')}: {world} processes are not a multiple of dp_replicate * cp = {fixed}; "
+                f"{origin('parallelism')}: {world} processes are not a multiple of dp_replicate * cp * tp = {fixed}; "
                 f"{_numbers([n for n in range(1, world + 1) if world % n == 0])} would be"
             )
         shard = world // fixed
     if shard * fixed != world:
+        product = f"{parallelism.dp_replicate} * {shard} * {parallelism.cp} * {parallelism.tp} = {shard * fixed}"
         raise UserError(
-            f"{origin('parallelism.dp_shard')}: dp_replicate * dp_shard * cp = {parallelism.dp_replicate} * {shard} * "
-            f"{parallelism.cp} = {shard * fixed}, but there are {world} processes; use NPROC={shard * fixed}, or dp_shard = -1"
+            f"{origin('parallelism.dp_shard')}: dp_replicate * dp_shard * cp * tp = {product}, but there are "
+            f"{world} processes; use NPROC={shard * fixed}, or dp_shard = -1"
         )
     ranks = shard * parallelism.cp
     if ranks % parallelism.ep:
@@ -59,7 +66,7 @@ def resolve(parallelism: Parallelism, world: int, origin: Origin) -> Degrees:
             f"{origin('parallelism.ep')} = {parallelism.ep} must divide dp_shard * cp = {ranks}, whose ranks it borrows: "
             f"{_numbers([n for n in range(1, ranks + 1) if ranks % n == 0])}"
         )
-    return Degrees(parallelism.dp_replicate, shard, parallelism.cp, parallelism.ep)
+    return Degrees(parallelism.dp_replicate, shard, parallelism.cp, parallelism.ep, parallelism.tp)
 
 
 def check_degrees(config: Config, degrees: Degrees, origin: Origin) -> None:
@@ -70,11 +77,12 @@ def check_degrees(config: Config, degrees: Degrees, origin: Origin) -> None:
             f"{origin('parallelism.ep')} = {degrees.ep} must divide model.moe.experts = {moe.experts}: "
             f"{_numbers([n for n in range(1, moe.experts + 1) if moe.experts % n == 0])}"
         )
-    if degrees.ep > 1 and expert_shard_dim(config, degrees) is None:
+    if degrees.ep > 1 and config.model.dim % degrees.expert_fsdp:
         raise UserError(
             f"{origin('parallelism.ep')}: the {degrees.expert_fsdp} ranks beside ep can't share an expert evenly: they must "
-            f"divide model.moe.hidden_dim = {moe.hidden_dim} and model.dim = {config.model.dim}"
+            f"divide model.dim = {config.model.dim}"
         )
+    check_tensor_parallel(config, degrees.tp, origin)
     if training.seq_len % (2 * degrees.cp) and degrees.cp > 1:
         raise UserError(
             f"{origin('training.seq_len')} = {training.seq_len} must be a multiple of 2 * parallelism.cp = {2 * degrees.cp}: "
@@ -89,14 +97,22 @@ def check_degrees(config: Config, degrees: Degrees, origin: Origin) -> None:
         )
 
 
-def expert_shard_dim(config: Config, degrees: Degrees) -> int | None:
-    """The dimension in which an expert's weights (E, 2F, D) and (E, D, F) are sharded beside ep; None if none is even."""
-    n, moe, dim = degrees.expert_fsdp, config.model.moe, config.model.dim
-    if (2 * moe.hidden_dim) % n == 0 and dim % n == 0:
-        return 1
-    if moe.hidden_dim % n == 0 and dim % n == 0:
-        return 2
-    return None
+def check_tensor_parallel(config: Config, tp: int, origin: Origin) -> None:
+    """Raises UserError when heads, hidden units or vocabulary can't be cut into tp equal parts."""
+    model = config.model
+    sizes = {
+        "model.heads": model.heads,
+        "model.kv_heads": model.kv_heads or model.heads,
+        "model.moe.hidden_dim": model.moe.hidden_dim,
+        "model.vocab_size": model.vocab_size or config.tokenizer.vocab_size,
+    }
+    for key, size in sizes.items():
+        if size % tp:
+            common = [n for n in range(1, size + 1) if all(other % n == 0 for other in sizes.values())]
+            raise UserError(
+                f"{origin('parallelism.tp')} = {tp} must divide {key} = {size}; {_numbers(common)} divide heads, kv_heads, "
+                "moe.hidden_dim and the vocabulary"
+            )
 
 
 def _numbers(numbers: list[int]) -> str:

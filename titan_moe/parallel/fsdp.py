@@ -20,23 +20,27 @@ from titan_moe.parallel.mesh import Mesh
 from torchtitan_ext.gram import accumulation_dtype
 
 
-def shard(model: Transformer, mesh: Mesh, expert_dim: int | None, reshard: bool) -> None:
-    """Wraps the model in place. expert_dim: the dimension in which experts are sharded beside ep. reshard: after forward."""
+def shard(model: Transformer, mesh: Mesh, reshard: bool) -> None:
+    """Wraps the model in place. reshard: after forward."""
     assert mesh.dense is not None
+    assert mesh.expert_dense is not None
     exact = accumulation_dtype(model.dtype)
     compute = None if model.dtype == exact else model.dtype
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=exact, cast_forward_inputs=False)
-    experts = mesh_info(mesh.expert_dense) if mesh.ep is not None and mesh.expert_dense is not None else None
+    experts = mesh_info(mesh.expert_dense) if mesh.ep is not None else None
+    # In the model's width, where that is even: experts are few, and ep and tp cut the other dimensions.
+    even = model.settings.dim % mesh.expert_dense.size(-1) == 0
     whole = set(routers(model))
     for block in model.blocks():
-        own = set(block.moe.experts.parameters()) if block.moe is not None and experts is not None else set()
+        own = {} if block.moe is None else {block.moe.experts.gate_up: 3, block.moe.experts.down: 1}
 
-        def placement(parameter: nn.Parameter, own: set[nn.Parameter] = own) -> ShardPlacementResult | None:
+        def placement(
+            parameter: nn.Parameter, own: dict[nn.Parameter, int] = own
+        ) -> Shard | ShardPlacementResult | None:
             if parameter not in own:
                 return None
-            assert expert_dim is not None
-            assert experts is not None
-            return ShardPlacementResult(Shard(expert_dim), experts)
+            dimension = Shard(own[parameter] if even else 0)
+            return dimension if experts is None else ShardPlacementResult(dimension, experts)
 
         fully_shard(
             block,

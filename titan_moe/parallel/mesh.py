@@ -27,6 +27,9 @@ class Mesh:
         self.expert_dense: DeviceMesh | None = None
         """The same for experts, beside ep: (efsdp,) or (dp_replicate, efsdp)."""
         self.ep: DeviceMesh | None = None
+        self.tp: DeviceMesh | None = None
+        self.expert_parts: DeviceMesh | None = None
+        """What experts' weights are spread over: (ep,), (tp,) or (ep, tp)."""
         self.ranks = Ranks()
         self.cp: Group | None = None
         self.data_rank = self.cp_rank = 0
@@ -35,15 +38,20 @@ class Mesh:
         d = degrees
         self.rank = dist.get_rank()
         root = init_device_mesh(device.type, (d.world,), mesh_dim_names=("world",))
-        dense = root._unflatten(0, (d.dp_replicate, d.fsdp), ("dp_replicate", "fsdp"))
-        experts = root._unflatten(0, (d.dp_replicate, d.expert_fsdp, d.ep), ("dp_replicate", "efsdp", "ep"))
-        data = root._unflatten(0, (d.data, d.cp), ("data", "cp"))
+        dense = root._unflatten(0, (d.dp_replicate, d.fsdp, d.tp), ("dp_replicate", "fsdp", "tp"))
+        names = ("dp_replicate", "efsdp", "ep", "tp")
+        experts = root._unflatten(0, (d.dp_replicate, d.expert_fsdp, d.ep, d.tp), names)
+        data = root._unflatten(0, (d.data, d.cp, d.tp), ("data", "cp", "tp"))
+        tokens = root._unflatten(0, (d.token_ranks, d.tp), ("tokens", "tp"))
         replicated = d.dp_replicate > 1
         self.dense = dense["dp_replicate", "fsdp"] if replicated else dense["fsdp"]
         self.expert_dense = experts["dp_replicate", "efsdp"] if replicated else experts["efsdp"]
         self.ep = experts["ep"] if d.ep > 1 else None
+        self.tp = dense["tp"] if d.tp > 1 else None
+        spread = tuple(name for name, size in (("ep", d.ep), ("tp", d.tp)) if size > 1)
+        self.expert_parts = experts[spread] if spread else None
         self.cp = data["cp"].get_group() if d.cp > 1 else None
-        self.ranks = Ranks(data=root.get_group(), sequence=self.cp)
+        self.ranks = Ranks(data=tokens["tokens"].get_group(), sequence=self.cp)
         self.data_rank, self.cp_rank = data["data"].get_local_rank(), data["cp"].get_local_rank()
 
     @property
@@ -53,7 +61,7 @@ class Mesh:
 
 
 def single(device: torch.device) -> Mesh:
-    return Mesh(Degrees(1, 1, 1, 1), device)
+    return Mesh(Degrees(1, 1, 1, 1, 1), device)
 
 
 def start_processes(device: torch.device, timeout_seconds: int) -> None:

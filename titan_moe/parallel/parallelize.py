@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -12,10 +13,10 @@ from titan_moe.config.tables import ActivationCheckpoint, Config
 from titan_moe.model.moe import Experts
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.context import Context
-from titan_moe.parallel.degrees import expert_shard_dim
 from titan_moe.parallel.experts import AllToAll
 from titan_moe.parallel.fsdp import shard
 from titan_moe.parallel.mesh import Mesh
+from titan_moe.parallel.tensor import spread_tensors
 
 # Saved in every mode: a flipped tie would send rows elsewhere in the backward pass than in the forward pass.
 CHOICES = {torch.ops.aten.topk.default}
@@ -37,9 +38,12 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> None:
 
     Parameter names stay as they are. A model without weights (on the meta device) is sharded without ever being whole.
     """
-    if mesh.ep is not None:
-        for moe in model.moe_modules():
-            spread(moe.experts, mesh)
+    if mesh.tp is not None:
+        spread_tensors(model, mesh.tp)
+    for moe in model.moe_modules():
+        if mesh.expert_parts is not None:
+            spread_experts(moe.experts, mesh.expert_parts)
+        if mesh.ep is not None:
             moe.dispatcher = AllToAll(mesh.ep.get_group())
     if mesh.cp is not None:
         context = Context(mesh.cp)
@@ -51,14 +55,15 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> None:
         if config.compile.enable:
             block.compile()
     if mesh.dense is not None:
-        shard(model, mesh, expert_shard_dim(config, mesh.degrees), config.parallelism.reshard_after_forward)
+        shard(model, mesh, config.parallelism.reshard_after_forward)
 
 
-def spread(experts: Experts, mesh: Mesh) -> None:
-    """Gives every rank of ep its experts."""
-    assert mesh.ep is not None
+def spread_experts(experts: Experts, parts: DeviceMesh) -> None:
+    """Gives every rank of ep its experts, and every rank of tp its hidden units of them."""
+    assert parts.mesh_dim_names is not None
+    placements = [Shard({"ep": 0, "tp": 2}[name]) for name in parts.mesh_dim_names]
     for name, weight in list(experts.named_parameters()):
-        own = distribute_tensor(weight.detach(), mesh.ep, [Shard(0)], src_data_rank=None)
+        own = distribute_tensor(weight.detach(), parts, placements, src_data_rank=None)
         setattr(experts, name, nn.Parameter(own))
 
 

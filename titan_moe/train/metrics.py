@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from titan_moe.model.moe import local
+from titan_moe.model.gemm import local
 from titan_moe.train.validation import Validation
 from torchtitan_ext.carry import MEASURES, Carry
 from torchtitan_ext.metrics import dead_share, max_vio

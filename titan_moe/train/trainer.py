@@ -121,7 +121,7 @@ def micro_batches(batch: Batch, config: Config, mesh: Mesh) -> Iterator[Batch]:
 def model_inputs(part: Batch, dtype: torch.dtype, mesh: Mesh, step: int, first: bool) -> Inputs:
     """The model's view of a micro-batch, this rank's part of its sequences. Terms that no token enters are computed in the
     first one, and every rank adds its share of them."""
-    share = 1.0 / mesh.degrees.world if first else 0.0
+    share = 1.0 / mesh.degrees.token_ranks if first else 0.0
     return take_part(part.inputs(dtype, mesh.device, step, share), mesh.degrees.cp, mesh.cp_rank)
 
 
