@@ -22,12 +22,13 @@ def _finalise(h: Any) -> Any:
     return h ^ (h >> 16)
 
 
-def keyed_bits(*key: Tensor | int, device: torch.device) -> Tensor:
+def keyed_bits(*key: Tensor | int, device: torch.device, start: Tensor | int = 0) -> Tensor:
     """32 random bits per element of the broadcast key, as int64 in [0, 2^32).
 
-    Integers first and small tensors before large ones cost least: what is folded so far has the shape of the parts so far.
+    start: the bits of a key that this one goes on from. Integers first and small tensors before large ones cost least: what is
+    folded so far has the shape of the parts so far.
     """
-    h: Any = 0
+    h: Any = start
     for part in key:
         # The compiler makes symbols of integers that differ between layers, and mistakes their products for floats.
         number = torch.compiler.is_compiling() and not isinstance(part, Tensor)
@@ -43,8 +44,13 @@ def keyed_uniform(*key: Tensor | int, device: torch.device, dtype: torch.dtype =
 
 
 def keyed_signs(*key: Tensor | int, width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """+1 or -1: the shape of the broadcast key, and a last dimension of `width`. One hash gives 32 signs."""
-    words = torch.arange(-(-width // 32), device=device)
-    bits = keyed_bits(*(part.unsqueeze(-1) if isinstance(part, Tensor) else part for part in key), words, device=device)
-    unpacked = (bits.unsqueeze(-1) >> torch.arange(32, device=device)) & 1
-    return (2 * unpacked.flatten(-2)[..., :width] - 1).to(dtype)
+    """+1 or -1: the shape of the broadcast key, and a last dimension of `width`."""
+    return signs_of(keyed_bits(*key, device=device), width, dtype)
+
+
+def signs_of(bits: Tensor, width: int, dtype: torch.dtype = torch.float32, first: int = 0) -> Tensor:
+    """+1 or -1 from the bits of a key (...): columns `first` to `first + width` (..., width). One hash gives 32 signs."""
+    words = torch.arange(first // 32, -(-(first + width) // 32), device=bits.device)
+    hashed = keyed_bits(words, device=bits.device, start=bits.unsqueeze(-1))
+    unpacked = (hashed.unsqueeze(-1) >> torch.arange(32, device=bits.device)) & 1
+    return (2 * unpacked.flatten(-2)[..., first % 32 : first % 32 + width] - 1).to(dtype)

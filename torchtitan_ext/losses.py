@@ -119,19 +119,33 @@ def sketched_specialization_loss(
     token's k rows. Row z becomes `S (r * z) / sqrt(m / 2)`; each half estimates an inner product without bias, and so does the
     product of both the square. Unlike the exact value a token's estimate may be negative. Raises ValueError for an odd m.
     """
-    if sketch.shape[0] % 2:
-        raise ValueError(f"sketched_specialization_loss: {sketch.shape[0]} sketch dimensions can't be halved")
     tokens, k = rows.shape
-    gathered = _accumulate(z[rows])
-    norms_TK = gathered.square().sum(-1)
-    half = sketch.shape[0] // 2
-    sketched = ((gathered * signs.unsqueeze(1)) @ sketch.t()).reshape(tokens, k, 2, half).transpose(1, 2)
-    products = (sketched @ sketched.transpose(2, 3)) / half
-    positive = norms_TK > 0
-    inverse_TK = positive / torch.where(positive, norms_TK, 1.0)
-    squares = products[:, 0] * products[:, 1] * inverse_TK.unsqueeze(2) * inverse_TK.unsqueeze(1)
-    off_diagonal = ~torch.eye(k, dtype=torch.bool, device=z.device)
-    return weighted_sum((squares * off_diagonal).sum((1, 2)), weights)
+    gathered = z[rows].flatten(0, 1)
+    sketched, norms = sketch_rows(gathered, signs.repeat_interleave(k, 0), sketch)
+    return weighted_sum(sketched_cosines(sketched.unflatten(0, (tokens, k)), norms.unflatten(0, (tokens, k))), weights)
+
+
+def sketch_rows(z: Tensor, signs: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
+    """What sp by sketches needs of each row: `S (r * z)` (R, m) in the type of z, and its squared length (R,).
+
+    z: (R, F), signs: (R, F), sketch: (m, F). Both are sums over hidden units: of parts of them they add up.
+    """
+    exact = _accumulate(z)
+    return ((exact * signs) @ sketch.t()).to(z.dtype), exact.square().sum(-1)
+
+
+def sketched_cosines(sketched: Tensor, norms: Tensor) -> Tensor:
+    """Estimates of each token's sum of squared cosines: sketches (T, k, m), squared lengths (T, k) -> (T,)."""
+    if sketched.shape[2] % 2:
+        raise ValueError(f"sketched_specialization_loss: {sketched.shape[2]} sketch dimensions can't be halved")
+    half = sketched.shape[2] // 2
+    parts = _accumulate(sketched).unflatten(2, (2, half)).transpose(1, 2)
+    products = (parts @ parts.transpose(2, 3)) / half
+    positive = norms > 0
+    inverse = positive / torch.where(positive, norms, 1.0)
+    squares = products[:, 0] * products[:, 1] * inverse.unsqueeze(2) * inverse.unsqueeze(1)
+    off_diagonal = ~torch.eye(norms.shape[1], dtype=torch.bool, device=norms.device)
+    return (squares * off_diagonal).sum((1, 2))
 
 
 def coupling_source_mass(scores: Tensor, topk_ids: Tensor | None, source: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from torchtitan_ext.losses import (
     orthogonality_loss,
     router_z_loss,
     routing_variance_loss,
-    sketched_specialization_loss,
+    sketch_rows,
+    sketched_cosines,
     specialization_loss,
     transition_coupling,
     weighted_mean,
@@ -53,11 +54,15 @@ class LayerView(NamedTuple):
     """Row of `z_RF` and `y_RD` that holds token i's a-th expert."""
     gram: "WeightedGram | None" = None
     """Gram matrices of z that the layer took for sp on the way, when `Terms.gram_rows` asked for them."""
+    sketches: "Sketches | None" = None
+    """Sketches of z, when `Terms.sketch_keys` asked for them."""
     response_EE: Tensor | None = None
     """erc's activation matrix, when `Terms.proxies` asked for it."""
 
     def detach(self) -> "LayerView":
-        tensors = {name: value.detach() for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {
+            name: value.detach() for name, value in self._asdict().items() if isinstance(value, Tensor)
+        }
         return self._replace(gram=None, **tensors)
 
 
@@ -68,6 +73,15 @@ class GramRows(NamedTuple):
     weights_N: Tensor
     whole: bool
     """Whether these are all tokens, by the method and not by chance: the same on every rank."""
+
+
+class Sketches(NamedTuple):
+    """What sp by sketches needs of every routed row, sorted as z is."""
+
+    sketched_RM: Tensor
+    """In the type of z."""
+    norms_R: Tensor
+    """Squared lengths, in at least float32."""
 
 
 class WeightedGram(NamedTuple):
@@ -144,6 +158,26 @@ class Terms:
             return self._sp_rows(rows_TK, layer, tokens)
         return None
 
+    def sketch_keys(self, layer: int, tokens: Tokens) -> Tensor | None:
+        """What the signs of each token's sketches are drawn by (T,), when sp is to be had from sketches."""
+        if "sp" not in self.weights or self.sp_method != "sketch":
+            return None
+        places = _places(tokens)
+        return draws.keyed_bits(
+            draws.SP_SIGNS, self.seed, layer, tokens.step, *places, device=tokens.weights.device
+        ).flatten()
+
+    def sketch(self, z_RF: Tensor, keys_R: Tensor, layer: int, tokens: Tokens, first: int = 0) -> "Sketches":
+        """The sketches of rows by their tokens' keys. first: where these hidden units begin, if they are a part of them."""
+        dtype, width = accumulation_dtype(z_RF.dtype), z_RF.shape[1]
+        if self.weights["sp"] == 0:
+            z_RF = z_RF.detach()
+        distinct, index_R = keys_R.unique(return_inverse=True)
+        signs_RF = draws.signs_of(distinct, width, dtype, first).index_select(0, index_R)
+        dims = torch.arange(self.sp_sketch_dim, device=z_RF.device)
+        bits = draws.keyed_bits(draws.SP_SKETCH, self.seed, layer, tokens.step, dims, device=z_RF.device)
+        return Sketches(*sketch_rows(z_RF, signs_RF, draws.signs_of(bits, width, dtype, first)))
+
     def proxies(self, router_weight_ED: Tensor, layer: int, tokens: Tokens) -> Tensor | None:
         """erc's noisy routing vectors (E, D), whose answers by every expert a layer should take, if it should."""
         if "erc" not in self.weights or tokens.share == 0.0:
@@ -170,8 +204,7 @@ class Terms:
     @property
     def needs_activations(self) -> bool:
         """Whether a term reads `LayerView.z_RF` itself, and not only Gram matrices that `gram_rows` asked for."""
-        by_gram = self.weights.get("sp", 0.0) > 0 and self.sp_method in ("exact", "sample")
-        return bool(self.custom) or ("sp" in self.weights and not by_gram)
+        return bool(self.custom) or (self.weights.get("sp") == 0.0 and self.sp_method != "sketch")
 
     @property
     def needs_outputs(self) -> bool:
@@ -233,19 +266,14 @@ class Terms:
         view, tokens = site.view, site.tokens
         if view.gram is not None:
             return weighted_sum(squared_cosines(view.gram.gram_NKK), view.gram.weights_N)
+        if view.sketches is not None:
+            found = view.sketches
+            return weighted_sum(
+                sketched_cosines(found.sketched_RM[view.rows_TK], found.norms_R[view.rows_TK]), site.weights_T
+            )
         assert view.z_RF is not None
-        if self.sp_method in ("exact", "sample"):
-            chosen = self._sp_rows(view.rows_TK, site.layer, tokens)
-            return specialization_loss(view.z_RF, rows=chosen.rows_NK, weights=chosen.weights_N)
-        device, width = view.z_RF.device, view.z_RF.shape[1]
-        dtype = accumulation_dtype(view.z_RF.dtype)
-        key = (self.seed, site.layer, tokens.step)
-        signs = draws.keyed_signs(draws.SP_SIGNS, *key, *_places(tokens), width=width, device=device, dtype=dtype)
-        dims = torch.arange(self.sp_sketch_dim, device=device)
-        sketch = draws.keyed_signs(draws.SP_SKETCH, *key, dims, width=width, device=device, dtype=dtype)
-        return sketched_specialization_loss(
-            view.z_RF, view.rows_TK, sketch, signs.flatten(0, 1), weights=site.weights_T
-        )
+        chosen = self._sp_rows(view.rows_TK, site.layer, tokens)
+        return specialization_loss(view.z_RF, rows=chosen.rows_NK, weights=chosen.weights_N)
 
     def _coupling(self, site: Site) -> Tensor:
         if site.layer == 0:

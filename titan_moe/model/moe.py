@@ -21,7 +21,7 @@ from torchtitan_ext.carry import Carry
 from torchtitan_ext.gram import accumulation_dtype, gram_through
 from torchtitan_ext.losses import normalize_scores
 from torchtitan_ext.response import lengths, response_through
-from torchtitan_ext.terms import GramRows, LayerView, Terms, Tokens, WeightedGram
+from torchtitan_ext.terms import GramRows, LayerView, Sketches, Terms, Tokens, WeightedGram
 
 
 class Choice(NamedTuple):
@@ -151,6 +151,12 @@ class Dispatcher:
         """z to go on with, and the Gram matrices (N, k, k) of the chosen tokens."""
         return gram_through(z_RF, chosen.rows_NK)
 
+    def sketches(
+        self, z_RF: Tensor, keys_T: Tensor, routed: Routed, make: Callable[[Tensor, Tensor], Sketches]
+    ) -> Sketches:
+        """`make(z, key of each row's token)` at the experts, in home order."""
+        return make(z_RF, keys_T.index_select(0, routed.home.tokens_R))
+
     def activations(self, z_RF: Tensor, routed: Routed) -> Tensor:  # noqa: ARG002 - the interface
         """z of this rank's own tokens, in home order."""
         return z_RF
@@ -225,6 +231,7 @@ class MoELayer(nn.Module):
             proxies = self.shares.enter(proxies)
         y_RD, z_RF, gram, response = self.experts(routed.x_RD, routed.offsets_E, proxies, take_gram)
         y_RD = self.dispatcher.outputs(y_RD, routed)
+        sketches = self.sketches(z_RF, routed, tokens)
         if self.terms.needs_outputs:  # whole rows; otherwise partial sums are combined first, k times less to sum up
             y_RD = self.shares.leave(y_RD)
             out_TD = self.dispatcher.combine(y_RD, choice.gates_TK, routed)
@@ -238,9 +245,22 @@ class MoELayer(nn.Module):
             y_RD=y_RD if self.terms.needs_outputs else None,
             rows_TK=routed.home.rows_TK,
             gram=None if gram is None or chosen is None else WeightedGram(self.shares.leave(gram), chosen.weights_N),
+            sketches=sketches,
             response_EE=None if response is None else self.dispatcher.response(lengths(self.shares.leave(response))),
         )
         return out_TD, self.terms.add(view, carry, self.layer, tokens), choice.topk_ids_TK
+
+    def sketches(self, z_RF: Tensor, routed: Routed, tokens: Tokens) -> Sketches | None:
+        keys_T = self.terms.sketch_keys(self.layer, tokens)
+        if keys_T is None:
+            return None
+        first = self.shares.first_row(z_RF.shape[1])
+
+        def make(z_RF: Tensor, keys_R: Tensor) -> Sketches:
+            return self.terms.sketch(z_RF, keys_R, self.layer, tokens, first)
+
+        found = self.dispatcher.sketches(z_RF, keys_T, routed, make)
+        return Sketches(self.shares.leave(found.sketched_RM), self.shares.leave(found.norms_R))
 
     def home_activations(self, z_RF: Tensor, routed: Routed) -> Tensor:
         """z of this rank's own tokens, all hidden units."""

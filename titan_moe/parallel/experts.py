@@ -6,6 +6,7 @@ Rows leave sorted by expert, hence by rank, and arrive sorted by (source rank, e
 What sp needs of the activations comes home like the outputs: the rows of the tokens that it looks at, and no others.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from titan_moe.model.moe import Dispatcher, Routed, gather_tokens, plan_dispatch
 from torchtitan_ext.collectives import Group, exchange, gather_columns
 from torchtitan_ext.gram import token_gram
-from torchtitan_ext.terms import GramRows
+from torchtitan_ext.terms import GramRows, Sketches
 
 
 class Route(NamedTuple):
@@ -75,6 +76,16 @@ class AllToAll(Dispatcher):
     def outputs(self, y_RD: Tensor, routed: Routed) -> Tensor:
         route = routed.route
         return exchange(_Permute.apply(y_RD, route.places_Q, route.order_Q), route.receive, route.send, self.group)
+
+    @torch.compiler.disable
+    def sketches(
+        self, z_RF: Tensor, keys_T: Tensor, routed: Routed, make: Callable[[Tensor, Tensor], Sketches]
+    ) -> Sketches:
+        route = routed.route
+        keys_R = keys_T.index_select(0, routed.home.tokens_R)
+        keys_Q = exchange(keys_R.to(torch.int32), route.send, route.receive, self.group).to(torch.int64) & 0xFFFFFFFF
+        found = make(z_RF, keys_Q.index_select(0, route.order_Q))
+        return Sketches(self.outputs(found.sketched_RM, routed), self.outputs(found.norms_R, routed))
 
     def activations(self, z_RF: Tensor, routed: Routed) -> Tensor:
         return self.outputs(z_RF, routed)
