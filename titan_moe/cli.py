@@ -2,7 +2,7 @@
 
     titan-moe train [--config NAME or PATH] [--section.key=value ...]
     titan-moe prepare [--config NAME or PATH] [--section.key=value ...]
-    titan-moe plan [--config NAME or PATH] [--section.key=value ...]
+    titan-moe plan [--config NAME or PATH] [--world N] [--section.key=value ...]
 
 Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after SIGINT and SIGTERM, 1 anything else.
 """
@@ -28,7 +28,7 @@ USAGE = """usage: titan-moe VERB [--config NAME or PATH] [--section.key=value ..
 
   train   trains; --check only checks configuration and inputs and prepares the data
   prepare tokenises the text into the cache, as `train` would, and says what came of it
-  plan    no training: parameters, FLOPs per token and memory of a configuration
+  plan    no training: parameters, FLOPs, and memory and traffic of one of --world N ranks
 
 NAME is a file of train_configs/ (default: debug). `titan-moe VERB --help` lists every option.
 """
@@ -66,20 +66,35 @@ def _exit_143(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - s
 
 def run(arguments: list[str]) -> int:
     """Runs one verb and returns its exit status. Raises UserError, TrainingError."""
-    verbs = {"train": train, "prepare": prepare_data, "plan": plan}
+    verbs = {"train": train, "prepare": prepare_data}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
-    if verb not in verbs:
-        raise UserError(f"no verb {verb!r}; there are {', '.join(verbs)}")
+    if verb not in (*verbs, "plan"):
+        raise UserError(f"no verb {verb!r}; there are {', '.join((*verbs, 'plan'))}")
     if "-h" in rest or "--help" in rest:
         print(USAGE + options_help())
         return 0
     check_only = "--check" in rest
-    name, overrides = split_config([word for word in rest if word != "--check"])
-    config = load_config(name, overrides, world_size=world_size_from_environment())
+    words, world = split_world([word for word in rest if word != "--check"], verb)
+    name, overrides = split_config(words)
+    config = load_config(name, overrides, world_size=world)
+    if verb == "plan":
+        return plan(config, world)
     return verbs[verb](config, check_only)
+
+
+def split_world(words: list[str], verb: str) -> tuple[list[str], int]:
+    """Takes plan's `--world N` out of the words; otherwise the environment says how many processes there are."""
+    for place, word in enumerate(words):
+        if verb == "plan" and (word == "--world" or word.startswith("--world=")):
+            length = 1 if "=" in word else 2
+            value = word.partition("=")[2] if "=" in word else " ".join(words[place + 1 : place + 2])
+            if not value.isdigit() or int(value) < 1:
+                raise UserError(f"--world = {value!r}: the number of ranks to plan for, 1 or more")
+            return words[:place] + words[place + length :], int(value)
+    return words, world_size_from_environment()
 
 
 def split_config(words: list[str]) -> tuple[str, list[str]]:
@@ -189,10 +204,10 @@ def prepare_data(config: Config, check_only: bool) -> int:  # noqa: ARG001 - eve
     return 0
 
 
-def plan(config: Config, check_only: bool) -> int:  # noqa: ARG001 - every verb's signature
+def plan(config: Config, world: int) -> int:
     from titan_moe.train.plan import plan_text
 
-    print(plan_text(config))
+    print(plan_text(config, world))
     return 0
 
 

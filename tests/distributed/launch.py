@@ -15,14 +15,17 @@ import torch.distributed as dist
 PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "titan_moe.train.trainer", "torch._dynamo"]
 
 
-def launch(world: int, function: Callable[..., Any], *arguments: Any, seconds: float = 120.0) -> list[Any]:
-    """`function(*arguments)` on `world` ranks at once; their results, rank by rank. Fails with the first rank's traceback."""
+def launch(
+    world: int, function: Callable[..., Any], *arguments: Any, seconds: float = 120.0, group: bool = True
+) -> list[Any]:
+    """`function(*arguments)` on `world` ranks at once; their results, rank by rank. Fails with the first rank's traceback.
+    group: with a process group of them all."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [
-            context.Process(target=_rank, args=(rank, world, folder, function, arguments), daemon=True)
+            context.Process(target=_rank, args=(rank, world, folder, function, arguments, group), daemon=True)
             for rank in range(world)
         ]
         for process in ranks:
@@ -42,9 +45,14 @@ def launch(world: int, function: Callable[..., Any], *arguments: Any, seconds: f
         return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world)]
 
 
-def _rank(rank: int, world: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...], group: bool
+) -> None:
     try:
         torch.set_num_threads(1)
+        if not group:
+            torch.save(function(*arguments), folder / f"{rank}.result")
+            return
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
         result = function(*arguments)
         torch.save(result, folder / f"{rank}.result")

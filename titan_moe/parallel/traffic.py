@@ -1,0 +1,154 @@
+"""What a training step sends: bytes that one rank hands to each kind of collective, by formula.
+
+Rows that happen to stay on their rank are counted as sent; under expert parallelism the numbers are means over ranks, as
+routing decides. tests/distributed/test_traffic.py counts the real ones.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from titan_moe.config.tables import Config
+from titan_moe.model.gemm import local
+from titan_moe.model.transformer import Transformer
+from titan_moe.parallel.degrees import Degrees
+from titan_moe.parallel.fsdp import routers
+from torchtitan_ext.gram import accumulation_dtype
+
+COUNT_BYTES = 8  # int64
+
+
+class Line(NamedTuple):
+    collective: str
+    what: str
+    bytes: int
+
+
+def traffic(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
+    """model: after `parallelize`. One line per purpose, for a whole step; nothing that is 0."""
+    found = [
+        *sharding(model, config, degrees),
+        *experts(model, config, degrees),
+        *context(model, config, degrees),
+        *tensor(model, config, degrees),
+    ]
+    return [line for line in found if line.bytes]
+
+
+class _Sizes(NamedTuple):
+    steps: int
+    """Micro-steps."""
+    tokens: int
+    """Tokens of a rank in one of them."""
+    compute: int
+    """Bytes of a number in the compute type."""
+    exact: int
+    """Bytes of a number in the type of losses and reductions."""
+    forwards: int
+    """Forward passes of a block for one backward pass: 2 when it is recomputed."""
+
+
+def sizes(model: Transformer, config: Config, degrees: Degrees) -> _Sizes:
+    training = config.training
+    size = training.microbatch_size or training.batch_size // degrees.data
+    return _Sizes(
+        steps=training.batch_size // (size * degrees.data),
+        tokens=size * training.seq_len // degrees.cp,
+        compute=torch.finfo(model.dtype).bits // 8,
+        exact=torch.finfo(accumulation_dtype(model.dtype)).bits // 8,
+        forwards=1 if config.activation_checkpoint.mode == "none" else 2,
+    )
+
+
+def sharding(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
+    """FSDP's gathers and reductions, HSDP's sums, and the routers' gradients."""
+    if degrees.token_ranks == 1:
+        return []
+    s = sizes(model, config, degrees)
+    gathered = reduced = summed = 0
+    reductions = 1 if config.parallelism.defer_reduction else s.steps
+    whole = {id(weight) for weight in routers(model)}
+    inside = {id(p) for block in model.blocks() for p in block.parameters()}
+    expert = {id(p) for moe in model.moe_modules() for p in moe.experts.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) in whole:
+            continue
+        own = local(parameter).numel()
+        ranks = degrees.expert_fsdp if id(parameter) in expert else degrees.fsdp
+        again = id(parameter) in inside and config.parallelism.reshard_after_forward
+        if ranks > 1:
+            gathered += own * s.compute * s.steps * (2 if again else 1)
+            reduced += own * ranks * s.exact * reductions
+        if degrees.dp_replicate > 1:
+            summed += own * s.exact * reductions
+    replicated = sum(weight.numel() for weight in routers(model)) * s.exact
+    return [
+        Line("all-gather", "sharded parameters", gathered),
+        Line("reduce-scatter", "their gradients", reduced),
+        Line("all-reduce", "gradients of replicas", summed),
+        Line("all-reduce", "routers' gradients", replicated),
+    ]
+
+
+def experts(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
+    """Tokens to experts and back, and what the losses add."""
+    if degrees.ep == 1:
+        return []
+    s, moe, terms = sizes(model, config, degrees), config.model.moe, model.terms
+    layers = model.moe_layers * s.steps
+    rows = s.tokens * moe.top_k
+    trips = s.forwards + 1  # there in every forward pass, and the gradient back
+    hidden = moe.hidden_dim // degrees.tp
+    added = 0
+    if "sp" in terms.weights:
+        weighted = terms.weights["sp"] > 0
+        times = s.forwards + (1 if weighted else 0)
+        if terms.sp_method == "sketch":
+            added = rows * (times * (terms.sp_sketch_dim * s.compute + s.exact) + s.forwards * 4)
+        elif weighted and terms.sp_method == "sample":
+            added = int(terms.sp_sample_fraction * rows) * hidden * s.compute * times + s.forwards * rows
+        else:
+            added = rows * hidden * s.compute * times
+    answers = 0
+    if "erc" in terms.weights:  # once a step: own columns of (E, E), and the whole gradient
+        answers = model.moe_layers * s.exact * moe.experts * (moe.experts // degrees.ep * s.forwards)
+    return [
+        Line("all-to-all", "tokens to experts", layers * rows * config.model.dim * s.compute * trips),
+        Line("all-to-all", "outputs home", layers * rows * config.model.dim * s.compute * trips),
+        Line("all-to-all", "sp", layers * added),
+        Line("all-to-all", "counts of rows", layers * s.forwards * moe.experts * COUNT_BYTES),
+        Line("all-gather", "erc", answers),
+    ]
+
+
+def context(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
+    """Keys and values of the other parts of the sequences."""
+    if degrees.cp == 1:
+        return []
+    s, settings = sizes(model, config, degrees), config.model
+    width = (
+        2 * (settings.kv_heads or settings.heads) * (settings.head_dim or settings.dim // settings.heads) // degrees.tp
+    )
+    layers = settings.layers * s.steps
+    return [
+        Line("all-gather", "keys and values", layers * s.tokens * width * s.compute * s.forwards),
+        Line("reduce-scatter", "their gradients", layers * s.tokens * degrees.cp * width * s.exact),
+    ]
+
+
+def tensor(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
+    """Partial sums of activations and of their gradients."""
+    if degrees.tp == 1:
+        return []
+    s, settings, terms = sizes(model, config, degrees), config.model, model.terms
+    row = s.tokens * settings.dim * s.compute
+    dense = settings.moe.first_dense_layers
+    attention = settings.layers * (s.forwards + 1) * row
+    shared = model.moe_layers if settings.moe.shared_experts else 0
+    forward_rows = s.tokens * (settings.moe.top_k if terms.needs_outputs else 1) * settings.dim * s.compute
+    feed_forward = (dense + shared) * (s.forwards + 1) * row + model.moe_layers * (s.forwards * forward_rows + row)
+    return [
+        Line("all-reduce", "attention", s.steps * attention),
+        Line("all-reduce", "feed-forward layers", s.steps * feed_forward),
+        Line("all-reduce", "embedding and head", s.steps * (2 * row + 3 * s.tokens * s.exact)),
+    ]
