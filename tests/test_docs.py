@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT
 from titan_moe import extend
-from titan_moe.cli import split_config
+from titan_moe.cli import split_config, split_world
 from titan_moe.config.load import load_config
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -27,9 +27,14 @@ def test_commands_have_valid_options(page: Path, tmp_path: Path, monkeypatch: py
     try:
         for line in "\n".join(blocks(page, "bash")).splitlines():
             words = shlex.split(line, comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words = words[1:]
             if words and words[0].endswith(("run_train.sh", "titan-moe")) and "--help" not in words:
                 options = words[2:] if words[0].endswith("titan-moe") else words[1:]
-                load_config(*split_config(options))
+                world = re.search(r"NPROC=(\d+)", line)
+                options, planned = split_world(options, "plan")
+                ranks = int(world.group(1)) if world else planned
+                load_config(*split_config(options), world_size=ranks * (2 if "NNODES=2" in line else 1))
     finally:
         for table in (extend.regularizers, extend.corpora, extend.trackers):
             table.clear()
