@@ -79,7 +79,7 @@ FILES = {
     "[model.moe]\nfirst_dense_layers = 9": r"first_dense_layers = 9 is more than",
     "[parallelism]\nep = 2": r"parallelism\.ep = 2 must divide dp_shard \* cp = 1",
     "[parallelism]\ndp_shard = 4": r"parallelism\.dp_shard: .*= 4, but there are 1 processes; use NPROC=4",
-    "[parallelism]\npp = 2": r"parallelism\.pp: not built yet",
+    "[parallelism]\npp_schedule = 'zigzag'": r"pp_schedule = 'zigzag': .*'1F1B'",
     "[float8]\nenable = true": r"float8\.enable: float8 is not built yet",
     "[checkpoint]\nasync_save = true": r"checkpoint\.async_save: not built yet",
     "[job]\nname = 'a/b'": r"job\.name = 'a/b'",
@@ -126,12 +126,17 @@ def test_unknown_configuration_and_unreadable_file(tmp_path: Path) -> None:
 
 
 WORLDS = [
-    (6, ["dp_replicate=4"], r"6 processes are not a multiple of dp_replicate \* cp \* tp = 4; 1, 2, 3, 6 would be"),
+    (
+        6,
+        ["dp_replicate=4"],
+        r"6 processes are not a multiple of pp \* dp_replicate \* cp \* tp = 4; 1, 2, 3, 6 would be",
+    ),
     (4, ["dp_shard=3"], r"dp_shard.*= 3, but there are 4 processes; use NPROC=3, or dp_shard = -1"),
     (4, ["ep=3"], r"parallelism\.ep = 3 must divide dp_shard \* cp = 4, whose ranks it borrows: 1, 2, 4"),
     (8, ["dp_replicate=2", "ep=8"], r"must divide dp_shard \* cp = 4"),
     (6, ["ep=6"], r"parallelism\.ep = 6 must divide model\.moe\.experts = 16: 1, 2, 4, 8, 16"),
     (10, ["ep=2"], r"the 5 ranks beside ep can't share an expert evenly"),
+    (2, ["pp=2"], r"embedding and head are on different stages.*tie_embeddings = false"),
     (3, ["cp=3"], r"training\.seq_len = 256 must be a multiple of 2 \* parallelism\.cp = 6"),
     (5, [], r"training\.batch_size = 8 is not a multiple of 5"),
     (16, [], r"training\.batch_size = 8 is not a multiple of 16"),
@@ -142,6 +147,28 @@ WORLDS = [
 def test_layouts_that_cannot_be(world: int, words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config("debug", [f"--parallelism.{word}" for word in words], world_size=world)
+
+
+PIPELINES = [
+    (["pp_layers=[1,1,1]"], r"stages of at least one block each must add up to model\.layers = 4"),
+    (["pp_layers=[2,1,1]"], r"3 stages; 1F1B over 2 ranks needs 2"),
+    (
+        ["pp_schedule=Interleaved1F1B", "pp_layers=[2,2]"],
+        r"2 stages; Interleaved1F1B over 2 ranks needs a multiple of 2",
+    ),
+    (
+        ["pp_schedule=Interleaved1F1B"],
+        r"1 micro-batches a step; Interleaved1F1B needs a multiple of parallelism\.pp = 2",
+    ),
+    ([], r"1 micro-batches a step for 2 stages; 1F1B needs at least as many, or take pp_schedule = 'GPipe'"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), PIPELINES)
+def test_pipelines_that_cannot_be(words: list[str], message: str) -> None:
+    options = ["--model.tie_embeddings=false", "--parallelism.pp=2", *(f"--parallelism.{word}" for word in words)]
+    with pytest.raises(UserError, match=message):
+        load_config("debug", options, world_size=2)
 
 
 def test_a_layout_that_can_be() -> None:

@@ -37,14 +37,16 @@ def assert_same_run(found: Path, wanted: Path) -> None:
 
 @pytest.mark.slow
 def test_from_layout_to_layout(tiny_options: list[str], tmp_path: Path) -> None:
-    words = [*tiny_options, *EXACT, *TERMS, "--regularizers.lb.scope=sequence"]
-    whole = run_train(1, *words, "--training.steps=12", "--job.name=whole")
+    untied = "--model.tie_embeddings=false"
+    words = [*tiny_options, *EXACT, *TERMS, "--regularizers.lb.scope=sequence", untied]
+    whole = run_train(1, *words, "--training.steps=15", "--job.name=whole")
     assert whole.returncode == 0, whole.stderr
     stages = [
         (1, 3, []),
         (2, 6, ["--parallelism.ep=2"]),
         (4, 9, ["--parallelism.tp=2", "--parallelism.cp=2"]),
-        (2, 12, ["--training.microbatch_size=1", "--parallelism.dp_replicate=2"]),
+        (2, 12, ["--training.microbatch_size=1", "--parallelism.pp=2"]),
+        (2, 15, ["--training.microbatch_size=1", "--parallelism.dp_replicate=2"]),
     ]
     for processes, steps, layout in stages:
         part = run_train(processes, *words, *layout, f"--training.steps={steps}", "--job.name=parts")
@@ -53,9 +55,9 @@ def test_from_layout_to_layout(tiny_options: list[str], tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     assert_same_run(runs / "parts", runs / "whole")
     assert sorted(path.name for path in (runs / "parts" / "logs").iterdir()) == [f"rank-{n}.log" for n in range(4)]
-    again = run_train(2, *words, "--training.steps=12", "--job.name=parts")
+    again = run_train(2, *words, "--training.steps=15", "--job.name=parts")
     assert again.returncode == 0
-    assert "is finished: 12 steps" in again.stdout
+    assert "is finished: 15 steps" in again.stdout
 
 
 def test_mistakes_are_found_before_processes_start(tiny_options: list[str]) -> None:

@@ -42,8 +42,6 @@ def check_model(config: Config, origin: Origin) -> None:
 
 
 def check_parallelism(config: Config, origin: Origin, world_size: int) -> None:
-    if config.parallelism.pp != 1:
-        raise UserError(f"{origin('parallelism.pp')}: not built yet; leave it at 1")
     check_degrees(config, resolve(config.parallelism, world_size, origin), origin)
 
 

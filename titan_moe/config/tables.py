@@ -272,7 +272,7 @@ class LRScheduler(Table):
 
 
 class Parallelism(Table):
-    """Degrees of parallelism: dp_replicate x dp_shard x cp x tp ranks; pp is not built yet."""
+    """Degrees of parallelism: pp x dp_replicate x dp_shard x cp x tp ranks."""
 
     dp_replicate: PositiveInt = 1
     """Replicas of the (sharded) model."""
@@ -283,7 +283,7 @@ class Parallelism(Table):
     cp: PositiveInt = 1
     """Context-parallel ranks: parts of the same sequences; parameters are sharded over them too."""
     pp: PositiveInt = 1
-    """Pipeline stages."""
+    """Pipeline-parallel ranks: blocks are cut into stages. Gradients are then reduced after every micro-batch."""
     ep: PositiveInt = 1
     """Expert-parallel ranks: the experts are spread over them. They are borrowed from dp_shard x cp."""
     reshard_after_forward: bool = True
@@ -292,8 +292,10 @@ class Parallelism(Table):
     """Reduce gradients over ranks once a step, after the last micro-batch: less traffic, whole gradients until then."""
     timeout_seconds: PositiveInt = 600
     """A collective that takes longer than this ends the run."""
-    pp_schedule: str = "1F1B"
-    """Pipeline schedule."""
+    pp_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B"] = "1F1B"
+    """Pipeline schedule; interleaved: two stages a rank."""
+    pp_layers: list[PositiveInt] = []
+    """Blocks of each pipeline stage; empty: as even as can be."""
 
 
 class Compile(Table):

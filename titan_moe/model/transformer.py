@@ -4,7 +4,7 @@ B sequences, S tokens, T = B * S, D model width, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,8 @@ class Transformer(nn.Module):
         assert model.vocab_size > 0, "the vocabulary size comes from the tokenizer"
         self.settings = model
         self.shares: Shares = ALONE
+        self.pipeline: Any = None
+        """Set where other ranks hold other blocks (parallel/pipeline.py)."""
         self.terms = terms
         self.dtype = dtype
         self.moe_layers = model.layers - model.moe.first_dense_layers
@@ -121,10 +123,71 @@ class Transformer(nn.Module):
 
     def evaluate(self, inputs: Inputs) -> tuple[Tensor, Carry, list[Tensor]]:
         """The same, and every MoE layer's chosen experts (T, k)."""
-        hidden_TD, carry, routing = self.hidden(inputs)
+        h_BSD, carry, routing = self.blocks_of(inputs, *self.start(inputs), range(self.settings.layers))
+        return self.loss(h_BSD, inputs), carry, routing
+
+    def start(self, inputs: Inputs) -> tuple[Tensor, Carry]:
+        """What enters the first block."""
+        return self.embed(inputs.tokens), self.empty_carry(inputs.tokens.numel(), inputs.tokens.device)
+
+    def empty_carry(self, tokens: int, device: torch.device) -> Carry:
+        experts, width = self.settings.moe.experts, self.terms.previous_width(self.settings.moe.experts)
+        exact = accumulation_dtype(self.dtype)
+        return empty_carry(len(self.terms.names), tokens, self.moe_layers, experts, exact, device, width)
+
+    def run_stage(
+        self,
+        inputs: Inputs,
+        received: tuple[Tensor, ...] | None,
+        layers: range,
+        last: bool,
+        routing: list[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """A pipeline stage (parallel/pipeline.py). received: what the stage before returned, None for the first. Returns hidden
+        states and carry; after the last block the cross-entropy (1,) and the carry without `previous`. routing: is filled with
+        what these layers chose."""
+        if received is None:
+            h_BSD, carry = self.start(inputs)
+            if torch.is_grad_enabled():
+                carry = carry._replace(terms=carry.terms.requires_grad_(), previous=carry.previous.requires_grad_())
+        else:
+            h_BSD, carry = received[0], Carry(*received[1:])
+        h_BSD, carry, chosen = self.blocks_of(inputs, h_BSD, carry, layers)
+        if routing is not None:
+            routing += chosen
+        if last:
+            return self.loss(h_BSD, inputs).reshape(1), carry.terms, carry.counts, carry.sums
+        return h_BSD, carry.terms.clone(), carry.previous.clone(), carry.counts, carry.sums
+
+    def drop_embedding(self) -> None:
+        """For a pipeline stage that is not the first."""
+        del self.embedding
+
+    def drop_head(self) -> None:
+        """For a pipeline stage that is not the last."""
+        del self.norm, self.output
+
+    def blocks_of(
+        self, inputs: Inputs, h_BSD: Tensor, carry: Carry, layers: range
+    ) -> tuple[Tensor, Carry, list[Tensor]]:
+        """Some of the blocks: hidden states (B, S, D), the carry, and the experts that their MoE layers chose (T, k)."""
+        settings = self.settings
+        head_dim = settings.head_dim or settings.dim // settings.heads
+        rotary = rotary_tables(inputs.positions, head_dim, settings.rope_theta, accumulation_dtype(self.dtype))
+        mask_BSS = self.attention_mask(inputs)
+        tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.places, inputs.share)
+        routing = []
+        for layer in layers:
+            h_BSD, carry, topk_ids = self.layers[str(layer)](h_BSD, carry, rotary, mask_BSS, tokens)
+            if topk_ids is not None:
+                routing.append(topk_ids)
+        return h_BSD, carry, routing
+
+    def loss(self, h_BSD: Tensor, inputs: Inputs) -> Tensor:
+        """Weighted cross-entropy of what left the last block."""
         weights_T = inputs.token_weights.flatten()
-        ce = chunked_cross_entropy(hidden_TD, self.output_weight, inputs.labels.flatten(), weights_T, self.shares)
-        return ce, carry, routing
+        hidden_TD = self.norm(h_BSD).flatten(0, 1)
+        return chunked_cross_entropy(hidden_TD, self.output_weight, inputs.labels.flatten(), weights_T, self.shares)
 
     @property
     def output_weight(self) -> Tensor:
@@ -144,33 +207,9 @@ class Transformer(nn.Module):
 
     def logits(self, inputs: Inputs) -> Tensor:
         """(B, S, V), for evaluation of short texts."""
-        hidden_TD, _, _ = self.hidden(inputs)
+        h_BSD, _, _ = self.blocks_of(inputs, *self.start(inputs), range(self.settings.layers))
+        hidden_TD = self.norm(h_BSD).flatten(0, 1)
         return self.shares.widen(linear(hidden_TD, self.output_weight)).unflatten(0, inputs.tokens.shape)
-
-    def hidden(self, inputs: Inputs) -> tuple[Tensor, Carry, list[Tensor]]:
-        """Hidden states after the last norm (T, D), the carry, and every MoE layer's chosen experts (T, k)."""
-        settings = self.settings
-        exact = accumulation_dtype(self.dtype)
-        h_BSD = self.embed(inputs.tokens)
-        head_dim = settings.head_dim or settings.dim // settings.heads
-        rotary = rotary_tables(inputs.positions, head_dim, settings.rope_theta, exact)
-        mask_BSS = self.attention_mask(inputs)
-        carry = empty_carry(
-            len(self.terms.names),
-            inputs.tokens.numel(),
-            self.moe_layers,
-            settings.moe.experts,
-            exact,
-            inputs.tokens.device,
-            self.terms.previous_width(settings.moe.experts),
-        )
-        tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.places, inputs.share)
-        routing = []
-        for block in self.layers.values():
-            h_BSD, carry, topk_ids = block(h_BSD, carry, rotary, mask_BSS, tokens)
-            if topk_ids is not None:
-                routing.append(topk_ids)
-        return self.norm(h_BSD).flatten(0, 1), carry, routing
 
 
 def own_mask(places_S: Tensor, document_ids: Tensor | None) -> Tensor | None:  # noqa: ARG001 - context.py's signature

@@ -10,17 +10,18 @@ Origin = Callable[[str], str]  # key -> "file: key", for error messages
 
 
 class Degrees(NamedTuple):
-    """World = dp_replicate * dp_shard * cp * tp, the last one fastest; ep ranks are neighbours in dp_shard * cp."""
+    """World = pp * dp_replicate * dp_shard * cp * tp, the last one fastest; ep ranks are neighbours in dp_shard * cp."""
 
     dp_replicate: int
     dp_shard: int
     cp: int
     ep: int
     tp: int
+    pp: int
 
     @property
     def world(self) -> int:
-        return self.token_ranks * self.tp
+        return self.pp * self.token_ranks * self.tp
 
     @property
     def token_ranks(self) -> int:
@@ -45,19 +46,20 @@ class Degrees(NamedTuple):
 
 def resolve(parallelism: Parallelism, world: int, origin: Origin) -> Degrees:
     """The degrees for so many processes. Raises UserError for a combination that can't be, and says which numbers could."""
-    fixed = parallelism.dp_replicate * parallelism.cp * parallelism.tp
+    fixed = parallelism.pp * parallelism.dp_replicate * parallelism.cp * parallelism.tp
     shard = parallelism.dp_shard
     if shard in (-1, 0):
         if world % fixed:
             raise UserError(
-                f"{origin('parallelism')}: {world} processes are not a multiple of dp_replicate * cp * tp = {fixed}; "
+                f"{origin('parallelism')}: {world} processes are not a multiple of pp * dp_replicate * cp * tp = {fixed}; "
                 f"{_numbers([n for n in range(1, world + 1) if world % n == 0])} would be"
             )
         shard = world // fixed
     if shard * fixed != world:
-        product = f"{parallelism.dp_replicate} * {shard} * {parallelism.cp} * {parallelism.tp} = {shard * fixed}"
+        factors = (parallelism.pp, parallelism.dp_replicate, shard, parallelism.cp, parallelism.tp)
+        product = f"{' * '.join(map(str, factors))} = {shard * fixed}"
         raise UserError(
-            f"{origin('parallelism.dp_shard')}: dp_replicate * dp_shard * cp * tp = {product}, but there are "
+            f"{origin('parallelism.dp_shard')}: pp * dp_replicate * dp_shard * cp * tp = {product}, but there are "
             f"{world} processes; use NPROC={shard * fixed}, or dp_shard = -1"
         )
     ranks = shard * parallelism.cp
@@ -66,7 +68,7 @@ def resolve(parallelism: Parallelism, world: int, origin: Origin) -> Degrees:
             f"{origin('parallelism.ep')} = {parallelism.ep} must divide dp_shard * cp = {ranks}, whose ranks it borrows: "
             f"{_numbers([n for n in range(1, ranks + 1) if ranks % n == 0])}"
         )
-    return Degrees(parallelism.dp_replicate, shard, parallelism.cp, parallelism.ep, parallelism.tp)
+    return Degrees(parallelism.dp_replicate, shard, parallelism.cp, parallelism.ep, parallelism.tp, parallelism.pp)
 
 
 def check_degrees(config: Config, degrees: Degrees, origin: Origin) -> None:
@@ -83,6 +85,7 @@ def check_degrees(config: Config, degrees: Degrees, origin: Origin) -> None:
             f"divide model.dim = {config.model.dim}"
         )
     check_tensor_parallel(config, degrees.tp, origin)
+    check_pipeline(config, degrees, origin)
     if training.seq_len % (2 * degrees.cp) and degrees.cp > 1:
         raise UserError(
             f"{origin('training.seq_len')} = {training.seq_len} must be a multiple of 2 * parallelism.cp = {2 * degrees.cp}: "
@@ -113,6 +116,62 @@ def check_tensor_parallel(config: Config, tp: int, origin: Origin) -> None:
                 f"{origin('parallelism.tp')} = {tp} must divide {key} = {size}; {_numbers(common)} divide heads, kv_heads, "
                 "moe.hidden_dim and the vocabulary"
             )
+
+
+def micro_batch_size(config: Config, degrees: Degrees) -> int:
+    """Sequences of a rank in one micro-step."""
+    return config.training.microbatch_size or config.training.batch_size // degrees.data
+
+
+def layers_per_stage(config: Config) -> list[int]:
+    """Number of blocks in each pipeline stage; two stages a rank when they are interleaved."""
+    parallelism, layers = config.parallelism, config.model.layers
+    if parallelism.pp_layers:
+        return parallelism.pp_layers
+    stages = parallelism.pp * (2 if parallelism.pp_schedule == "Interleaved1F1B" else 1)
+    return [layers * (n + 1) // stages - layers * n // stages for n in range(stages)]
+
+
+def stage_layers(layers: list[int]) -> list[range]:
+    """The blocks of each stage."""
+    ends = [sum(layers[: n + 1]) for n in range(len(layers))]
+    return [range(end - count, end) for end, count in zip(ends, layers, strict=True)]
+
+
+def check_pipeline(config: Config, degrees: Degrees, origin: Origin) -> None:
+    """Raises UserError for stages or micro-batches that the schedule can't take."""
+    parallelism, training, pp = config.parallelism, config.training, degrees.pp
+    if pp == 1:
+        return
+    stages, interleaved = layers_per_stage(config), parallelism.pp_schedule == "Interleaved1F1B"
+    if config.model.tie_embeddings:
+        raise UserError(
+            f"{origin('parallelism.pp')}: embedding and head are on different stages and can't be one matrix; set "
+            "model.tie_embeddings = false"
+        )
+    if sum(stages) != config.model.layers or min(stages) < 1:
+        raise UserError(
+            f"{origin('parallelism.pp_layers')} = {stages}: stages of at least one block each must add up to model.layers = "
+            f"{config.model.layers}"
+        )
+    if len(stages) % pp or (len(stages) > pp) != interleaved:
+        wanted = f"a multiple of {pp} beyond it" if interleaved else str(pp)
+        raise UserError(
+            f"{origin('parallelism.pp_layers')}: {len(stages)} stages; {parallelism.pp_schedule} over {pp} ranks needs {wanted}"
+        )
+    size = training.microbatch_size or training.batch_size // degrees.data
+    steps = training.batch_size // (size * degrees.data)
+    if steps < pp and parallelism.pp_schedule == "1F1B":
+        raise UserError(
+            f"{origin('training.microbatch_size')}: {steps} micro-batches a step for {pp} stages; 1F1B needs at least as many, "
+            "or take pp_schedule = 'GPipe'"
+        )
+    rounds = max(1, steps // pp)
+    if interleaved and (steps < pp or steps % rounds):
+        raise UserError(
+            f"{origin('training.microbatch_size')}: {steps} micro-batches a step; Interleaved1F1B needs a multiple of "
+            f"parallelism.pp = {pp}"
+        )
 
 
 def _numbers(numbers: list[int]) -> str:

@@ -51,7 +51,7 @@ def shard(model: Transformer, mesh: Mesh, reshard: bool) -> None:
             ignored_params=whole,
         )
     fully_shard(model, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
-    for method in ("evaluate", "logits"):
+    for method in ("evaluate", "logits", "run_stage"):
         register_fsdp_forward_method(model, method)
     for module in units(model):
         module.set_gradient_divide_factor(1.0)

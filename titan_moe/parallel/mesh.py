@@ -30,6 +30,8 @@ class Mesh:
         self.tp: DeviceMesh | None = None
         self.expert_parts: DeviceMesh | None = None
         """What experts' weights are spread over: (ep,), (tp,) or (ep, tp)."""
+        self.pp: Group | None = None
+        self.everyone: Group | None = None
         self.ranks = Ranks()
         self.cp: Group | None = None
         self.data_rank = self.cp_rank = 0
@@ -38,11 +40,13 @@ class Mesh:
         d = degrees
         self.rank = dist.get_rank()
         root = init_device_mesh(device.type, (d.world,), mesh_dim_names=("world",))
-        dense = root._unflatten(0, (d.dp_replicate, d.fsdp, d.tp), ("dp_replicate", "fsdp", "tp"))
-        names = ("dp_replicate", "efsdp", "ep", "tp")
-        experts = root._unflatten(0, (d.dp_replicate, d.expert_fsdp, d.ep, d.tp), names)
-        data = root._unflatten(0, (d.data, d.cp, d.tp), ("data", "cp", "tp"))
-        tokens = root._unflatten(0, (d.token_ranks, d.tp), ("tokens", "tp"))
+        self.everyone = root.get_group()
+        dense = root._unflatten(0, (d.pp, d.dp_replicate, d.fsdp, d.tp), ("pp", "dp_replicate", "fsdp", "tp"))
+        names = ("pp", "dp_replicate", "efsdp", "ep", "tp")
+        experts = root._unflatten(0, (d.pp, d.dp_replicate, d.expert_fsdp, d.ep, d.tp), names)
+        data = root._unflatten(0, (d.pp, d.data, d.cp, d.tp), ("pp", "data", "cp", "tp"))
+        tokens = root._unflatten(0, (d.pp, d.token_ranks, d.tp), ("pp", "tokens", "tp"))
+        self.pp = dense["pp"].get_group() if d.pp > 1 else None
         replicated = d.dp_replicate > 1
         self.dense = dense["dp_replicate", "fsdp"] if replicated else dense["fsdp"]
         self.expert_dense = experts["dp_replicate", "efsdp"] if replicated else experts["efsdp"]
@@ -61,7 +65,7 @@ class Mesh:
 
 
 def single(device: torch.device) -> Mesh:
-    return Mesh(Degrees(1, 1, 1, 1, 1), device)
+    return Mesh(Degrees(1, 1, 1, 1, 1, 1), device)
 
 
 def start_processes(device: torch.device, timeout_seconds: int) -> None:

@@ -11,9 +11,12 @@ from torchtitan_ext.gram import accumulation_dtype
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Sequence[nn.Parameter], highest: float) -> Tensor:
+def clip_gradients(
+    parameters: Sequence[nn.Parameter], highest: float, stages: dist.ProcessGroup | None = None
+) -> Tensor:
     """Scales all gradients so that their total 2-norm is at most `highest`; returns the norm before that, the same on every
-    rank. Each shard is counted once: sums run over the mesh dimensions that a gradient is sharded over, one pass per mesh."""
+    rank. Each shard is counted once: sums run over the mesh dimensions that a gradient is sharded over, one pass per mesh.
+    stages: ranks with other parameters (a pipeline's)."""
     squares: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     locals_: list[Tensor] = []
     for parameter in parameters:
@@ -36,6 +39,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], highest: float) -> Tensor
             dist.all_reduce(part, group=group)
         total = part if total is None else total + part
     assert total is not None, "no parameter has a gradient"
+    if stages is not None:
+        dist.all_reduce(total, group=stages)
     norm = total.sqrt()
     factor = torch.clamp(highest / (norm + 1e-6), max=1.0)
     torch._foreach_mul_(locals_, factor.to(locals_[0].dtype))

@@ -11,7 +11,7 @@ import torch
 from titan_moe.config.tables import Config
 from titan_moe.model.gemm import local
 from titan_moe.model.transformer import Transformer
-from titan_moe.parallel.degrees import Degrees
+from titan_moe.parallel.degrees import Degrees, layers_per_stage
 from titan_moe.parallel.fsdp import routers
 from torchtitan_ext.gram import accumulation_dtype
 
@@ -31,6 +31,7 @@ def traffic(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
         *experts(model, config, degrees),
         *context(model, config, degrees),
         *tensor(model, config, degrees),
+        *pipeline(model, config, degrees),
     ]
     return [line for line in found if line.bytes]
 
@@ -66,7 +67,7 @@ def sharding(model: Transformer, config: Config, degrees: Degrees) -> list[Line]
         return []
     s = sizes(model, config, degrees)
     gathered = reduced = summed = 0
-    reductions = 1 if config.parallelism.defer_reduction else s.steps
+    reductions = 1 if config.parallelism.defer_reduction and degrees.pp == 1 else s.steps
     whole = {id(weight) for weight in routers(model)}
     inside = {id(p) for block in model.blocks() for p in block.parameters()}
     expert = {id(p) for moe in model.moe_modules() for p in moe.experts.parameters()}
@@ -95,7 +96,8 @@ def experts(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
     if degrees.ep == 1:
         return []
     s, moe, terms = sizes(model, config, degrees), config.model.moe, model.terms
-    layers = model.moe_layers * s.steps
+    moe_layers = len(model.moe_modules())
+    layers = moe_layers * s.steps
     rows = s.tokens * moe.top_k
     trips = s.forwards + 1  # there in every forward pass, and the gradient back
     hidden = moe.hidden_dim // degrees.tp
@@ -111,7 +113,7 @@ def experts(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
             added = rows * hidden * s.compute * times
     answers = 0
     if "erc" in terms.weights:  # once a step: own columns of (E, E), and the whole gradient
-        answers = model.moe_layers * s.exact * moe.experts * (moe.experts // degrees.ep * s.forwards)
+        answers = moe_layers * s.exact * moe.experts * (moe.experts // degrees.ep * s.forwards)
     return [
         Line("all-to-all", "tokens to experts", layers * rows * config.model.dim * s.compute * trips),
         Line("all-to-all", "outputs home", layers * rows * config.model.dim * s.compute * trips),
@@ -129,7 +131,7 @@ def context(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
     width = (
         2 * (settings.kv_heads or settings.heads) * (settings.head_dim or settings.dim // settings.heads) // degrees.tp
     )
-    layers = settings.layers * s.steps
+    layers = len(model.blocks()) * s.steps
     return [
         Line("all-gather", "keys and values", layers * s.tokens * width * s.compute * s.forwards),
         Line("reduce-scatter", "their gradients", layers * s.tokens * degrees.cp * width * s.exact),
@@ -142,13 +144,29 @@ def tensor(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
         return []
     s, settings, terms = sizes(model, config, degrees), config.model, model.terms
     row = s.tokens * settings.dim * s.compute
-    dense = settings.moe.first_dense_layers
-    attention = settings.layers * (s.forwards + 1) * row
-    shared = model.moe_layers if settings.moe.shared_experts else 0
+    blocks, moe_layers = len(model.blocks()), len(model.moe_modules())
+    dense = blocks - moe_layers
+    attention = blocks * (s.forwards + 1) * row
+    shared = moe_layers if settings.moe.shared_experts else 0
     forward_rows = s.tokens * (settings.moe.top_k if terms.needs_outputs else 1) * settings.dim * s.compute
-    feed_forward = (dense + shared) * (s.forwards + 1) * row + model.moe_layers * (s.forwards * forward_rows + row)
+    feed_forward = (dense + shared) * (s.forwards + 1) * row + moe_layers * (s.forwards * forward_rows + row)
     return [
         Line("all-reduce", "attention", s.steps * attention),
         Line("all-reduce", "feed-forward layers", s.steps * feed_forward),
         Line("all-reduce", "embedding and head", s.steps * (2 * row + 3 * s.tokens * s.exact)),
+    ]
+
+
+def pipeline(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
+    """Hidden states and carry to the next stage; the first rank's stages, each of which has one."""
+    if degrees.pp == 1:
+        return []
+    s, terms = sizes(model, config, degrees), model.terms
+    handed_on = len(layers_per_stage(config)) // degrees.pp
+    hidden = s.tokens * config.model.dim * s.compute
+    numbers = len(terms.names) + s.tokens * terms.previous_width(config.model.moe.experts) + 3 * model.moe_layers
+    carry = numbers * s.exact + model.moe_layers * config.model.moe.experts * COUNT_BYTES
+    return [
+        Line("send", "hidden states", s.steps * handed_on * hidden),
+        Line("send", "the carry", s.steps * handed_on * carry),
     ]

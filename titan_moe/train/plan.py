@@ -85,7 +85,8 @@ def memory(model: Transformer, config: Config, degrees: Degrees) -> dict[str, in
     if degrees.token_ranks > 1:
         block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks()) // (degrees.tp * degrees.ep)
         blocks = 2 if config.parallelism.reshard_after_forward else len(model.blocks())
-        root = model.embedding.numel() * (1 if model.output is None else 2) // degrees.tp
+        inside = {id(p) for block in model.blocks() for p in block.parameters()}
+        root = sum(p.numel() for p in model.parameters() if id(p) not in inside) // degrees.tp
         whole = (blocks * block + root) * s.compute
         if config.parallelism.defer_reduction and s.steps > 1:
             whole += (len(model.blocks()) * block + root) * s.exact
@@ -93,6 +94,11 @@ def memory(model: Transformer, config: Config, degrees: Degrees) -> dict[str, in
         saved_activations(config, degrees)
         + min(s.tokens * config.model.vocab_size // degrees.tp, SLICE_LOGITS) * s.exact
     )
+    if (
+        degrees.pp > 1
+    ):  # this rank's layers, and as many micro-batches as the first stage holds before it sees a gradient
+        waiting = s.steps if config.parallelism.pp_schedule == "GPipe" else min(s.steps, degrees.pp)
+        activations = activations * len(model.blocks()) // config.model.layers * waiting
     kinds = {
         "parameters": own * s.exact,
         "gradients": own * s.exact,

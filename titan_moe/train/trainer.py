@@ -20,7 +20,7 @@ from titan_moe.data.loader import Batch, Windows, training_loader
 from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import TokenStream
 from titan_moe.errors import TrainingError, UserError
-from titan_moe.model.counts import count
+from titan_moe.model.counts import count, meta_model
 from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.context import take_part
@@ -92,23 +92,32 @@ def train_step(
     loss = ce = torch.zeros((), dtype=dtype, device=mesh.device)
     carry: Carry | None = None
     parts = list(micro_batches(batch, config, mesh))
-    for number, part in enumerate(parts):
-        reduce_gradients(model, now=number == len(parts) - 1 or not config.parallelism.defer_reduction)
-        out = model(model_inputs(part, dtype, mesh, step, first=number == 0))
-        objective = out.ce + model.terms.objective(out.carry.terms, factors)
-        objective.backward()
-        loss, ce, carry = loss + objective.detach(), ce + out.ce.detach(), add_carry(carry, out.carry)
+    inputs = [model_inputs(part, dtype, mesh, step, first=number == 0) for number, part in enumerate(parts)]
+    if model.pipeline is not None:
+        carry = model.empty_carry(0, mesh.device)  # of a rank without the last stage
+        for result in model.pipeline.step(inputs, factors):
+            objective = result.ce + model.terms.objective(result.carry.terms, factors)
+            loss, ce, carry = loss + objective, ce + result.ce, add_carry(carry, result.carry)
+    else:
+        for number, one in enumerate(inputs):
+            reduce_gradients(model, now=number == len(parts) - 1 or not config.parallelism.defer_reduction)
+            out = model(one)
+            objective = out.ce + model.terms.objective(out.carry.terms, factors)
+            objective.backward()
+            loss, ce, carry = loss + objective.detach(), ce + out.ce.detach(), add_carry(carry, out.carry)
     assert carry is not None
     loss, ce, carry = sum_over_ranks(loss, ce, carry, mesh)
     sum_router_gradients(model, mesh)
-    norm = clip_gradients(list(model.parameters()), config.training.max_grad_norm)
+    norm = clip_gradients(list(model.parameters()), config.training.max_grad_norm, mesh.pp)
     result = StepResult(loss.item(), ce.item(), carry, norm.item())
     check_finite(model, result)
     optimizer.step()
     optimizer.zero_grad()
     if config.balancer.rate > 0:
-        for moe, counts in zip(model.moe_modules(), carry.counts, strict=True):
-            update_expert_bias(moe.router.expert_bias, counts, config.balancer.rate, config.balancer.center)
+        for moe in model.moe_modules():
+            update_expert_bias(
+                moe.router.expert_bias, carry.counts[moe.layer], config.balancer.rate, config.balancer.center
+            )
     return result
 
 
@@ -127,12 +136,16 @@ def model_inputs(part: Batch, dtype: torch.dtype, mesh: Mesh, step: int, first: 
 
 def sum_over_ranks(loss: Tensor, ce: Tensor, carry: Carry, mesh: Mesh) -> tuple[Tensor, Tensor, Carry]:
     """What a step reports, over all ranks: one sum of numbers, one of counts."""
-    group = mesh.ranks.data
-    numbers = all_sum(torch.cat([loss.reshape(1), ce.reshape(1), carry.terms, carry.sums.flatten()]), group)
+    numbers = over_tokens(torch.cat([loss.reshape(1), ce.reshape(1), carry.terms, carry.sums.flatten()]), mesh)
     terms = numbers[2 : 2 + carry.terms.numel()]
     sums = numbers[2 + carry.terms.numel() :].reshape(carry.sums.shape)
-    counts = all_sum(carry.counts, group)
+    counts = over_tokens(carry.counts, mesh)
     return numbers[0], numbers[1], carry._replace(terms=terms, counts=counts, sums=sums)
+
+
+def over_tokens(x: Tensor, mesh: Mesh) -> Tensor:
+    """The sum over all ranks' tokens; of a pipeline, only the last stage has something to add."""
+    return all_sum(all_sum(x, mesh.ranks.data), mesh.pp)
 
 
 @torch.no_grad()
@@ -141,10 +154,11 @@ def measure_terms(model: Transformer, batch: Batch, config: Config, mesh: Mesh, 
     carry: Carry | None = None
     dtype = accumulation_dtype(model.dtype)
     for number, part in enumerate(micro_batches(batch, config, mesh)):
-        out = model(model_inputs(part, dtype, mesh, step, first=number == 0))
-        carry = add_carry(carry, out.carry)
+        inputs = model_inputs(part, dtype, mesh, step, first=number == 0)
+        _, found, _ = model.evaluate(inputs) if model.pipeline is None else model.pipeline.evaluate(inputs)
+        carry = add_carry(carry, found)
     assert carry is not None
-    return dict(zip(model.terms.names, all_sum(carry.terms, mesh.ranks.data).tolist(), strict=True))
+    return dict(zip(model.terms.names, over_tokens(carry.terms, mesh).tolist(), strict=True))
 
 
 def check_finite(model: Transformer, result: StepResult) -> None:
@@ -180,7 +194,7 @@ class Trainer:
         self.epoch_sequences = len(train)
         self.model = build_model(config, prepared.tokenizer.vocab_size, mesh)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.counts = count(self.model, config.training.seq_len)
+        self.counts = count(meta_model(self.model.settings, self.model.dtype), config.training.seq_len)
         self.peak = peak_flops(self.device, self.model.dtype)
         self.scales: dict[str, float] | None = None
         self.signal: int | None = None
@@ -252,7 +266,7 @@ class Trainer:
         """Whether any rank got a signal by now; the same answer on all, and the same signal."""
         numbers = (signal.SIGINT, signal.SIGTERM)
         seen = torch.tensor([float(self.signal == number) for number in numbers], device=self.device)
-        counts = all_sum(seen, self.mesh.ranks.data).tolist()
+        counts = all_sum(seen, self.mesh.everyone).tolist()
         self.signal = next((number for number, count in zip(numbers, counts, strict=True) if count), None)
         return self.signal is not None
 

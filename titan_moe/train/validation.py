@@ -1,5 +1,6 @@
 """Perplexity and bits per byte on text that is never trained on, and the routing that goes with them."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -46,17 +47,21 @@ def validate(
     for batch in validation_batches(windows, sequences, batch_size * ranks):
         part = batch.padded(batch_size * ranks).part(mesh.data_rank * batch_size, batch_size) if ranks > 1 else batch
         inputs = take_part(part.inputs(dtype, device, share=0.0), mesh.degrees.cp, mesh.cp_rank)
-        ce, carry, routing = model.evaluate(inputs)
+        if model.pipeline is None:
+            ce, carry, routing = model.evaluate(inputs)
+            neighbours = dict(enumerate(itertools.pairwise(routing)))
+        else:
+            ce, carry, neighbours = model.pipeline.evaluate(inputs)
         nats += ce.item() * batch.label_count
         labels += int((inputs.token_weights > 0).sum())
         source_bytes += labelled_bytes(inputs, tokenizer)
         counts += carry.counts
         mask = (inputs.token_weights > 0).flatten()
-        for pair in range(pairs):
-            earlier, later = routing[pair], routing[pair + 1]
+        for pair, (earlier, later) in neighbours.items():
             used = torch.bincount(earlier[mask].flatten(), minlength=experts).unsqueeze(1)
             joint[pair] += conditional_routing(earlier, later, experts, mask) * used
-    counts, joint = all_sum(counts, mesh.ranks.data), all_sum(joint, mesh.ranks.data)
+    counts, joint = (all_sum(all_sum(x, mesh.ranks.data), mesh.pp) for x in (counts, joint))
+    nats = all_sum(torch.tensor(nats, dtype=torch.float64, device=device), mesh.pp).item()
     sums = torch.tensor([nats, labels, source_bytes], dtype=torch.float64, device=device)
     nats, labels, source_bytes = all_sum(sums, mesh.ranks.data).tolist()
     used_E = counts[:pairs].clamp(min=1).unsqueeze(2)
