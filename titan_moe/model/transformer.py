@@ -156,7 +156,7 @@ class Transformer(nn.Module):
         if routing is not None:
             routing += chosen
         if last:
-            return self.loss(h_BSD, inputs).reshape(1), carry.terms, carry.counts, carry.sums
+            return torch.stack([self.loss(h_BSD, inputs)]), carry.terms.clone(), carry.counts, carry.sums
         return h_BSD, carry.terms.clone(), carry.previous.clone(), carry.counts, carry.sums
 
     def drop_embedding(self) -> None:
