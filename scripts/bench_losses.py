@@ -116,7 +116,7 @@ class Bench:
             self.model(self.inputs)
         return seen
 
-    def added(self, terms: Terms, views: list[LayerView], repeats: int = 7) -> float:
+    def added(self, terms: Terms, views: list[LayerView], repeats: int = 15) -> list[float]:
         """Seconds of the terms' own forward and backward over all layers, less those of no term at all.
 
         For no term at all: less those of a build whose layers hand the carry on untouched.
@@ -177,7 +177,7 @@ class Bench:
 
         on, off = work(terms), work(base)
         on()
-        return statistics.median(seconds(on) - seconds(off) for _ in range(repeats))
+        return [seconds(on) - seconds(off) for _ in range(repeats)]
 
 
 def main() -> None:
@@ -199,7 +199,7 @@ def main() -> None:
     print(
         f"{options.geometry}, {bench.model.settings.layers} layers, {bench.inputs.tokens.numel()} tokens, {options.dtype}"
     )
-    print("| term | step ratio | 95% interval | added / step | peak memory |\n|---|---|---|---|---|")
+    print("| term | step ratio | 95% interval | added / step | 95% interval | peak memory |\n|---|---|---|---|---|---|")
     for arm in options.arms:
         terms = terms_of(arm, bench.top_k)
         added = bench.added(terms, views)
@@ -210,7 +210,9 @@ def main() -> None:
             ratio, span = f"{statistics.median(found):.3f}", f"{low:.3f} to {high:.3f}"
         use(bench.model, terms)
         memory = peak_allocated(bench.step) / bytes_off
-        print(f"| {arm} | {ratio} | {span} | {added / base:.4f} | {memory:.3f} |", flush=True)
+        least, most = (value / base for value in interval(added))
+        share = f"{statistics.median(added) / base:.4f} | {least:.4f} to {most:.4f}"
+        print(f"| {arm} | {ratio} | {span} | {share} | {memory:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

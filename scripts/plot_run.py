@@ -16,6 +16,10 @@ PANELS = (
     ("z", ("reg/z",)),
     ("sp", ("reg/sp",)),
     ("cp", ("reg/cp",)),
+    ("o", ("reg/o",)),
+    ("v", ("reg/v",)),
+    ("erc", ("reg/erc",)),
+    ("overlap: mean squared cosine", ("moe/overlap",)),
     ("routing entropy (nats)", ("moe/entropy",)),
     ("top-k mass", ("moe/topk_mass",)),
     ("max_vio and dead experts", ("moe/max_vio", "moe/dead")),
@@ -26,8 +30,12 @@ def plot(run: Path, picture: Path) -> None:
     rows: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if row["kind"] == "train"]
     validation = [row for row in rows if row["kind"] == "validation"]
-    figure, axes = plt.subplots(2, 4, figsize=(13, 5), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, PANELS, strict=True):
+    panels = [(title, names) for title, names in PANELS if names[0] in train[0]]
+    rows_of_panels = -(-len(panels) // 4)
+    figure, axes = plt.subplots(rows_of_panels, 4, figsize=(13, 2.5 * rows_of_panels), layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, names) in zip(axes.flat, panels, strict=False):
         for name in names:
             known = [row for row in train if name in row]
             axis.plot([row["step"] for row in known], [row[name] for row in known], label=name, linewidth=1)
@@ -39,7 +47,7 @@ def plot(run: Path, picture: Path) -> None:
             axis.legend(frameon=False)
         axis.set_title(title)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("step")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=90)

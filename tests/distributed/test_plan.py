@@ -14,6 +14,8 @@ from titan_moe.train.optimizer import build_optimizer
 from titan_moe.train.plan import memory, sharded_model
 from titan_moe.train.trainer import build_model, train_step
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {
     "dp2": (2, []),
     "ep2": (2, ["--parallelism.ep=2"]),

@@ -295,7 +295,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "mfu": self.counts.flops_per_token * tokens / seconds / self.peak,
+            "mfu": self.counts.flops_per_token * tokens / seconds / (self.peak * self.mesh.degrees.world),
             "memory_gib": peak_memory_gib(self.device),
         }
 
