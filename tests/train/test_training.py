@@ -16,7 +16,7 @@ from titan_moe.config.tables import Config
 from titan_moe.data.prepare import prepare
 from titan_moe.errors import TrainingError, UserError
 from titan_moe.parallel.mesh import single
-from titan_moe.train.checkpoint import load_checkpoint
+from titan_moe.train.checkpoint import _MetadataUnpickler, load_checkpoint
 from titan_moe.train.run_dir import RunDir
 from titan_moe.train.trainer import Trainer
 
@@ -218,6 +218,30 @@ def test_a_checkpoint_that_would_run_code_does_not(tiny_config: Make, tmp_path: 
     with pytest.raises(UserError, match="can't be loaded"):
         load_checkpoint(path, trainer.model, trainer.optimizer)
     assert not (tmp_path / "owned").exists()
+
+
+def test_metadata_may_get_members_of_enumerations_and_nothing_else() -> None:
+    """Early releases of Python 3.11 pickle an enumeration's member as `getattr(kind, name)`."""
+    import io
+    import pickle
+
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+
+    class Get:
+        def __init__(self, kind: Any, name: str) -> None:
+            self.asked = (kind, name)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return getattr, self.asked
+
+    def read(kind: Any, name: str) -> Any:
+        return _MetadataUnpickler(io.BytesIO(pickle.dumps(Get(kind, name)))).load()
+
+    member = next(iter(_MEM_FORMAT_ENCODING))
+    assert read(_MEM_FORMAT_ENCODING, member.name) is member
+    for kind, name in ((Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), ("text", "join")):
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            read(kind, name)
 
 
 def test_a_value_that_is_not_finite_stops_before_the_update(tiny_config: Make) -> None:

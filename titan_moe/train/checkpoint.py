@@ -10,6 +10,7 @@ import json
 import pickle
 import shutil
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,18 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch.distributed.checkpoint.metadata, name)
         if (module, name) in PICKLED_TYPES:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member_of_enum  # how Python 3.11.0 to 3.11.3 pickle the member of an enumeration
         raise pickle.UnpicklingError(f"the metadata names {module}.{name}, which no checkpoint of ours holds")
+
+
+def _member_of_enum(kind: Any, name: Any) -> Any:
+    """`getattr`, for members of DCP's enumerations and nothing else."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and kind.__module__ == METADATA_MODULE):
+        raise pickle.UnpicklingError(
+            f"the metadata asks for {name!r} of {kind!r}, which is no enumeration of checkpoints"
+        )
+    return kind[str(name)]
 
 
 class _Reader(FileSystemReader):
