@@ -30,7 +30,7 @@ def all_sum(x: Tensor, group: Group | None) -> Tensor:
 @torch.compiler.disable
 @torch.no_grad()
 def _all_sum(x: Tensor, group: Group) -> Tensor:
-    total = x.clone()
+    total = x.contiguous().clone()
     dist.all_reduce(total, group=group)
     return total
 

@@ -1,13 +1,9 @@
 """Checks that need more than one key, and options that are not built yet. They run before anything is built."""
 
-from collections.abc import Callable
-
 from titan_moe import extend
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
-from titan_moe.parallel.degrees import check_degrees, resolve
-
-Origin = Callable[[str], str]  # key -> "file: key", for error messages
+from titan_moe.parallel.degrees import Origin, check_degrees, resolve
 
 
 def check_config(config: Config, origin: Origin, world_size: int) -> None:

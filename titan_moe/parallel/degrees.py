@@ -123,6 +123,11 @@ def micro_batch_size(config: Config, degrees: Degrees) -> int:
     return config.training.microbatch_size or config.training.batch_size // degrees.data
 
 
+def micro_steps(config: Config, degrees: Degrees) -> int:
+    """Forward passes of a rank in one optimizer step."""
+    return config.training.batch_size // (micro_batch_size(config, degrees) * degrees.data)
+
+
 def layers_per_stage(config: Config) -> list[int]:
     """Number of blocks in each pipeline stage; two stages a rank when they are interleaved."""
     parallelism, layers = config.parallelism, config.model.layers
@@ -140,7 +145,7 @@ def stage_layers(layers: list[int]) -> list[range]:
 
 def check_pipeline(config: Config, degrees: Degrees, origin: Origin) -> None:
     """Raises UserError for stages or micro-batches that the schedule can't take."""
-    parallelism, training, pp = config.parallelism, config.training, degrees.pp
+    parallelism, pp = config.parallelism, degrees.pp
     if pp == 1:
         return
     stages, interleaved = layers_per_stage(config), parallelism.pp_schedule == "Interleaved1F1B"
@@ -159,8 +164,7 @@ def check_pipeline(config: Config, degrees: Degrees, origin: Origin) -> None:
         raise UserError(
             f"{origin('parallelism.pp_layers')}: {len(stages)} stages; {parallelism.pp_schedule} over {pp} ranks needs {wanted}"
         )
-    size = training.microbatch_size or training.batch_size // degrees.data
-    steps = training.batch_size // (size * degrees.data)
+    steps = micro_steps(config, degrees)
     if steps < pp and parallelism.pp_schedule == "1F1B":
         raise UserError(
             f"{origin('training.microbatch_size')}: {steps} micro-batches a step for {pp} stages; 1F1B needs at least as many, "

@@ -13,7 +13,7 @@ from titan_moe.config.tables import ActivationCheckpoint, Config
 from titan_moe.model.moe import Experts
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.context import Context
-from titan_moe.parallel.degrees import layers_per_stage, micro_batch_size
+from titan_moe.parallel.degrees import layers_per_stage, micro_steps
 from titan_moe.parallel.experts import AllToAll
 from titan_moe.parallel.fsdp import shard
 from titan_moe.parallel.mesh import Mesh
@@ -41,7 +41,7 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> None:
     Parameter names stay as they are. A model without weights (on the meta device) is sharded without ever being whole.
     """
     if mesh.pp is not None:
-        steps = config.training.batch_size // (micro_batch_size(config, mesh.degrees) * mesh.degrees.data)
+        steps = micro_steps(config, mesh.degrees)
         pipeline = Pipeline(model, layers_per_stage(config), config.parallelism.pp_schedule, mesh.pp, steps)
         pipeline.keep_own()
         model.pipeline = pipeline

@@ -18,7 +18,7 @@ from titan_moe.model.feed_forward import FeedForward
 from titan_moe.model.moe import MoELayer
 from titan_moe.model.shares import Shares
 from titan_moe.model.transformer import Transformer
-from torchtitan_ext.collectives import Group
+from torchtitan_ext.collectives import Group, all_sum
 
 
 class _Enter(torch.autograd.Function):
@@ -29,13 +29,13 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.group), None
+        return all_sum(grad, ctx.group), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:  # noqa: ARG004 - torch's signature
-        return _summed(x, group)
+        return all_sum(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004 - torch's signature
@@ -53,12 +53,6 @@ class _Widen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.narrow(-1, ctx.group.rank() * ctx.width, ctx.width), None
-
-
-def _summed(x: Tensor, group: Group) -> Tensor:
-    total = x.contiguous().clone()
-    dist.all_reduce(total, group=group)
-    return total
 
 
 class TensorShares(Shares):
@@ -83,7 +77,7 @@ class TensorShares(Shares):
         return result
 
     def total(self, x: Tensor) -> Tensor:
-        return _summed(x, self.group)
+        return all_sum(x, self.group)
 
     def highest(self, x: Tensor) -> Tensor:
         found = x.clone()
@@ -94,7 +88,7 @@ class TensorShares(Shares):
         return self.group.rank() * rows
 
 
-# Which dimension of a weight is spread, by the end of its name.
+# Which dimension of a weight is spread, by the end of its name; experts' weights are parallelize.spread_experts's.
 DIMENSIONS = {
     "embedding": 0,
     "output.weight": 0,
@@ -105,8 +99,6 @@ DIMENSIONS = {
     "gate.weight": 0,
     "up.weight": 0,
     "down.weight": 1,
-    "experts.gate_up": 2,
-    "experts.down": 2,
 }
 
 
@@ -120,7 +112,7 @@ def spread_tensors(model: Transformer, tp: DeviceMesh) -> None:
     shares = TensorShares(tp.get_group())
     for name, parameter in list(model.named_parameters()):
         dim = spread_dimension(name)
-        if dim is not None and ".experts." not in name:
+        if dim is not None:
             own = distribute_tensor(parameter.detach(), tp, [Shard(dim)], src_data_rank=None)
             owner = model.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], nn.Parameter(own))

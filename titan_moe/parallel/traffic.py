@@ -11,7 +11,7 @@ import torch
 from titan_moe.config.tables import Config
 from titan_moe.model.gemm import local
 from titan_moe.model.transformer import Transformer
-from titan_moe.parallel.degrees import Degrees, layers_per_stage
+from titan_moe.parallel.degrees import Degrees, layers_per_stage, micro_batch_size, micro_steps
 from titan_moe.parallel.fsdp import routers
 from torchtitan_ext.gram import accumulation_dtype
 
@@ -50,11 +50,9 @@ class _Sizes(NamedTuple):
 
 
 def sizes(model: Transformer, config: Config, degrees: Degrees) -> _Sizes:
-    training = config.training
-    size = training.microbatch_size or training.batch_size // degrees.data
     return _Sizes(
-        steps=training.batch_size // (size * degrees.data),
-        tokens=size * training.seq_len // degrees.cp,
+        steps=micro_steps(config, degrees),
+        tokens=micro_batch_size(config, degrees) * config.training.seq_len // degrees.cp,
         compute=torch.finfo(model.dtype).bits // 8,
         exact=torch.finfo(accumulation_dtype(model.dtype)).bits // 8,
         forwards=1 if config.activation_checkpoint.mode == "none" else 2,

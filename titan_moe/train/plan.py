@@ -15,7 +15,7 @@ from titan_moe.model.counts import count, meta_model
 from titan_moe.model.gemm import local
 from titan_moe.model.head import SLICE_LOGITS
 from titan_moe.model.transformer import Inputs, Transformer
-from titan_moe.parallel.degrees import Degrees, resolve
+from titan_moe.parallel.degrees import Degrees, micro_batch_size, resolve
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.parallelize import CHOICES, PRODUCTS, parallelize
 from titan_moe.parallel.traffic import sizes, traffic
@@ -173,7 +173,7 @@ def _saved(config: Config, degrees: Degrees, layers: int, mode: str) -> int:
 
 def meta_inputs(network: Transformer, config: Config, degrees: Degrees) -> Inputs:
     """One rank's micro-batch without storage."""
-    size = config.training.microbatch_size or config.training.batch_size // degrees.data
+    size = micro_batch_size(config, degrees)
     shape = (size, config.training.seq_len // degrees.cp)
     ids = torch.empty(shape, dtype=torch.int64)
     weights = torch.empty(shape, dtype=accumulation_dtype(network.dtype))

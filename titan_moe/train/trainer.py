@@ -24,6 +24,7 @@ from titan_moe.model.counts import count, meta_model
 from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.context import take_part
+from titan_moe.parallel.degrees import micro_batch_size
 from titan_moe.parallel.fsdp import reduce_gradients, sum_router_gradients
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.norm import clip_gradients
@@ -123,7 +124,7 @@ def train_step(
 
 def micro_batches(batch: Batch, config: Config, mesh: Mesh) -> Iterator[Batch]:
     """This rank's sequences of each micro-step."""
-    size = config.training.microbatch_size or config.training.batch_size // mesh.degrees.data
+    size = micro_batch_size(config, mesh.degrees)
     return batch.split(size, mesh.data_rank, mesh.degrees.data)
 
 
@@ -301,7 +302,7 @@ class Trainer:
 
     def validate(self, step: int, trackers: list[extend.Tracker], tensorboard: TensorBoard | None) -> None:
         config = self.config
-        size = config.training.microbatch_size or config.training.batch_size // self.mesh.degrees.data
+        size = micro_batch_size(config, self.mesh.degrees)
         found = validate(
             self.model, self.validation_windows, self.tokenizer, config.validation.sequences, size, self.mesh
         )
