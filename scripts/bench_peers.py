@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from titan_moe.config.tables import Model, Optimizer
 from titan_moe.model.counts import count
-from titan_moe.model.gemm import cpu_multiplies_bfloat16
+from titan_moe.model.gemm import CPU_MULTIPLIES_BFLOAT16
 from titan_moe.model.init import init_weights
 from titan_moe.model.moe import MoELayer
 from titan_moe.model.transformer import Transformer
@@ -194,7 +194,7 @@ def main() -> None:
     print(
         f"{options.what}, {options.geometry}, {TOKENS} tokens, {options.dtype}; float32 GEMM peak {peak / 1e9:.0f} GFLOP/s"
     )
-    print(f"bfloat16 units: {'yes' if cpu_multiplies_bfloat16() else 'no, ours multiplies through float32'}")
+    print(f"bfloat16 units: {'yes' if CPU_MULTIPLIES_BFLOAT16 else 'no, ours multiplies through float32'}")
     print(
         "| peer | ours / theirs | 95% interval (pairs) | of the peak: ours | theirs |\n|---|---|---|---|---|",
         flush=True,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
 
 Group = dist.ProcessGroup
 
@@ -24,15 +25,23 @@ class Ranks(NamedTuple):
 
 def all_sum(x: Tensor, group: Group | None) -> Tensor:
     """The sum over ranks, without a gradient."""
-    return x.detach() if group is None else _all_sum(x, group)
+    x = x.detach()
+    if group is not None:
+        x = torch.ops.torchtitan_ext.all_sum(x, group.group_name)
+    return x
 
 
-@torch.compiler.disable
-@torch.no_grad()
-def _all_sum(x: Tensor, group: Group) -> Tensor:
+@torch.library.custom_op("torchtitan_ext::all_sum", mutates_args=())
+def _all_sum(x: Tensor, group_name: str) -> Tensor:
+    """An operation of its own, so that a compiled layer stays one graph."""
     total = x.contiguous().clone()
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total, group=_resolve_process_group(group_name))  # type: ignore[arg-type] # a NewType of str
     return total
+
+
+@_all_sum.register_fake
+def _(x: Tensor, group_name: str) -> Tensor:  # noqa: ARG001 - the op's signature
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class _Exchange(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch
+from titan_moe.model.moe import MoELayer, Router
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.degrees import resolve
 from titan_moe.parallel.fsdp import sum_router_gradients
@@ -53,6 +54,33 @@ class Outcome(NamedTuple):
     counts: Tensor
     """(steps, layers, experts)."""
     parameters: dict[str, Tensor]
+    routing: Tensor
+    """(steps, layers, BATCH, SEQ, top_k), the chosen experts of this rank's tokens; -1 for others."""
+    gap: float
+    """Least distance between the last chosen expert and the best other one."""
+
+
+class Watch:
+    """What the routers of a model choose."""
+
+    def __init__(self, model: Transformer, steps: int) -> None:
+        settings = model.settings.moe
+        self.step, self.gap = 0, float("inf")
+        self.routing = torch.full((steps, model.moe_layers, BATCH, SEQ, settings.top_k), -1)
+        for moe in model.moe_modules():
+            moe.register_forward_hook(self.layer)
+            moe.router.register_forward_hook(self.router)
+
+    def layer(self, moe: MoELayer, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        tokens, ids = inputs[2], output[2]
+        places = self.routing[self.step, moe.layer]
+        places[tokens.sequences.unsqueeze(1), tokens.places] = ids.view(*tokens.weights.shape, -1)
+
+    def router(self, router: Router, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:  # noqa: ARG002 - torch's
+        logits = output[0].logits_TE.detach()
+        scores = logits.softmax(-1) if router.moe.score == "softmax" else logits.sigmoid()
+        best = (scores + router.expert_bias).topk(router.moe.top_k + 1, dim=-1).values
+        self.gap = min(self.gap, float((best[:, -2] - best[:, -1]).min()))
 
 
 def config_of(words: list[str], world: int) -> Config:
@@ -86,12 +114,18 @@ def train(words: list[str], world: int, steps: int = 5) -> Outcome:
     optimizer = build_optimizer(model, config.optimizer)
     set_lr(optimizer, 1e-2)
     rows, counts = [], []
+    watch = Watch(model, steps) if not config.compile.enable else None
     for step in range(1, steps + 1):
+        if watch is not None:
+            watch.step = step - 1
         result = train_step(model, optimizer, batch_of(step), config, mesh, step, {})
         terms = dict(zip(model.terms.names, result.carry.terms.tolist(), strict=True))
         rows.append({"loss": result.loss, "ce": result.ce, "grad_norm": result.grad_norm, **terms})
         counts.append(result.carry.counts)
-    return Outcome(rows, torch.stack(counts), {name: whole(p) for name, p in state(model).items()})
+    parameters = {name: whole(p) for name, p in state(model).items()}
+    if watch is None:
+        return Outcome(rows, torch.stack(counts), parameters, torch.full((), -1), float("nan"))
+    return Outcome(rows, torch.stack(counts), parameters, watch.routing, watch.gap)
 
 
 def state(model: Transformer) -> dict[str, Tensor]:
@@ -103,9 +137,14 @@ def gradients(words: list[str], world: int) -> dict[str, Tensor]:
     config = config_of(words, world)
     mesh = mesh_of(config, world)
     model = build_model(config, VOCABULARY, mesh)
-    for number, part in enumerate(micro_batches(batch_of(1), config, mesh)):
-        out = model(model_inputs(part, torch.float64, mesh, 1, first=number == 0))
-        (out.ce + model.terms.objective(out.carry.terms)).backward()
+    parts = enumerate(micro_batches(batch_of(1), config, mesh))
+    inputs = [model_inputs(part, torch.float64, mesh, 1, first=number == 0) for number, part in parts]
+    if model.pipeline is not None:
+        model.pipeline.step(inputs, {})
+    else:
+        for one in inputs:
+            out = model(one)
+            (out.ce + model.terms.objective(out.carry.terms)).backward()
     sum_router_gradients(model, mesh)
     found: dict[str, Any] = {name: p.grad for name, p in model.named_parameters()}
     assert all(grad is not None for grad in found.values()), [name for name, grad in found.items() if grad is None]

@@ -1,10 +1,11 @@
 """Pipeline parallelism, alone and with the others: five steps as on one process."""
 
 import pytest
+import torch
 
 from tests.distributed.launch import launch
-from tests.distributed.steps import DEEPSEEK, VANILLA, train
-from tests.distributed.test_layouts import SEQUENCE, alone, assert_equal
+from tests.distributed.steps import DEEPSEEK, VANILLA, gradients, train
+from tests.distributed.test_layouts import SEQUENCE, alone, assert_equal, assert_every_token_seen
 
 WORDS = [*SEQUENCE, "--model.layers=4", "--model.tie_embeddings=false"]
 LAYOUTS = {
@@ -35,6 +36,7 @@ def check(name: str, words: list[str]) -> None:
         assert own == found.parameters.keys()
         assert_equal(found, wanted._replace(parameters={key: wanted.parameters[key] for key in own}))
     assert set().union(*(found.parameters for found in results)) == wanted.parameters.keys()
+    assert_every_token_seen(results)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "ep2"])
@@ -55,9 +57,33 @@ def test_vanilla(name: str) -> None:
         ["--model.moe.first_dense_layers=2"],  # a stage without MoE layers
         ["--regularizers.cp.source=transition", "--regularizers.lb.scope=sequence"],
         ["--activation_checkpoint.mode=full"],
+        ["--activation_checkpoint.mode=selective"],
         ["--regularizers.sp.method=sample", "--regularizers.cp.source=activated"],
     ],
 )
 def test_variants(words: list[str]) -> None:
     """One micro-batch where cp chooses its transitions over a micro-step."""
     check("one-micro-batch" if "transition" in words[0] else "1f1b", [*DEEPSEEK, *words])
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "ep2"])
+def test_gradients_of_every_parameter(name: str) -> None:
+    world, layout = LAYOUTS[name]
+    wanted = gradients([*WORDS, *DEEPSEEK], 1)
+    results = launch(world, gradients, [*WORDS, *DEEPSEEK, degree(name), *layout], world)
+    for found in results:
+        for parameter, grad in found.items():
+            torch.testing.assert_close(grad, wanted[parameter], rtol=1e-9, atol=1e-12, msg=parameter)
+    assert set().union(*results) == wanted.keys()
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    """The compiler reorders float64 sums: two steps stay within 1e-9."""
+    world, layout = LAYOUTS["1f1b"]
+    words = [*WORDS, *DEEPSEEK]
+    compiled = [*words, degree("1f1b"), *layout, "--compile.enable=true"]
+    wanted = train(words, 1, 2)
+    for found in launch(world, train, compiled, world, 2, seconds=280):
+        own = {key: wanted.parameters[key] for key in found.parameters}
+        assert_equal(found, wanted._replace(parameters=own))

@@ -5,6 +5,8 @@ from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
 from titan_moe.parallel.degrees import Origin, check_degrees, resolve
 
+FLOAT8_MULTIPLE = 16
+
 
 def check_config(config: Config, origin: Origin, world_size: int) -> None:
     """Raises UserError for a combination that can't work or isn't built."""
@@ -12,6 +14,7 @@ def check_config(config: Config, origin: Origin, world_size: int) -> None:
     check_model(config, origin)
     check_parallelism(config, origin, world_size)
     check_regularizers(config, origin)
+    check_float8(config, origin)
     check_names(config, origin)
     check_not_built(config, origin)
 
@@ -76,6 +79,29 @@ def check_regularizers(config: Config, origin: Origin) -> None:
             )
 
 
+def check_float8(config: Config, origin: Origin) -> None:
+    """Raises UserError for what torchao's products refuse: other types, and sizes that are no multiples of 16."""
+    if not config.float8.enable:
+        return
+    if config.training.dtype != "bfloat16":
+        raise UserError(
+            f"{origin('float8.enable')}: float8 needs training.dtype = 'bfloat16', not {config.training.dtype!r}"
+        )
+    model, tp = config.model, config.parallelism.tp
+    head_dim = model.head_dim or model.dim // model.heads
+    sizes = {"model.dim": model.dim, "queries: model.heads * head_dim": model.heads * head_dim}
+    sizes["keys and values: model.kv_heads * head_dim"] = (model.kv_heads or model.heads) * head_dim
+    if model.moe.shared_experts or model.moe.first_dense_layers:
+        sizes["model.moe.hidden_dim"] = model.moe.hidden_dim
+    for name, size in sizes.items():
+        part = size if name == "model.dim" else size // tp
+        if part % FLOAT8_MULTIPLE:
+            raise UserError(
+                f"{origin('float8.enable')}: float8 products need multiples of {FLOAT8_MULTIPLE} on every rank, and {name} "
+                f"is {size}{f' over parallelism.tp = {tp}' if part != size else ''}"
+            )
+
+
 def check_names(config: Config, origin: Origin) -> None:
     for name in config.metrics.trackers:
         if name not in extend.trackers:
@@ -87,7 +113,5 @@ def check_names(config: Config, origin: Origin) -> None:
 
 
 def check_not_built(config: Config, origin: Origin) -> None:
-    if config.float8.enable:
-        raise UserError(f"{origin('float8.enable')}: float8 is not built yet; set it to false")
     if config.checkpoint.async_save:
         raise UserError(f"{origin('checkpoint.async_save')}: not built yet; set it to false")

@@ -306,12 +306,12 @@ class Compile(Table):
 
 
 class Float8(Table):
-    """float8 training through torchao. Not built yet."""
+    """float8 training through torchao. A CPU computes the same rounding without being faster."""
 
     enable: bool = False
-    """Use float8 for the linear layers."""
-    recipe: str = "tensorwise"
-    """Scaling recipe."""
+    """Multiply in float8 in attention, dense feed-forward layers and shared experts; needs training.dtype "bfloat16"."""
+    recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
+    """torchao's recipe: one scale per tensor, one per row, or per row with the weights' gradient in bfloat16."""
 
 
 class ActivationCheckpoint(Table):

@@ -6,8 +6,8 @@ GEMM. On a CPU it is one product per expert, written into place; that also cover
 R routed rows sorted by expert, D inner width, N outer width, E experts.
 """
 
-import functools
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,18 +16,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-@functools.cache
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 units. Without them an x86 CPU is eight times slower in bfloat16 than in float32."""
+def _cpu_multiplies_bfloat16() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+CPU_MULTIPLIES_BFLOAT16 = _cpu_multiplies_bfloat16()
+"""Whether this CPU has bfloat16 units. Without them an x86 CPU is eight times slower in bfloat16 than in float32."""
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The type to multiply in: bfloat16 values go through float32 units where a CPU has no others (same rounding of inputs
     and results, same float32 accumulation)."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_multiplies_bfloat16():
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not CPU_MULTIPLIES_BFLOAT16:
         return torch.float32
     return x.dtype
 
@@ -49,9 +51,11 @@ class Linear(nn.Module):
     def __init__(self, inner: int, outer: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outer, inner))
+        self.multiply: Callable[[Tensor, Tensor], Tensor] = linear
+        """What stands in for the plain product (model/float8.py)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, local(self.weight))
+        return self.multiply(x, local(self.weight))
 
 
 def grouped_linear(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:

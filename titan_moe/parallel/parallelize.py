@@ -10,6 +10,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_moe.config.tables import ActivationCheckpoint, Config
+from titan_moe.model.float8 import use_float8
 from titan_moe.model.moe import Experts
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.context import Context
@@ -57,6 +58,7 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> None:
         model.mask = context.mask
         for block in model.blocks():
             block.attention.gather = context.gather
+    use_float8(model, config.float8, mesh.device)
     for block in model.blocks():
         recompute(block, config.activation_checkpoint)
         if config.compile.enable:

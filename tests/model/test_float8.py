@@ -1,0 +1,75 @@
+"""float8 products: their rounding against one written out here, and which layers have them."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from titan_moe.config.load import load_config
+from titan_moe.config.tables import Float8
+from titan_moe.model.float8 import Float8Product, use_float8
+from titan_moe.model.gemm import Linear, linear
+from titan_moe.model.transformer import Transformer
+from titan_moe.train.terms import build_terms
+
+CPU = torch.device("cpu")
+
+
+def rounded(x: Tensor, dtype: torch.dtype, dim: int | None = None) -> Tensor:
+    """x / scale in float8, times scale: one scale that brings the largest value to the type's."""
+    high = x.abs().double()
+    largest = high.amax() if dim is None else high.amax(dim, keepdim=True)
+    scale = (torch.finfo(dtype).max / largest.clamp(min=1e-12)).float()
+    return (x.float() * scale).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype).float() / scale
+
+
+def test_tensorwise_is_the_rounding_of_both_sides() -> None:
+    """One bfloat16 rounding of the result is 2^-8 relative; its sum is taken in float32 by both."""
+    torch.manual_seed(0)
+    x = torch.randn(24, 32, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(48, 32, dtype=torch.float32, requires_grad=True)
+    out = Float8Product("tensorwise", emulate=True)(x, weight)
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    x8, weight8 = rounded(x.detach(), e4m3), rounded(weight.detach().bfloat16(), e4m3)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), x8 @ weight8.T, rtol=2**-8, atol=1e-4)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    grad8 = rounded(grad, e5m2)
+    assert x.grad is not None
+    assert weight.grad is not None
+    torch.testing.assert_close(x.grad.float(), grad8 @ weight8, rtol=2**-8, atol=1e-4)
+    torch.testing.assert_close(weight.grad, grad8.T @ x8, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_every_recipe_is_near_the_plain_product(recipe: str) -> None:
+    """Both factors lose at most 2^-4 of each value (three mantissa bits, once more for scales of powers of two), so a sum of n
+    products of order 1 moves by about 2^-4 sqrt(2 n); three times that."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(16, 32, dtype=torch.bfloat16), torch.randn(16, 32)
+    difference = (Float8Product(recipe, emulate=True)(x, weight) - linear(x, weight)).abs().max()
+    assert 0 < difference < 3 * 2**-4 * (2 * 32) ** 0.5
+
+
+def test_which_layers() -> None:
+    words = ["--training.dtype=bfloat16", "--model.moe.shared_experts=1", "--model.moe.first_dense_layers=1"]
+    config = load_config("debug", [*words, "--model.tie_embeddings=false", "--float8.enable=true"])
+    model = Transformer(config.model.model_copy(update={"vocab_size": 64}), build_terms(config), torch.bfloat16)
+    use_float8(model, config.float8, CPU)
+    found = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and isinstance(module.multiply, Float8Product)
+    }
+    attention = {f"layers.{n}.attention.{w}" for n in range(4) for w in ("wq", "wk", "wv", "wo")}
+    dense = {f"layers.0.feed_forward.{w}" for w in ("gate", "up", "down")}
+    shared = {f"layers.{n}.moe.shared.{w}" for n in range(1, 4) for w in ("gate", "up", "down")}
+    assert found == attention | dense | shared
+
+
+def test_off_changes_nothing() -> None:
+    model = nn.ModuleList([Linear(16, 16)])
+    use_float8(model, Float8(), CPU)
+    (module,) = model
+    assert isinstance(module, Linear)
+    assert module.multiply is linear
