@@ -54,3 +54,17 @@ def signs_of(bits: Tensor, width: int, dtype: torch.dtype = torch.float32, first
     hashed = keyed_bits(words, device=bits.device, start=bits.unsqueeze(-1))
     unpacked = (hashed.unsqueeze(-1) >> torch.arange(32, device=bits.device)) & 1
     return (2 * unpacked.flatten(-2)[..., first % 32 : first % 32 + width] - 1).to(dtype)
+
+
+def drawn(bits_N: Tensor, share: float) -> Tensor:
+    """Places of the elements that are drawn, each with probability `share`; on the meta device as many as expected."""
+    if bits_N.is_meta:
+        return torch.empty(round(share * bits_N.shape[0]), dtype=torch.int64, device=bits_N.device)
+    return (bits_N < share * 2**32).nonzero().squeeze(1)
+
+
+def distinct(keys_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The different keys, and each element's place among them; on the meta device as if all differed."""
+    if keys_N.is_meta:
+        return keys_N, torch.empty_like(keys_N)
+    return keys_N.unique(return_inverse=True)

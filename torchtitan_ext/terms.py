@@ -172,7 +172,7 @@ class Terms:
         dtype, width = accumulation_dtype(z_RF.dtype), z_RF.shape[1]
         if self.weights["sp"] == 0:
             z_RF = z_RF.detach()
-        distinct, index_R = keys_R.unique(return_inverse=True)
+        distinct, index_R = draws.distinct(keys_R)
         signs_RF = draws.signs_of(distinct, width, dtype, first).index_select(0, index_R)
         dims = torch.arange(self.sp_sketch_dim, device=z_RF.device)
         bits = draws.keyed_bits(draws.SP_SKETCH, self.seed, layer, tokens.step, dims, device=z_RF.device)
@@ -196,7 +196,7 @@ class Terms:
         if self.sp_method == "exact":
             return GramRows(rows_TK, weights_T, whole=True)
         bits = draws.keyed_bits(draws.SP_SAMPLE, self.seed, layer, tokens.step, *_places(tokens), device=rows_TK.device)
-        drawn = (bits.flatten() < self.sp_sample_fraction * 2**32).nonzero().squeeze(1)
+        drawn = draws.drawn(bits.flatten(), self.sp_sample_fraction)
         return GramRows(
             rows_TK.index_select(0, drawn), weights_T.index_select(0, drawn) / self.sp_sample_fraction, False
         )
@@ -212,7 +212,9 @@ class Terms:
         return bool(self.custom) or "o" in self.weights
 
     def previous_width(self, experts: int) -> int:
-        """Numbers per token that cp needs of the previous MoE layer: all its scores, or one mass."""
+        """Numbers per token that cp needs of the previous MoE layer: all its scores, or one mass; none without cp."""
+        if "cp" not in self.weights:
+            return 0
         return experts if self.cp_source == "transition" else 1
 
     def add(self, view: LayerView, carry: Carry, layer: int, tokens: Tokens) -> Carry:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tests.distributed.counting import counted
 from tests.distributed.launch import launch
-from tests.distributed.steps import DEEPSEEK, VOCABULARY, batch_of, config_of, mesh_of
-from tests.distributed.test_traffic import bytes_sent
+from tests.distributed.steps import BATCH, DEEPSEEK, SEQ, VOCABULARY, batch_of, config_of, mesh_of
 from titan_moe.config.tables import Config
 from titan_moe.model.gemm import local
 from titan_moe.parallel.degrees import resolve
@@ -63,15 +63,80 @@ def test_parameters_and_moments_are_the_real_ones(layout: str) -> None:
         assert expected[kind] == size, kind
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["--regularizers.sp.weight=0.1"], ["--regularizers.sp.weight=0.1", "--training.microbatch_size=2"]]
-)
-def test_traffic_of_experts_is_the_counted_one(words: list[str]) -> None:
-    from tests.distributed.test_traffic import OFF
+PIPELINE = [
+    "--parallelism.pp=2",
+    "--model.layers=4",
+    "--model.tie_embeddings=false",
+    "--training.microbatch_size=2",
+]
+TRAFFIC = {
+    "dp2": (2, []),
+    "hsdp2x2": (4, ["--parallelism.dp_replicate=2", "--regularizers.v.scope=global"]),
+    "ep2": (2, ["--parallelism.ep=2"]),
+    "ep2-accumulated": (2, ["--parallelism.ep=2", "--training.microbatch_size=2"]),
+    "ep2-kept": (2, ["--parallelism.ep=2", "--parallelism.reshard_after_forward=false"]),
+    "cp2": (2, ["--parallelism.cp=2"]),
+    "cp2-recomputed": (2, ["--parallelism.cp=2", "--activation_checkpoint.mode=full"]),
+    "cp2-sequence": (
+        2,
+        ["--parallelism.cp=2", "--regularizers.lb.scope=sequence", "--regularizers.cp.source=transition"],
+    ),
+    "tp2": (2, ["--parallelism.tp=2"]),
+    "tp2-norms": (2, ["--parallelism.tp=2", "--regularizers.o.weight=0", "--model.qk_norm=true"]),
+    "tp2-measured": (
+        2,
+        [
+            "--parallelism.tp=2",
+            "--regularizers.sp.weight=0",
+            "--regularizers.measure=sp",
+            "--training.microbatch_size=4",
+        ],
+    ),
+    "ep2tp2": (4, ["--parallelism.ep=2", "--parallelism.tp=2"]),
+    "ep2tp2-sketch-recomputed": (
+        4,
+        [
+            "--parallelism.ep=2",
+            "--parallelism.tp=2",
+            "--regularizers.sp.method=sketch",
+            "--activation_checkpoint.mode=full",
+        ],
+    ),
+    "pp2": (2, PIPELINE),
+    "pp2-without-cp": (2, [*PIPELINE, "--regularizers.cp.weight=0"]),
+    "pp2tp2": (4, [*PIPELINE, "--parallelism.tp=2"]),
+    "pp2ep2": (4, [*PIPELINE, "--parallelism.ep=2"]),
+}
 
-    _, expected = launch(1, planned, [*OFF, "--parallelism.ep=2", *words], 2, group=False)[0]
-    found = launch(2, bytes_sent, words)
-    assert sum(rank["all_to_all_single"] for rank in found) == 2 * expected["all-to-all"]
+
+def sent(words: list[str], world: int) -> dict[str, int]:
+    """Bytes that this rank really hands to each collective in one training step."""
+    config = config_of(words, world)
+    mesh = mesh_of(config, world)
+    model = build_model(config, VOCABULARY, mesh)
+    optimizer = build_optimizer(model, config.optimizer)
+    with counted() as found:
+        train_step(model, optimizer, batch_of(1), config, mesh, 1, {})
+    return found
+
+
+@pytest.mark.parametrize("layout", TRAFFIC)
+def test_traffic_is_the_counted_one(layout: str) -> None:
+    """All seven terms. The plan is for a rank of the first stage, and the mean over such ranks where routing decides."""
+    world, degrees = TRAFFIC[layout]
+    words = [*DEEPSEEK, *degrees]
+    _, expected = launch(1, planned, words, world, group=False)[0]
+    stage = launch(world, sent, words, world)[: world // 2 if "pp2" in layout else world]
+    for collective in stage[0]:
+        total = sum(found[collective] for found in stage)
+        assert total == len(stage) * expected.get(collective, 0), collective
+
+
+def test_coupling_sends_one_number_per_token_from_stage_to_stage() -> None:
+    with_it, without = (
+        launch(2, sent, [*DEEPSEEK, *TRAFFIC[name][1]], 2)[0]["send"] for name in ("pp2", "pp2-without-cp")
+    )
+    assert with_it - without == 8 * (BATCH * SEQ + 4)  # and one more running term in each of the four micro-batches
 
 
 def saved_bytes(words: list[str]) -> int:
@@ -101,3 +166,17 @@ def test_activations_are_those_that_autograd_keeps() -> None:
     found = memory(model, config, resolve(config.parallelism, 1, str))["activations"]
     logits = 8 * 16 * VOCABULARY * 8
     assert found - logits == pytest.approx(saved_bytes([]), rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["sample", "sketch"])
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_estimators_of_sp_are_planned(method: str, mode: str) -> None:
+    """What they keep is more than without sp, sample at 1/8 less than exact."""
+    words = [f"--activation_checkpoint.mode={mode}"]
+    found, exact, without = (
+        launch(1, planned, [*words, *more], 1, group=False)[0][0]["activations"]
+        for more in ([f"--regularizers.sp.method={method}"], [], ["--regularizers.sp.weight=0"])
+    )
+    if mode == "none":
+        assert found > without
+    assert method != "sample" or without <= found <= exact

@@ -1,10 +1,8 @@
 """What the losses send: the formulas of docs/parallelism.md, counted by wrapping the collectives."""
 
-from typing import Any
-
 import pytest
-import torch.distributed as dist
 
+from tests.distributed.counting import counted
 from tests.distributed.launch import launch
 from tests.distributed.steps import BATCH, SEQ, VOCABULARY, batch_of, config_of, mesh_of, train
 from titan_moe.train.optimizer import build_optimizer
@@ -13,34 +11,16 @@ from titan_moe.train.trainer import build_model, train_step
 OFF = [f"--regularizers.{name}.weight=0" for name in ("z", "sp", "cp", "o", "v", "erc")]
 WORLD, LAYERS, TOP_K, HIDDEN, DIM = 2, 3, 3, 8, 16
 ROWS = BATCH * SEQ // WORLD * TOP_K
-COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "reduce_scatter_single")
 
 
 def bytes_sent(words: list[str]) -> dict[str, int]:
-    """Bytes that this rank hands to each collective in one training step, FSDP's own left out."""
+    """Bytes that this rank hands to each collective in one training step."""
     config = config_of([*OFF, "--parallelism.ep=2", *words], WORLD)
     mesh = mesh_of(config, WORLD)
     model = build_model(config, VOCABULARY, mesh)
     optimizer = build_optimizer(model, config.optimizer)
-    sent = dict.fromkeys(COLLECTIVES, 0)
-
-    def counting(name: str, original: Any) -> Any:
-        def call(*tensors: Any, **options: Any) -> Any:
-            if tensors:  # FSDP's own calls name everything
-                payload = tensors[0] if name == "all_reduce" else tensors[1]
-                sent[name] += payload.numel() * payload.element_size()
-            return original(*tensors, **options)
-
-        return call
-
-    originals = {name: getattr(dist, name) for name in COLLECTIVES}
-    for name, original in originals.items():
-        setattr(dist, name, counting(name, original))
-    try:
+    with counted() as sent:
         train_step(model, optimizer, batch_of(1), config, mesh, 1, {})
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
     return sent
 
 
@@ -48,18 +28,18 @@ def extra(words: list[str]) -> dict[str, int]:
     """What one step sends with these words beyond one without, mean over ranks: what leaves one for an expert comes home from
     another, so only together do they send as many rows there as back."""
     plain, more = launch(WORLD, bytes_sent, []), launch(WORLD, bytes_sent, words)
-    return {name: sum(b[name] - a[name] for a, b in zip(plain, more, strict=True)) // WORLD for name in COLLECTIVES}
+    return {name: sum(b[name] - a[name] for a, b in zip(plain, more, strict=True)) // WORLD for name in plain[0]}
 
 
 def test_exact_sp_sends_every_activation_home_and_its_gradient_back() -> None:
     found = extra(["--regularizers.sp.weight=0.1"])
-    assert found["all_to_all_single"] == LAYERS * 2 * ROWS * HIDDEN * 8
-    assert found["all_reduce"] == 8  # the step's sum of numbers has one more of them
+    assert found["all-to-all"] == LAYERS * 2 * ROWS * HIDDEN * 8
+    assert found["all-reduce"] == 8  # the step's sum of numbers has one more of them
 
 
 def test_sketches_send_their_numbers_a_length_and_a_key() -> None:
     words = ["--regularizers.sp.weight=0.1", "--regularizers.sp.method=sketch", "--regularizers.sp.sketch_dim=4"]
-    assert extra(words)["all_to_all_single"] == LAYERS * ROWS * (2 * (4 * 8 + 8) + 4)
+    assert extra(words)["all-to-all"] == LAYERS * ROWS * (2 * (4 * 8 + 8) + 4)
 
 
 def test_sketches_at_medium_are_less_than_15_percent_of_combine() -> None:
@@ -71,21 +51,21 @@ def test_sketches_at_medium_are_less_than_15_percent_of_combine() -> None:
 @pytest.mark.parametrize("source", ["all", "activated"])
 def test_cp_sends_nothing(source: str) -> None:
     found = extra(["--regularizers.cp.weight=0.1", f"--regularizers.cp.source={source}"])
-    assert found["all_to_all_single"] == 0
-    assert found["all_reduce"] == 8
+    assert found["all-to-all"] == 0
+    assert found["all-reduce"] == 8
 
 
 def test_a_sample_sends_the_rows_of_its_tokens_and_a_mask() -> None:
     words = ["--regularizers.sp.weight=0.1", "--regularizers.sp.method=sample", "--regularizers.sp.sample_fraction=0.4"]
     mask = LAYERS * ROWS
-    rows = extra(words)["all_to_all_single"] - mask
+    rows = extra(words)["all-to-all"] - mask
     assert rows % (HIDDEN * 8) == 0
     assert 0.2 * LAYERS * 2 * ROWS < rows / (HIDDEN * 8) < 0.6 * LAYERS * 2 * ROWS
 
 
 def test_what_the_plain_layer_sends() -> None:
     """Rows there and back, forward and backward; and the counts, 8 experts in int64."""
-    total = sum(found["all_to_all_single"] for found in launch(WORLD, bytes_sent, []))
+    total = sum(found["all-to-all"] for found in launch(WORLD, bytes_sent, []))
     assert total == WORLD * LAYERS * (4 * ROWS * DIM * 8 + 8 * 8)
 
 

@@ -84,6 +84,8 @@ class Block(nn.Module):
         else:
             assert self.feed_forward is not None
             out_TD = self.feed_forward(x_TD)
+            # Copies: wrappers of a block (FSDP's) hang their hooks on its outputs, and mistrust views of its inputs.
+            carry = carry._replace(terms=carry.terms.clone(), previous=carry.previous.clone())
         return h_BSD + out_TD.view_as(h_BSD), carry, topk_ids
 
 
@@ -118,11 +120,15 @@ class Transformer(nn.Module):
 
     def forward(self, inputs: Inputs) -> Output:
         """Cross-entropy and carry of one micro-batch: what training needs."""
-        ce, carry, _ = self.evaluate(inputs)
+        ce, carry, _ = self._evaluate(inputs)
         return Output(ce, carry)
 
     def evaluate(self, inputs: Inputs) -> tuple[Tensor, Carry, list[Tensor]]:
         """The same, and every MoE layer's chosen experts (T, k)."""
+        return self._evaluate(inputs)
+
+    def _evaluate(self, inputs: Inputs) -> tuple[Tensor, Carry, list[Tensor]]:
+        # Apart from `evaluate`, as FSDP's hooks on a method inside those of forward would shard the root too early.
         h_BSD, carry, routing = self.blocks_of(inputs, *self.start(inputs), range(self.settings.layers))
         return self.loss(h_BSD, inputs), carry, routing
 

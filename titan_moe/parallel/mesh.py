@@ -55,7 +55,7 @@ class Mesh:
         spread = tuple(name for name, size in (("ep", d.ep), ("tp", d.tp)) if size > 1)
         self.expert_parts = experts[spread] if spread else None
         self.cp = data["cp"].get_group() if d.cp > 1 else None
-        self.ranks = Ranks(data=tokens["tokens"].get_group(), sequence=self.cp)
+        self.ranks = Ranks(data=tokens["tokens"].get_group() if d.token_ranks > 1 else None, sequence=self.cp)
         self.data_rank, self.cp_rank = data["data"].get_local_rank(), data["cp"].get_local_rank()
 
     @property

@@ -10,6 +10,14 @@ from torch.distributed.tensor import DTensor
 from torchtitan_ext.gram import accumulation_dtype
 
 
+def shard_groups(x: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups of ranks that hold parts of a tensor, one per dimension of its mesh that it is sharded over."""
+    if not isinstance(x, DTensor):
+        return ()
+    dims = [d for d, placement in enumerate(x.placements) if not placement.is_replicate()]
+    return tuple(x.device_mesh.get_group(d) for d in dims)
+
+
 @torch.no_grad()
 def clip_gradients(
     parameters: Sequence[nn.Parameter], highest: float, stages: dist.ProcessGroup | None = None
@@ -23,10 +31,8 @@ def clip_gradients(
         grad = parameter.grad
         if grad is None:
             continue
-        groups: tuple[dist.ProcessGroup, ...] = ()
+        groups = shard_groups(grad)
         if isinstance(grad, DTensor):
-            dims = [d for d, placement in enumerate(grad.placements) if not placement.is_replicate()]
-            groups = tuple(grad.device_mesh.get_group(d) for d in dims)
             grad = grad.to_local()
         locals_.append(grad)
         squares.setdefault(groups, []).append(grad)

@@ -13,9 +13,11 @@ from titan_moe.model.gemm import local
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.degrees import Degrees, layers_per_stage, micro_batch_size, micro_steps
 from titan_moe.parallel.fsdp import routers
+from titan_moe.parallel.norm import shard_groups
 from torchtitan_ext.gram import accumulation_dtype
 
 COUNT_BYTES = 8  # int64
+NORM_BYTES = 8  # float64 on a CPU
 
 
 class Line(NamedTuple):
@@ -32,6 +34,7 @@ def traffic(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
         *context(model, config, degrees),
         *tensor(model, config, degrees),
         *pipeline(model, config, degrees),
+        *numbers(model, config, degrees),
     ]
     return [line for line in found if line.bytes]
 
@@ -109,15 +112,17 @@ def experts(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
             added = int(terms.sp_sample_fraction * rows) * hidden * s.compute * times + s.forwards * rows
         else:
             added = rows * hidden * s.compute * times
-    answers = 0
+    answers = gradients = 0
     if "erc" in terms.weights:  # once a step: own columns of (E, E), and the whole gradient
         answers = moe_layers * s.exact * moe.experts * (moe.experts // degrees.ep * s.forwards)
+        gradients = moe_layers * s.exact * moe.experts**2 if terms.weights["erc"] > 0 else 0
     return [
         Line("all-to-all", "tokens to experts", layers * rows * config.model.dim * s.compute * trips),
         Line("all-to-all", "outputs home", layers * rows * config.model.dim * s.compute * trips),
         Line("all-to-all", "sp", layers * added),
         Line("all-to-all", "counts of rows", layers * s.forwards * moe.experts * COUNT_BYTES),
         Line("all-gather", "erc", answers),
+        Line("all-reduce", "erc's gradient", gradients),
     ]
 
 
@@ -140,18 +145,47 @@ def tensor(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
     """Partial sums of activations and of their gradients."""
     if degrees.tp == 1:
         return []
-    s, settings, terms = sizes(model, config, degrees), config.model, model.terms
+    s, settings, moe, terms = sizes(model, config, degrees), config.model, config.model.moe, model.terms
     row = s.tokens * settings.dim * s.compute
     blocks, moe_layers = len(model.blocks()), len(model.moe_modules())
-    dense = blocks - moe_layers
-    attention = blocks * (s.forwards + 1) * row
-    shared = moe_layers if settings.moe.shared_experts else 0
-    forward_rows = s.tokens * (settings.moe.top_k if terms.needs_outputs else 1) * settings.dim * s.compute
-    feed_forward = (dense + shared) * (s.forwards + 1) * row + moe_layers * (s.forwards * forward_rows + row)
+    dense, shared = blocks - moe_layers, moe_layers if moe.shared_experts else 0
+    head_dim = settings.head_dim or settings.dim // settings.heads
+    norms = 2 * head_dim * s.exact if settings.qk_norm else 0
+    routed = s.forwards * row + s.tokens * moe.top_k * s.exact  # sums go home combined; the gate weights' gradient
+    if terms.needs_outputs:  # every row goes home
+        routed = s.forwards * moe.top_k * row
+    first, last = hasattr(model, "embedding"), hasattr(model, "norm")  # of a pipeline, this rank's
+    # What a dense block ends with is not recomputed, as nothing after it needs it.
+    feed_forward = dense * 2 * row + shared * (s.forwards + 1) * row + moe_layers * (routed + row)
+    ends = first * row + last * (row + 3 * s.tokens * s.exact)
     return [
-        Line("all-reduce", "attention", s.steps * attention),
+        Line("all-reduce", "attention", s.steps * blocks * ((s.forwards + 1) * row + norms)),
         Line("all-reduce", "feed-forward layers", s.steps * feed_forward),
-        Line("all-reduce", "embedding and head", s.steps * (2 * row + 3 * s.tokens * s.exact)),
+        Line("all-reduce", "embedding and head", s.steps * ends),
+        *tensor_losses(model, config, degrees),
+    ]
+
+
+def tensor_losses(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
+    """The losses' sums over parts of the hidden units."""
+    s, moe, terms = sizes(model, config, degrees), config.model.moe, model.terms
+    layers = len(model.moe_modules())
+    rows = s.tokens * moe.top_k
+    grams = widened = answers = 0
+    if "sp" in terms.weights and terms.sp_method == "sketch":
+        grams = s.forwards * rows * (terms.sp_sketch_dim * s.compute + s.exact)
+    elif terms.weights.get("sp", 0.0) > 0:
+        share = terms.sp_sample_fraction if terms.sp_method == "sample" else 1.0
+        grams = s.forwards * int(share * rows) * moe.top_k * s.exact
+    if terms.needs_activations:
+        widened = s.forwards * rows * moe.hidden_dim // degrees.tp * s.compute
+    if "erc" in terms.weights:  # answers of this rank's experts, and the gradient of the routing vectors
+        gradient = moe.experts * config.model.dim if terms.weights["erc"] > 0 else 0
+        answers = (s.forwards * moe.experts // degrees.ep * moe.experts + gradient) * s.exact
+    return [
+        Line("all-reduce", "sp's products of parts", s.steps * layers * grams),
+        Line("all-gather", "whole activations", s.steps * layers * widened),
+        Line("all-reduce", "erc's answers of parts", layers * answers),
     ]
 
 
@@ -167,4 +201,26 @@ def pipeline(model: Transformer, config: Config, degrees: Degrees) -> list[Line]
     return [
         Line("send", "hidden states", s.steps * handed_on * hidden),
         Line("send", "the carry", s.steps * handed_on * carry),
+    ]
+
+
+def numbers(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
+    """What losses take over all tokens of a micro-step or a sequence, what a step reports, and the gradient's norm."""
+    s, experts, terms = sizes(model, config, degrees), config.model.moe.experts, model.terms
+    layers, sequences = len(model.moe_modules()), micro_batch_size(config, degrees)
+    ranks = {"global": degrees.token_ranks, "sequence": degrees.cp, "microbatch": 1}
+    shares = 0
+    if "lb" in terms.weights and ranks[terms.lb_scope] > 1:
+        shares += layers * experts * (COUNT_BYTES if terms.lb_scope == "global" else sequences * s.exact)
+    if "v" in terms.weights and terms.v_variant == "paper" and ranks[terms.v_scope] > 1:
+        shares += layers * (experts + 1) * s.exact * (1 if terms.v_scope == "global" else sequences)
+    if "cp" in terms.weights and terms.cp_source == "transition" and degrees.token_ranks > 1:
+        shares += max(layers - 1, 0) * experts**2 * s.exact
+    report = (2 + len(terms.names) + 3 * model.moe_layers) * s.exact + model.moe_layers * experts * COUNT_BYTES
+    sums = (degrees.token_ranks > 1) + (degrees.pp > 1)
+    meshes = {shard_groups(parameter) for parameter in model.parameters()}
+    norm = NORM_BYTES * (sum(map(len, meshes)) + (degrees.pp > 1))
+    return [
+        Line("all-reduce", "shares and means of lb, v and cp", s.steps * s.forwards * shares),
+        Line("all-reduce", "a step's report and norm", report * sums + norm),
     ]

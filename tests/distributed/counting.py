@@ -1,0 +1,48 @@
+"""Bytes that a rank hands to every collective, counted by wrapping torch.distributed's functions."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.pipelining import schedules
+
+# torch.distributed's name -> the plan's, and where its payload stands among the arguments.
+COLLECTIVES = {
+    "all_to_all_single": ("all-to-all", 1, "input"),
+    "all_reduce": ("all-reduce", 0, "tensor"),
+    "all_gather": ("all-gather", 1, "tensor"),
+    "all_gather_single": ("all-gather", 1, "input_tensor"),
+    "reduce_scatter_single": ("reduce-scatter", 1, "input"),
+}
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Bytes by the plan's name of the collective; groups of one rank included."""
+    sent = dict.fromkeys(["send", *(name for name, _, _ in COLLECTIVES.values())], 0)
+
+    def counting(original: Any, kind: str, place: int, keyword: str) -> Any:
+        def call(*tensors: Any, **options: Any) -> Any:
+            payload = tensors[place] if len(tensors) > place else options[keyword]
+            sent[kind] += payload.numel() * payload.element_size()
+            return original(*tensors, **options)
+
+        return call
+
+    def batch(operations: list[dist.P2POp], desc: str | None = None) -> Any:
+        sending = [one.tensor for one in operations if one.op is dist.isend]
+        sent["send"] += sum(tensor.numel() * tensor.element_size() for tensor in sending)
+        return send_batch(operations, desc)
+
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+    send_batch = schedules._batch_p2p
+    for name, how in COLLECTIVES.items():
+        setattr(dist, name, counting(originals[name], *how))
+    schedules._batch_p2p = batch
+    try:
+        yield sent
+    finally:
+        schedules._batch_p2p = send_batch
+        for name, original in originals.items():
+            setattr(dist, name, original)
