@@ -14,15 +14,20 @@ import signal
 import sys
 import warnings
 from types import FrameType
+from typing import NoReturn
 
 from titan_moe.config.describe import options_help
 from titan_moe.config.load import load_config, world_size_from_environment
 from titan_moe.config.tables import Config
-from titan_moe.errors import TrainingError, UserError
+from titan_moe.errors import LostRanksError, TrainingError, UserError
 from titan_moe.train.run_dir import RunDir
 
 FINISHED = 64  # what `train --check` tells run_train.sh: the run is done, there is nothing to start
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+log_file = logging.getLogger("titan_moe.file")  # for what the console is told otherwise
+log_file.propagate = False
+log_file.addHandler(logging.NullHandler())  # until there is a run directory
 
 USAGE = """usage: titan-moe VERB [--config NAME or PATH] [--section.key=value ...]
 
@@ -40,24 +45,45 @@ def main() -> None:
     try:
         status = run(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = fail(error, str(error), 2)
+    except LostRanksError as error:
+        leave(fail(error, str(error), 1))
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 1
+        status = fail(error, str(error), 1)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
+            fail(error, None, 1)
             raise
-        print(
-            f"error: {error.filename or 'a file of the run'}: {error.strerror}; make room or choose another "
-            "--job.output_dir, then run the same command again",
-            file=sys.stderr,
-        )
-        status = 2
+        what = f"{error.filename or 'a file of the run'}: {error.strerror}"
+        advice = "make room or choose another --job.output_dir, then run the same command again"
+        status = fail(error, f"{what}; {advice}", 2)
+    except Exception as error:
+        fail(error, None, 1)
+        raise
     except KeyboardInterrupt:
         print("interrupted; nothing is lost, the same command starts again", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def fail(error: Exception, line: str | None, status: int) -> int:
+    """Tells the user in one line (None: a traceback will), the rank's log, and the process that started this one."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from titan_moe.parallel.lifesigns import record_failure
+
+        record_failure(error)
+    if line is not None:
+        print(f"error: {line}", file=sys.stderr)
+    log_file.error(line or "unexpected", exc_info=None if line else error)
+    return status
+
+
+def leave(status: int) -> NoReturn:
+    """Ends a process whose process group is broken: taking that down in order would wait for the lost ranks."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _exit_143(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signal's signature
@@ -126,7 +152,8 @@ def train(config: Config, check_only: bool) -> int:
         check_vocabulary(config, prepared.tokenizer.vocab_size)
         return 0
     from titan_moe.parallel.degrees import resolve
-    from titan_moe.parallel.mesh import Mesh, from_first, start_processes, stop_processes
+    from titan_moe.parallel.lifesigns import Alarm, LifeSigns, is_collective_failure
+    from titan_moe.parallel.mesh import Mesh, from_first, limit_waiting, start_processes, stop_processes
     from titan_moe.train.device import pick_device
 
     device = pick_device()
@@ -140,10 +167,22 @@ def train(config: Config, check_only: bool) -> int:
 
     start_log(run_dir)
     degrees = resolve(config.parallelism, world_size_from_environment(), str)
-    try:
+    if degrees.world == 1:
         return Trainer(config, prepared, run_dir, Mesh(degrees, device)).run()
+    signs, alarm = LifeSigns(), Alarm(run_dir.log, config.parallelism.timeout_seconds)
+    try:
+        mesh = Mesh(degrees, device)
+        limit_waiting(config.parallelism.timeout_seconds)
+        status = Trainer(config, prepared, run_dir, mesh, alarm.set).run()
+    except Exception as error:
+        if is_collective_failure(error):
+            raise signs.explain(error) from error
+        raise
     finally:
-        stop_processes()
+        alarm.stop()
+        signs.stop()
+    stop_processes()
+    return status
 
 
 def finished(config: Config, run_dir: RunDir) -> bool:
@@ -184,6 +223,7 @@ def start_log(run_dir: RunDir) -> None:
     file = logging.FileHandler(run_dir.log)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.handlers = [console, file]
+    log_file.handlers = [file]
 
 
 def prepare_data(config: Config, check_only: bool) -> int:  # noqa: ARG001 - every verb's signature

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class TrainingError(Exception):
     """The run can't go on (a loss that is not finite, say): one line that names the step and the term. Exit status 1."""
+
+
+class LostRanksError(TrainingError):
+    """A collective failed because of other ranks: a consequence, not the cause."""

@@ -77,6 +77,12 @@ def start_processes(device: torch.device, timeout_seconds: int) -> None:
     dist.init_process_group(backend, timeout=timeout)
 
 
+def limit_waiting(timeout_seconds: int) -> None:
+    """How long a collective of any group may take. Groups of a mesh have PyTorch's half hour, whatever the first group has."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_seconds), group)
+
+
 def from_first(make: Callable[[], T]) -> T:
     """`make()` on rank 0, then on the others. When it fails there, the others leave quietly: rank 0 says why."""
     if not dist.is_initialized():

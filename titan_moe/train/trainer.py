@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -65,6 +65,9 @@ from torchtitan_ext.collectives import all_sum
 from torchtitan_ext.gram import accumulation_dtype
 
 log = logging.getLogger("titan_moe")
+
+# SIGUSR1 is a scheduler's warning.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StepResult(NamedTuple):
@@ -175,7 +178,16 @@ def check_finite(model: Transformer, result: StepResult) -> None:
 class Trainer:
     """A run: everything that lives as long as the process."""
 
-    def __init__(self, config: Config, prepared: Prepared, run_dir: RunDir, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: Config,
+        prepared: Prepared,
+        run_dir: RunDir,
+        mesh: Mesh,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        """progress: is called whenever something has been done, so that a standstill shows."""
+        self.progress = progress
         self.config, self.run_dir, self.mesh, self.device = config, run_dir, mesh, mesh.device
         keep_freed_memory()
         if config.training.deterministic:
@@ -239,6 +251,7 @@ class Trainer:
         batches = iter(self.loader)
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
+            self.progress()
             set_lr(self.optimizer, config.optimizer.lr * lr_fraction(step, steps, config.lr_scheduler))
             try:
                 batch = next(batches)
@@ -265,7 +278,7 @@ class Trainer:
 
     def agreed_to_stop(self) -> bool:
         """Whether any rank got a signal by now; the same answer on all, and the same signal."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = STOPPING
         seen = torch.tensor([float(self.signal == number) for number in numbers], device=self.device)
         counts = all_sum(seen, self.mesh.everyone).tolist()
         self.signal = next((number for number, count in zip(numbers, counts, strict=True) if count), None)
@@ -301,6 +314,7 @@ class Trainer:
         }
 
     def validate(self, step: int, trackers: list[extend.Tracker], tensorboard: TensorBoard | None) -> None:
+        self.progress()
         config = self.config
         size = micro_batch_size(config, self.mesh.degrees)
         found = validate(
@@ -319,6 +333,7 @@ class Trainer:
             tensorboard.routing(step, found)
 
     def save(self, step: int) -> None:
+        self.progress()
         facts = {
             "format_version": FORMAT_VERSION,
             "titan_moe": __version__,
@@ -394,7 +409,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT let the step finish and save; a second SIGINT leaves at once."""
+        """SIGTERM, SIGINT, SIGUSR1 and SIGHUP let the step finish and save; a second SIGINT leaves at once."""
 
         def remember(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signal's signature
             if self.signal is not None and number == signal.SIGINT:
@@ -402,7 +417,11 @@ class Trainer:
             self.signal = number
             log.info(f"{signal.Signals(number).name}: finishing this step, then saving")
 
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {
+            number: signal.signal(number, remember)
+            for number in STOPPING
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # what `nohup` does
+        }
         try:
             yield
         finally:

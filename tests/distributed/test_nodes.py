@@ -1,0 +1,150 @@
+"""Two nodes: network namespaces of this machine with addresses and host names of their own, two processes in each."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.distributed.test_runs import EXACT, TERMS, assert_same_run, run_train
+
+ADDRESSES = {"node-a": "10.213.7.1", "node-b": "10.213.7.2"}
+SECONDS = 15  # of patience with a collective
+WORDS = [*EXACT, *TERMS, "--training.steps=6", "--regularizers.lb.scope=sequence", "--parallelism.ep=2"]
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+def spaces_work() -> bool:
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None:
+        return False
+    name = f"probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode == 0
+    if made:
+        ip("netns", "del", name)
+    return made
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not spaces_work(), reason="needs root and ip netns, for nodes with their own network"),
+]
+
+
+@pytest.fixture
+def nodes() -> Iterator[dict[str, str]]:
+    """Names of the namespaces, by host name, joined by a cable."""
+    spaces = {host: f"titan-{host}-{os.getpid()}" for host in ADDRESSES}
+    first, second = spaces.values()
+    try:
+        for space in spaces.values():
+            ip("netns", "add", space)
+        ip("link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable", "netns", second)
+        for host, space in spaces.items():
+            ip("-n", space, "addr", "add", f"{ADDRESSES[host]}/24", "dev", "cable")
+            ip("-n", space, "link", "set", "cable", "up")
+            ip("-n", space, "link", "set", "lo", "up")
+        yield spaces
+    finally:
+        for space in spaces.values():
+            with contextlib.suppress(subprocess.CalledProcessError):
+                ip("netns", "del", space)
+
+
+def start(host: str, space: str, words: list[str], **environment: str) -> subprocess.Popen[str]:
+    settings = {
+        "NPROC": "2",
+        "NNODES": "2",
+        "NODE_RANK": str(list(ADDRESSES).index(host)),
+        "RDZV_ENDPOINT": f"{ADDRESSES['node-a']}:29611",
+        "LOCAL_ADDR": ADDRESSES[host],
+        "GLOO_SOCKET_IFNAME": "cable",
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    # A host name is a namespace of its own, too.
+    inside = f'hostname {host} && exec "$@"'
+    command = ["ip", "netns", "exec", space, "unshare", "--uts", "bash", "-c", inside, "-", str(ROOT / "run_train.sh")]
+    return subprocess.Popen(
+        [*command, *words],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@contextlib.contextmanager
+def started(nodes: dict[str, str], words: list[str]) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """One launcher per node; none is left behind."""
+    processes = {host: start(host, space, words) for host, space in nodes.items()}
+    try:
+        yield processes
+    finally:
+        for space in nodes.values():
+            found = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True, check=True).stdout
+            for pid in map(int, found.split()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
+        for process in processes.values():
+            process.communicate()
+
+
+def test_two_nodes_are_one_run(nodes: dict[str, str], tiny_options: list[str], tmp_path: Path) -> None:
+    words = [*tiny_options, *WORDS]
+    whole = run_train(4, *words, "--job.name=one-node")
+    assert whole.returncode == 0, whole.stderr
+    with started(nodes, [*words, "--job.name=two-nodes"]) as processes:
+        for host, process in processes.items():
+            output, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, f"{host}: {output}{errors}"
+    assert_same_run(tmp_path / "runs" / "two-nodes", tmp_path / "runs" / "one-node")
+
+
+def test_a_lost_node_is_named(nodes: dict[str, str], tiny_options: list[str], tmp_path: Path) -> None:
+    """The cable is pulled: no process dies, no connection closes."""
+    words = [
+        *tiny_options,
+        *WORDS,
+        "--training.steps=100000",
+        "--job.name=cut",
+        f"--parallelism.timeout_seconds={SECONDS}",
+    ]
+    metrics = tmp_path / "runs" / "cut" / "metrics.jsonl"
+    with started(nodes, words) as processes:
+        end = time.monotonic() + 120
+        while not metrics.exists() or metrics.read_text().count("\n") < 5:
+            assert time.monotonic() < end
+            assert all(process.poll() is None for process in processes.values())
+            time.sleep(0.2)
+        ip("-n", nodes["node-a"], "link", "set", "cable", "down")
+        pulled = time.monotonic()
+        output, errors = processes["node-a"].communicate(timeout=120)
+        assert time.monotonic() - pulled < SECONDS + 45
+        assert processes["node-a"].returncode == 1, output + errors
+        last = errors.strip().splitlines()[-2]
+        assert re.search(r"first to fail on node-a: rank [01] failed, status 1: a collective failed: ", last), errors
+        assert "node node-b (ranks 2, 3) is gone" in last, errors
+        output, errors = processes["node-b"].communicate(timeout=120)
+        assert processes["node-b"].returncode == 1, output + errors
+        assert "node node-a (ranks 0, 1) is gone" in errors
+
+
+@pytest.mark.parametrize("host", ADDRESSES)
+def test_a_node_that_never_comes(nodes: dict[str, str], tiny_options: list[str], host: str) -> None:
+    process = start(host, nodes[host], [*tiny_options, *WORDS, "--job.name=alone"], RDZV_TIMEOUT="4")
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 2, output + errors
+    line = errors.strip().splitlines()
+    assert len(line) == 1, errors
+    wanted = "not all of 2 nodes came" if host == "node-a" else "the first node did not answer within 4 s"
+    assert wanted in line[0]
