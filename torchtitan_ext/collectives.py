@@ -44,6 +44,21 @@ def _(x: Tensor, group_name: str) -> Tensor:  # noqa: ARG001 - the op's signatur
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def gathered(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Every rank's x side by side in a dimension, without a gradient."""
+    parts = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    dist.all_gather_single(parts, x.contiguous(), group=group)
+    return parts if dim == 0 else torch.cat(parts.chunk(group.size()), dim)
+
+
+def reduced(x: Tensor, dim: int, group: Group) -> Tensor:
+    """The sum over ranks, this rank's part of it in a dimension, without a gradient."""
+    parts = torch.cat(x.chunk(group.size(), dim))
+    mine = parts.new_empty(parts.shape[0] // group.size(), *parts.shape[1:])
+    dist.reduce_scatter_single(mine, parts, group=group)
+    return mine
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
@@ -72,16 +87,12 @@ def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Te
 class _GatherColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group, ctx.width = group, x.shape[1]
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts, dim=1)
+        ctx.group = group
+        return gathered(x, 1, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total[:, ctx.group.rank() * ctx.width :][:, : ctx.width], None
+        return reduced(grad, 1, ctx.group), None
 
 
 @torch.compiler.disable

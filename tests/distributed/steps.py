@@ -14,6 +14,7 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.degrees import resolve
 from titan_moe.parallel.fsdp import sum_router_gradients
 from titan_moe.parallel.mesh import Mesh
+from titan_moe.parallel.tensor import sum_norm_gradients
 from titan_moe.train.optimizer import build_optimizer, set_lr
 from titan_moe.train.trainer import build_model, micro_batches, model_inputs, train_step
 
@@ -146,6 +147,7 @@ def gradients(words: list[str], world: int) -> dict[str, Tensor]:
             out = model(one)
             (out.ce + model.terms.objective(out.carry.terms)).backward()
     sum_router_gradients(model, mesh)
+    sum_norm_gradients(model, mesh.tp)
     found: dict[str, Any] = {name: p.grad for name, p in model.named_parameters()}
     assert all(grad is not None for grad in found.values()), [name for name, grad in found.items() if grad is None]
     return {name: whole(grad) for name, grad in found.items()}

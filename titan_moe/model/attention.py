@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from titan_moe.config.tables import Model
 from titan_moe.model.gemm import Linear, product_dtype
-from titan_moe.model.shares import ALONE, Shares
 from torchtitan_ext.gram import accumulation_dtype
 
 
@@ -23,10 +22,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: Tensor, shares: Shares = ALONE) -> Tensor:
-        """shares: where each rank has heads of its own, that use the one weight."""
+    def forward(self, x: Tensor) -> Tensor:
         dtype = accumulation_dtype(x.dtype)
-        weight = shares.enter(self.weight).to(x.dtype).to(dtype)  # rounded as sharding in mixed precision hands it over
+        weight = self.weight.to(x.dtype).to(dtype)  # rounded as sharding in mixed precision hands it over
         return F.rms_norm(x.to(dtype), weight.shape, weight, self.eps).to(x.dtype)
 
 
@@ -55,18 +53,15 @@ class Attention(nn.Module):
         self.wo = Linear(self.heads * self.head_dim, model.dim)
         self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
-
-        self.shares: Shares = ALONE
         self.gather: Callable[[Tensor], Tensor] | None = None
         """Brings the keys and values of the whole sequence, where ranks hold parts of it (parallel/context.py)."""
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
         """mask_BSS: which (query, key) pairs may attend; None: all earlier ones."""
         batch, seq, _ = x_BSD.shape
-        x_BSD = self.shares.enter(x_BSD)
         q, k, v = (w(x_BSD).view(batch, seq, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, self.shares), self.k_norm(k, self.shares)
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if self.gather is not None:
             both = self.gather(torch.cat([k, v], dim=2).flatten(2))
@@ -80,4 +75,4 @@ class Attention(nn.Module):
             is_causal=mask_BSS is None,
             enable_gqa=self.kv_heads != self.heads,
         )
-        return self.shares.leave(self.wo(out_BHSd.transpose(1, 2).reshape(batch, seq, -1).to(x_BSD.dtype)))
+        return self.wo(out_BHSd.transpose(1, 2).reshape(batch, seq, -1).to(x_BSD.dtype))

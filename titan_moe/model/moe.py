@@ -219,9 +219,12 @@ class MoELayer(nn.Module):
         self.shared = FeedForward(dim, moe.hidden_dim * moe.shared_experts) if moe.shared_experts else None
 
     def forward(self, x_TD: Tensor, carry: Carry, tokens: Tokens) -> tuple[Tensor, Carry, Tensor]:
-        """Output (T, D), the carry with this layer added, and the chosen experts (T, k)."""
-        choice, proxies = self.router(x_TD, lambda weight: self.terms.proxies(weight, self.layer, tokens))
-        routed = self.dispatcher.dispatch(self.shares.enter(x_TD), choice.topk_ids_TK, self.router.moe.experts)
+        """Output (T, D), this rank's share of it under tensor parallelism, the carry with this layer added, and the chosen
+        experts (T, k)."""
+        choice, proxies = self.router(
+            self.shares.alike(x_TD), lambda weight: self.terms.proxies(weight, self.layer, tokens)
+        )
+        routed = self.dispatcher.dispatch(x_TD, choice.topk_ids_TK, self.router.moe.experts)
         chosen = self.terms.gram_rows(routed.home.rows_TK, self.layer, tokens)
 
         def take_gram(z_RF: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -232,17 +235,13 @@ class MoELayer(nn.Module):
         y_RD, z_RF, gram, response = self.experts(routed.x_RD, routed.offsets_E, proxies, take_gram)
         y_RD = self.dispatcher.outputs(y_RD, routed)
         sketches = self.sketches(z_RF, routed, tokens)
-        if self.terms.needs_outputs:  # whole rows; otherwise partial sums are combined first, k times less to sum up
-            y_RD = self.shares.leave(y_RD)
-            out_TD = self.dispatcher.combine(y_RD, choice.gates_TK, routed)
-        else:
-            out_TD = self.shares.leave(self.dispatcher.combine(y_RD, self.shares.enter(choice.gates_TK), routed))
+        out_TD = self.dispatcher.combine(y_RD, self.shares.enter(choice.gates_TK), routed)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
         view = LayerView(
             **choice._asdict(),
             z_RF=self.home_activations(z_RF, routed) if self.terms.needs_activations else None,
-            y_RD=y_RD if self.terms.needs_outputs else None,
+            y_RD=self.shares.leave(y_RD) if self.terms.needs_outputs else None,
             rows_TK=routed.home.rows_TK,
             gram=None if gram is None or chosen is None else WeightedGram(self.shares.leave(gram), chosen.weights_N),
             sketches=sketches,

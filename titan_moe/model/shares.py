@@ -14,6 +14,22 @@ class Shares:
         """After a product, or any sum, of which each rank has some of the summands."""
         return x
 
+    def gather(self, x: Tensor) -> Tensor:
+        """All tokens of the sequences, of which each rank has a part, before partial products: (B, s, D) -> (B, S, D)."""
+        return x
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """This rank's part of the tokens, from every rank's partial products: (B, S, D) -> (B, s, D)."""
+        return x
+
+    def whole(self, x: Tensor) -> Tensor:
+        """All tokens, before what every rank computes alike with a gradient that is already whole: (B, s, D) -> (B, S, D)."""
+        return x
+
+    def alike(self, x: Tensor) -> Tensor:
+        """x after `gather`, for what every rank computes alike."""
+        return x
+
     def widen(self, x: Tensor) -> Tensor:
         """All columns, of which each rank has some: (..., n) -> (..., ranks * n)."""
         return x

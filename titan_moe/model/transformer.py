@@ -57,6 +57,7 @@ class Block(nn.Module):
     def __init__(self, model: Model, terms: Terms, layer: int) -> None:
         super().__init__()
         moe = model.moe
+        self.shares: Shares = ALONE
         self.attention_norm = RMSNorm(model.dim, model.norm_eps)
         self.attention = Attention(model)
         self.feed_forward_norm = RMSNorm(model.dim, model.norm_eps)
@@ -75,9 +76,12 @@ class Block(nn.Module):
         mask_BSS: Tensor | None,
         tokens: Tokens,
     ) -> tuple[Tensor, Carry, Tensor | None]:
-        """The new hidden states and carry, and the chosen experts (T, k) of an MoE layer."""
-        h_BSD = h_BSD + self.attention(self.attention_norm(h_BSD), rotary, mask_BSS)
-        x_TD = self.feed_forward_norm(h_BSD).flatten(0, 1)
+        """The new hidden states and carry, and the chosen experts (T, k) of an MoE layer. Under tensor parallelism h_BSD is
+        this rank's part of the tokens, everything else is whole."""
+        x_BSD = self.shares.gather(self.attention_norm(h_BSD))
+        h_BSD = h_BSD + self.shares.scatter(self.attention(x_BSD, rotary, mask_BSS))
+        x_BSD = self.shares.gather(self.feed_forward_norm(h_BSD))
+        x_TD = x_BSD.flatten(0, 1)
         topk_ids = None
         if self.moe is not None:
             out_TD, carry, topk_ids = self.moe(x_TD, carry, tokens)
@@ -86,7 +90,7 @@ class Block(nn.Module):
             out_TD = self.feed_forward(x_TD)
             # Copies: wrappers of a block (FSDP's) hang their hooks on its outputs, and mistrust views of its inputs.
             carry = carry._replace(terms=carry.terms.clone(), previous=carry.previous.clone())
-        return h_BSD + out_TD.view_as(h_BSD), carry, topk_ids
+        return h_BSD + self.shares.scatter(out_TD.view_as(x_BSD)), carry, topk_ids
 
 
 class Transformer(nn.Module):
@@ -192,7 +196,7 @@ class Transformer(nn.Module):
     def loss(self, h_BSD: Tensor, inputs: Inputs) -> Tensor:
         """Weighted cross-entropy of what left the last block."""
         weights_T = inputs.token_weights.flatten()
-        hidden_TD = self.norm(h_BSD).flatten(0, 1)
+        hidden_TD = self.shares.whole(self.norm(h_BSD)).flatten(0, 1)
         return chunked_cross_entropy(hidden_TD, self.output_weight, inputs.labels.flatten(), weights_T, self.shares)
 
     @property
@@ -206,7 +210,7 @@ class Transformer(nn.Module):
         rows_BS = tokens_BS - self.shares.first_row(embedding_VD.shape[0])
         here_BS = (rows_BS >= 0) & (rows_BS < embedding_VD.shape[0])
         found_BSD = F.embedding(rows_BS.clamp(0, embedding_VD.shape[0] - 1), embedding_VD).to(self.dtype)
-        return self.shares.leave(found_BSD * here_BS.unsqueeze(2))
+        return self.shares.scatter(found_BSD * here_BS.unsqueeze(2))
 
     def attention_mask(self, inputs: Inputs) -> Tensor | None:
         return self.mask(inputs.places, inputs.document_ids if self.settings.document_mask else None)
@@ -214,7 +218,7 @@ class Transformer(nn.Module):
     def logits(self, inputs: Inputs) -> Tensor:
         """(B, S, V), for evaluation of short texts."""
         h_BSD, _, _ = self.blocks_of(inputs, *self.start(inputs), range(self.settings.layers))
-        hidden_TD = self.norm(h_BSD).flatten(0, 1)
+        hidden_TD = self.shares.whole(self.norm(h_BSD)).flatten(0, 1)
         return self.shares.widen(linear(hidden_TD, self.output_weight)).unflatten(0, inputs.tokens.shape)
 
 

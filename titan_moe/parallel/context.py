@@ -7,11 +7,10 @@ the same. B sequences, S tokens, s = S / P of them here, G key-value heads, d he
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from titan_moe.model.transformer import Inputs
-from torchtitan_ext.collectives import Group
+from torchtitan_ext.collectives import Group, gathered, reduced
 
 
 def places(seq: int, ranks: int, rank: int) -> Tensor:
@@ -34,11 +33,9 @@ def take_part(inputs: Inputs, ranks: int, rank: int) -> Inputs:
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BsN: Tensor, order_S: Tensor, group: Group) -> Tensor:
-        ctx.group, ctx.shape = group, x_BsN.shape
+        ctx.group = group
         ctx.save_for_backward(order_S)
-        parts = [torch.empty_like(x_BsN, memory_format=torch.contiguous_format) for _ in range(group.size())]
-        dist.all_gather(parts, x_BsN.contiguous(), group=group)
-        return torch.cat(parts, dim=1).index_select(1, order_S)
+        return gathered(x_BsN, 1, group).index_select(1, order_S)
 
     @staticmethod
     def backward(ctx: Any, grad_BSN: Tensor) -> tuple[Tensor, None, None]:
@@ -46,10 +43,7 @@ class _GatherSequence(torch.autograd.Function):
         exact = torch.promote_types(grad_BSN.dtype, torch.float32)  # ranks' shares are summed before they are rounded
         by_rank = torch.empty_like(grad_BSN, dtype=exact, memory_format=torch.contiguous_format)
         by_rank[:, order_S] = grad_BSN.to(exact)
-        stacked = by_rank.unflatten(1, (ctx.group.size(), -1)).transpose(0, 1).contiguous()
-        mine = torch.empty(ctx.shape, dtype=exact, device=grad_BSN.device)
-        dist.reduce_scatter_single(mine, stacked.flatten(0, 1), group=ctx.group)
-        return mine.to(grad_BSN.dtype), None, None
+        return reduced(by_rank, 1, ctx.group).to(grad_BSN.dtype), None, None
 
 
 class Context:

@@ -86,6 +86,12 @@ def check_degrees(config: Config, degrees: Degrees, origin: Origin) -> None:
         )
     check_tensor_parallel(config, degrees.tp, origin)
     check_pipeline(config, degrees, origin)
+    here = training.seq_len // degrees.cp
+    if here % degrees.tp:
+        raise UserError(
+            f"{origin('training.seq_len')} = {training.seq_len}: the {here} tokens of a sequence on a rank must "
+            f"be a multiple of parallelism.tp = {degrees.tp}, whose ranks share them between layers"
+        )
     if training.seq_len % (2 * degrees.cp) and degrees.cp > 1:
         raise UserError(
             f"{origin('training.seq_len')} = {training.seq_len} must be a multiple of 2 * parallelism.cp = {2 * degrees.cp}: "

@@ -8,7 +8,6 @@ No unit is nested in a block: its hooks would run inside what is recomputed.
 """
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -17,6 +16,7 @@ from torch.distributed.tensor import Shard
 
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh
+from titan_moe.parallel.norm import sum_gradients
 from torchtitan_ext.gram import accumulation_dtype
 
 
@@ -73,13 +73,8 @@ def routers(model: Transformer) -> list[nn.Parameter]:
 @torch.no_grad()
 def sum_router_gradients(model: Transformer, mesh: Mesh) -> None:
     """Over all ranks, in one go; FSDP sums all others."""
-    gradients = [weight.grad for weight in routers(model) if weight.grad is not None]
-    if mesh.ranks.data is None or not gradients:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat, group=mesh.ranks.data)
-    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(total.view_as(gradient))
+    if mesh.ranks.data is not None:
+        sum_gradients(routers(model), mesh.ranks.data)
 
 
 def units(model: nn.Module) -> list[FSDPModule]:

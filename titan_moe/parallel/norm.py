@@ -1,4 +1,4 @@
-"""Gradient clipping over parameters that are sharded over different meshes."""
+"""Sums and norms of gradients of parameters that are sharded over different meshes."""
 
 from collections.abc import Sequence
 
@@ -16,6 +16,19 @@ def shard_groups(x: Tensor) -> tuple[dist.ProcessGroup, ...]:
         return ()
     dims = [d for d, placement in enumerate(x.placements) if not placement.is_replicate()]
     return tuple(x.device_mesh.get_group(d) for d in dims)
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Over a group's ranks, this rank's parts of them, in one go."""
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
 
 
 @torch.no_grad()

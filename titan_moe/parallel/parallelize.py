@@ -43,7 +43,9 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> None:
     """
     if mesh.pp is not None:
         steps = micro_steps(config, mesh.degrees)
-        pipeline = Pipeline(model, layers_per_stage(config), config.parallelism.pp_schedule, mesh.pp, steps)
+        pipeline = Pipeline(
+            model, layers_per_stage(config), config.parallelism.pp_schedule, mesh.pp, steps, mesh.degrees.tp
+        )
         pipeline.keep_own()
         model.pipeline = pipeline
     if mesh.tp is not None:

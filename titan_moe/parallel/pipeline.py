@@ -48,8 +48,12 @@ class _Stage(nn.Module):
 class Pipeline:
     """This rank's stages and the schedule that drives them."""
 
-    def __init__(self, model: Transformer, layers: list[int], schedule: str, group: Group, micro_steps: int) -> None:
-        """layers: number of them in each stage, over all ranks; stage s is on rank s modulo ranks."""
+    def __init__(
+        self, model: Transformer, layers: list[int], schedule: str, group: Group, micro_steps: int, tp: int
+    ) -> None:
+        """layers: number of them in each stage, over all ranks; stage s is on rank s modulo ranks. tp: ranks that share the
+        tokens of what is handed on."""
+        self.tp = tp
         self.model, self.group = model, group
         self.schedule_name, self.micro_steps = schedule, micro_steps
         self.parts = stage_layers(layers)
@@ -111,7 +115,8 @@ class Pipeline:
         """Tensors of the shapes, types and gradients of what stages hand on, and of what the last one returns."""
         with torch.device("meta"):
             carry = self.model.empty_carry(inputs.tokens.numel(), torch.device("meta"))
-            h = torch.empty(*inputs.tokens.shape, self.model.settings.dim, dtype=self.model.dtype)
+            batch, seq = inputs.tokens.shape
+            h = torch.empty(batch, seq // self.tp, self.model.settings.dim, dtype=self.model.dtype)
             ce = torch.empty(1, dtype=carry.terms.dtype)
         for x in (h, ce, carry.terms, carry.previous):
             x.requires_grad_()

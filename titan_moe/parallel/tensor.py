@@ -1,8 +1,11 @@
-"""Tensor parallelism: attention heads, hidden units and vocabulary are spread over ranks that hold the same tokens.
+"""Tensor parallelism: attention heads, hidden units and vocabulary are spread over ranks that hold the same sequences.
 
-Every rank computes what stands between two products redundantly and alike, so a loss counts once, not once per rank. Two
-conjugate operations mark the borders: `enter` is the identity and sums gradients, `leave` sums values and is the identity for
-gradients. The losses' inputs that are sums over hidden units (Gram matrices, lengths) leave like any other partial sum.
+The residual stream and its norms are spread over the same ranks by tokens (sequence parallelism): `gather` brings the
+tokens of a sequence together before attention or a feed-forward layer, `scatter` adds up the partial products and leaves each
+rank its own tokens. Inside an MoE layer every rank routes all tokens alike, so a loss counts once, not once per rank; there
+two other conjugate operations mark the borders: `enter` is the identity and sums gradients, `leave` sums values and is the
+identity for gradients. The losses' inputs that are sums over hidden units (Gram matrices, lengths) leave like any other
+partial sum.
 """
 
 from typing import Any
@@ -13,12 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from titan_moe.model.attention import Attention
-from titan_moe.model.feed_forward import FeedForward
+from titan_moe.model.attention import RMSNorm
 from titan_moe.model.moe import MoELayer
 from titan_moe.model.shares import Shares
-from titan_moe.model.transformer import Transformer
-from torchtitan_ext.collectives import Group, all_sum
+from titan_moe.model.transformer import Block, Transformer
+from titan_moe.parallel.norm import sum_gradients
+from torchtitan_ext.collectives import Group, all_sum, gathered, reduced
 
 
 class _Enter(torch.autograd.Function):
@@ -42,17 +45,50 @@ class _Leave(torch.autograd.Function):
         return grad, None
 
 
-class _Widen(torch.autograd.Function):
+class _Whole(torch.autograd.Function):
+    """All ranks' parts in a dimension. The backward takes this rank's part of what every rank computed alike."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group, ctx.width = group, x.shape[-1]
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts, dim=-1)
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return gathered(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()], None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BsD: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return gathered(x_BsD, 1, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, None]:
+        return reduced(grad_BSD, 1, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return reduced(x_BSD, 1, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BsD: Tensor) -> tuple[Tensor, None]:
+        return gathered(grad_BsD, 1, ctx.group), None
+
+
+class _Alike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.narrow(-1, ctx.group.rank() * ctx.width, ctx.width), None
+        return grad / ctx.ranks, None
 
 
 class TensorShares(Shares):
@@ -72,8 +108,28 @@ class TensorShares(Shares):
         return result
 
     @torch.compiler.disable
+    def gather(self, x: Tensor) -> Tensor:
+        result: Tensor = _Gather.apply(x, self.group)
+        return result
+
+    @torch.compiler.disable
+    def scatter(self, x: Tensor) -> Tensor:
+        result: Tensor = _Scatter.apply(x, self.group)
+        return result
+
+    @torch.compiler.disable
+    def whole(self, x: Tensor) -> Tensor:
+        result: Tensor = _Whole.apply(x, 1, self.group)
+        return result
+
+    @torch.compiler.disable
+    def alike(self, x: Tensor) -> Tensor:
+        result: Tensor = _Alike.apply(x, self.group.size())  # `gather` adds up what the ranks' gradients are
+        return result
+
+    @torch.compiler.disable
     def widen(self, x: Tensor) -> Tensor:
-        result: Tensor = _Widen.apply(x, self.group)
+        result: Tensor = _Whole.apply(x, x.dim() - 1, self.group)
         return result
 
     def total(self, x: Tensor) -> Tensor:
@@ -117,5 +173,17 @@ def spread_tensors(model: Transformer, tp: DeviceMesh) -> None:
             owner = model.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], nn.Parameter(own))
     for module in model.modules():
-        if isinstance(module, (Transformer, Attention, FeedForward, MoELayer)):
+        if isinstance(module, (Transformer, Block, MoELayer)):
             module.shares = shares
+
+
+def norms(model: Transformer) -> list[nn.Parameter]:
+    """The weights of which every rank's gradient is a share: norms see this rank's tokens, or its heads."""
+    return [module.weight for module in model.modules() if isinstance(module, RMSNorm)]
+
+
+@torch.no_grad()
+def sum_norm_gradients(model: Transformer, tp: DeviceMesh | None) -> None:
+    """Over the ranks of tp, in one go."""
+    if tp is not None:
+        sum_gradients(norms(model), tp.get_group())

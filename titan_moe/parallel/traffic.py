@@ -14,6 +14,7 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.degrees import Degrees, layers_per_stage, micro_batch_size, micro_steps
 from titan_moe.parallel.fsdp import routers
 from titan_moe.parallel.norm import shard_groups
+from titan_moe.parallel.tensor import norms
 from torchtitan_ext.gram import accumulation_dtype
 
 COUNT_BYTES = 8  # int64
@@ -122,7 +123,7 @@ def experts(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
         Line("all-to-all", "sp", layers * added),
         Line("all-to-all", "counts of rows", layers * s.forwards * moe.experts * COUNT_BYTES),
         Line("all-gather", "erc", answers),
-        Line("all-reduce", "erc's gradient", gradients),
+        Line("reduce-scatter", "erc's gradient", gradients),
     ]
 
 
@@ -142,26 +143,27 @@ def context(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
 
 
 def tensor(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
-    """Partial sums of activations and of their gradients."""
+    """Tokens to partial products and back, and the sums inside MoE layers."""
     if degrees.tp == 1:
         return []
-    s, settings, moe, terms = sizes(model, config, degrees), config.model, config.model.moe, model.terms
-    row = s.tokens * settings.dim * s.compute
-    blocks, moe_layers = len(model.blocks()), len(model.moe_modules())
-    dense, shared = blocks - moe_layers, moe_layers if moe.shared_experts else 0
-    head_dim = settings.head_dim or settings.dim // settings.heads
-    norms = 2 * head_dim * s.exact if settings.qk_norm else 0
-    routed = s.forwards * row + s.tokens * moe.top_k * s.exact  # sums go home combined; the gate weights' gradient
-    if terms.needs_outputs:  # every row goes home
-        routed = s.forwards * moe.top_k * row
+    s, settings, terms = sizes(model, config, degrees), config.model, model.terms
+    own = s.tokens // degrees.tp * settings.dim * s.compute
+    whole = s.tokens * settings.dim * s.compute
+    blocks, layers = len(model.blocks()), len(model.moe_modules())
     first, last = hasattr(model, "embedding"), hasattr(model, "norm")  # of a pipeline, this rank's
-    # What a dense block ends with is not recomputed, as nothing after it needs it.
-    feed_forward = dense * 2 * row + shared * (s.forwards + 1) * row + moe_layers * (routed + row)
-    ends = first * row + last * (row + 3 * s.tokens * s.exact)
+    # Attention and feed-forward layer of a block; what a block ends with is not recomputed, as nothing after it needs it.
+    gathers = blocks * 2 * (s.forwards + 1) + first + last
+    scatters = blocks * (s.forwards + 1 + 2) + first
+    outputs = layers * s.forwards * settings.moe.top_k * whole if terms.needs_outputs else 0
+    gates = layers * s.tokens * settings.moe.top_k * s.exact
+    head = last * (whole + 3 * s.tokens * s.exact)
     return [
-        Line("all-reduce", "attention", s.steps * blocks * ((s.forwards + 1) * row + norms)),
-        Line("all-reduce", "feed-forward layers", s.steps * feed_forward),
-        Line("all-reduce", "embedding and head", s.steps * ends),
+        Line("all-gather", "tokens to products", s.steps * gathers * own),
+        Line("reduce-scatter", "partial products", s.steps * scatters * whole),
+        Line("all-reduce", "experts' outputs for o", s.steps * outputs),
+        Line("all-reduce", "gradients of gate weights", s.steps * gates),
+        Line("all-reduce", "head", s.steps * head),
+        Line("all-reduce", "norms' gradients", sum(local(weight).numel() for weight in norms(model)) * s.exact),
         *tensor_losses(model, config, degrees),
     ]
 
@@ -195,7 +197,7 @@ def pipeline(model: Transformer, config: Config, degrees: Degrees) -> list[Line]
         return []
     s, terms = sizes(model, config, degrees), model.terms
     handed_on = len(layers_per_stage(config)) // degrees.pp
-    hidden = s.tokens * config.model.dim * s.compute
+    hidden = s.tokens // degrees.tp * config.model.dim * s.compute
     numbers = len(terms.names) + s.tokens * terms.previous_width(config.model.moe.experts) + 3 * model.moe_layers
     carry = numbers * s.exact + model.moe_layers * config.model.moe.experts * COUNT_BYTES
     return [

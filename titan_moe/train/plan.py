@@ -14,6 +14,7 @@ from titan_moe.errors import UserError
 from titan_moe.model.counts import count, meta_model
 from titan_moe.model.gemm import local
 from titan_moe.model.head import SLICE_LOGITS
+from titan_moe.model.shares import Shares
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.degrees import Degrees, micro_batch_size, resolve
 from titan_moe.parallel.mesh import Mesh
@@ -143,6 +144,21 @@ def saved_activations(config: Config, degrees: Degrees) -> int:
     return total
 
 
+class _TokenShares(Shares):
+    """The sizes of what tensor parallelism leaves on a rank between layers."""
+
+    def __init__(self, tp: int) -> None:
+        self.tp = tp
+
+    def gather(self, x: Tensor) -> Tensor:
+        return torch.cat([x] * self.tp, dim=1)
+
+    whole = gather
+
+    def scatter(self, x: Tensor) -> Tensor:
+        return x.chunk(self.tp, dim=1)[0]
+
+
 def _saved(config: Config, degrees: Degrees, layers: int, mode: str) -> int:
     model, tp = config.model, degrees.tp
     heads, kv_heads = model.heads // tp, (model.kv_heads or model.heads) // tp
@@ -152,6 +168,8 @@ def _saved(config: Config, degrees: Degrees, layers: int, mode: str) -> int:
     with torch.device("meta"):
         network = Transformer(model.model_copy(update=size), build_terms(config), getattr(torch, config.training.dtype))
         inputs = meta_inputs(network, config, degrees)
+        for module in (network, *network.blocks()):
+            module.shares = _TokenShares(tp)
         if mode == "none":
             parameters = {p.untyped_storage()._cdata for p in network.parameters()}
             kept: dict[int, torch.UntypedStorage] = {}
@@ -168,7 +186,7 @@ def _saved(config: Config, degrees: Degrees, layers: int, mode: str) -> int:
             return sum(storage.nbytes() for storage in kept.values())
         with _Outputs((CHOICES | PRODUCTS) if mode == "selective" else CHOICES) as outputs:
             network(inputs)
-        return outputs.bytes + layers * inputs.tokens.numel() * model.dim * torch.finfo(network.dtype).bits // 8
+        return outputs.bytes + layers * inputs.tokens.numel() // tp * model.dim * torch.finfo(network.dtype).bits // 8
 
 
 def meta_inputs(network: Transformer, config: Config, degrees: Degrees) -> Inputs:

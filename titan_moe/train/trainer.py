@@ -29,6 +29,7 @@ from titan_moe.parallel.fsdp import reduce_gradients, sum_router_gradients
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.norm import clip_gradients
 from titan_moe.parallel.parallelize import parallelize
+from titan_moe.parallel.tensor import sum_norm_gradients
 from titan_moe.train.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.train.device import (
     keep_freed_memory,
@@ -112,6 +113,7 @@ def train_step(
     assert carry is not None
     loss, ce, carry = sum_over_ranks(loss, ce, carry, mesh)
     sum_router_gradients(model, mesh)
+    sum_norm_gradients(model, mesh.tp)
     norm = clip_gradients(list(model.parameters()), config.training.max_grad_norm, mesh.pp)
     result = StepResult(loss.item(), ce.item(), carry, norm.item())
     check_finite(model, result)

@@ -1,0 +1,129 @@
+"""Weak scaling on one machine: tokens per second on 1 and 2 ranks of one thread each, and the share of time in collectives.
+
+    python scripts/bench_scaling.py
+    python scripts/bench_scaling.py --steps 20 --sequences 8
+
+The default job's network, and as many sequences per rank whatever their number. Time in collectives is what a rank spends in
+torch.distributed's calls and in waiting for them, other ranks' delays included. Layouts take turns, three times; medians.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from titan_moe.config.load import load_config
+from titan_moe.config.tables import Config
+from titan_moe.data.loader import Batch
+from titan_moe.parallel.degrees import resolve
+from titan_moe.parallel.mesh import Mesh
+from titan_moe.train.device import keep_freed_memory
+from titan_moe.train.optimizer import build_optimizer
+from titan_moe.train.trainer import build_model, train_step
+
+VOCABULARY, WARM_UP = 4096, 3
+LAYOUTS = {
+    "1 rank": (1, []),
+    "2 ranks, FSDP": (2, []),
+    "2 ranks, HSDP replicas": (2, ["--parallelism.dp_replicate=2"]),
+    "2 ranks, ep 2": (2, ["--parallelism.ep=2"]),
+    "2 ranks, cp 2": (2, ["--parallelism.cp=2"]),
+    "2 ranks, tp 2": (2, ["--parallelism.tp=2"]),
+}
+CALLS = ("all_to_all_single", "all_reduce", "all_gather", "all_gather_single", "reduce_scatter_single")
+
+
+class Stopwatch:
+    """Seconds spent in collectives, calls inside calls counted once."""
+
+    def __init__(self) -> None:
+        self.seconds, self.depth = 0.0, 0
+        for name in CALLS:
+            setattr(dist, name, self.timed(getattr(dist, name)))
+        dist.Work.wait = self.timed(dist.Work.wait)  # type: ignore[method-assign]
+
+    def timed(self, original: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.depth += 1
+            start = time.perf_counter()
+            try:
+                return original(*arguments, **options)
+            finally:
+                self.depth -= 1
+                if self.depth == 0:
+                    self.seconds += time.perf_counter() - start
+
+        return call
+
+
+def random_batch(config: Config) -> Batch:
+    size, seq = config.training.batch_size, config.training.seq_len
+    tokens = torch.randint(VOCABULARY, (size, seq + 1), generator=torch.Generator().manual_seed(0))
+    everything = torch.ones(size, seq, dtype=torch.bool)
+    positions = torch.arange(seq).expand(size, seq)
+    documents = torch.zeros(size, seq, dtype=torch.int64)
+    return Batch(tokens[:, :-1], tokens[:, 1:], everything, documents, positions, torch.arange(size), size * seq)
+
+
+def work(rank: int, world: int, words: list[str], steps: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    config = load_config("debug", words, world_size=world)
+    mesh = Mesh(resolve(config.parallelism, world, str), torch.device("cpu"))
+    model = build_model(config, VOCABULARY, mesh)
+    optimizer = build_optimizer(model, config.optimizer)
+    watch, batch = Stopwatch(), random_batch(config)
+    times, shares = [], []
+    for step in range(1, WARM_UP + steps + 1):
+        watch.seconds, start = 0.0, time.perf_counter()
+        train_step(model, optimizer, batch, config, mesh, step, {})
+        times.append(time.perf_counter() - start)
+        shares.append(watch.seconds / times[-1])
+    if rank == 0:
+        found = (statistics.median(times[WARM_UP:]), statistics.median(shares[WARM_UP:]))
+        Path(folder, "result").write_text(" ".join(map(str, found)))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def measure(world: int, words: list[str], steps: int) -> tuple[float, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(work, args=(world, words, steps, folder), nprocs=world)
+        seconds, share = map(float, Path(folder, "result").read_text().split())
+    return seconds, share
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--sequences", type=int, default=4, help="per rank")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in LAYOUTS}
+    for _ in range(options.rounds):
+        for name, (world, words) in LAYOUTS.items():
+            size = options.sequences * world
+            found[name].append(measure(world, [*words, f"--training.batch_size={size}"], options.steps))
+    seq = load_config("debug", []).training.seq_len
+    rates = {
+        name: LAYOUTS[name][0] * options.sequences * seq / statistics.median(seconds for seconds, _ in results)
+        for name, results in found.items()
+    }
+    print("| layout | tokens per second | over 1 rank's | per rank, of 1 rank's | time in collectives |")
+    print("|---|---|---|---|---|")
+    for name, rate in rates.items():
+        share = statistics.median(share for _, share in found[name])
+        ratio = rate / rates["1 rank"]
+        print(f"| {name} | {rate:,.0f} | {ratio:.2f} | {ratio / LAYOUTS[name][0]:.2f} | {share:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
