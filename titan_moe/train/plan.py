@@ -168,8 +168,9 @@ def _saved(config: Config, degrees: Degrees, layers: int, mode: str) -> int:
     with torch.device("meta"):
         network = Transformer(model.model_copy(update=size), build_terms(config), getattr(torch, config.training.dtype))
         inputs = meta_inputs(network, config, degrees)
-        for module in (network, *network.blocks()):
-            module.shares = _TokenShares(tp)
+        network.shares = _TokenShares(tp)
+        for block in network.blocks():
+            block.shares = network.shares
         if mode == "none":
             parameters = {p.untyped_storage()._cdata for p in network.parameters()}
             kept: dict[int, torch.UntypedStorage] = {}
