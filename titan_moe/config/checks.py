@@ -1,4 +1,4 @@
-"""Checks that need more than one key, and options that are not built yet. They run before anything is built."""
+"""Checks that need more than one key. They run before anything is built."""
 
 from titan_moe import extend
 from titan_moe.config.tables import Config
@@ -9,14 +9,13 @@ FLOAT8_MULTIPLE = 16
 
 
 def check_config(config: Config, origin: Origin, world_size: int) -> None:
-    """Raises UserError for a combination that can't work or isn't built."""
+    """Raises UserError for a combination that can't work."""
     extend.load_modules(config.extensions.modules, origin("extensions.modules"))
     check_model(config, origin)
     check_parallelism(config, origin, world_size)
     check_regularizers(config, origin)
     check_float8(config, origin)
     check_names(config, origin)
-    check_not_built(config, origin)
 
 
 def check_model(config: Config, origin: Origin) -> None:
@@ -110,8 +109,3 @@ def check_names(config: Config, origin: Origin) -> None:
             )
     if "/" in config.job.name or config.job.name in (".", ".."):
         raise UserError(f"{origin('job.name')} = {config.job.name!r} must be a plain name, without '/'")
-
-
-def check_not_built(config: Config, origin: Origin) -> None:
-    if config.checkpoint.async_save:
-        raise UserError(f"{origin('checkpoint.async_save')}: not built yet; set it to false")

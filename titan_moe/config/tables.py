@@ -237,6 +237,9 @@ class Training(Table):
     """Compute type. bfloat16 keeps float32 master weights; float64 is for proofs."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this total 2-norm."""
+    skip_spikes: Weight = 0.0
+    """Leave out the update of a step whose gradient norm is more than so many standard deviations above the mean of the latest
+    128 steps; 0: never."""
     deterministic: bool = False
     """Refuse operations whose result differs from run to run (slower on GPUs)."""
 
@@ -329,7 +332,9 @@ class Checkpoint(Table):
     keep: PositiveInt = 3
     """Newest checkpoints kept."""
     async_save: bool = False
-    """Write in the background. Not built yet."""
+    """Write in the background, from a copy in the CPU's memory; training goes on meanwhile."""
+    allow_new_data: bool = False
+    """Go on with other training text than the checkpoint was made with."""
     load_path: str = ""
     """A checkpoint directory whose weights a new run starts from."""
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from titan_moe.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARD_TOKENS = 1 << 26
 SPLITS = ("train", "validation")
 
@@ -36,6 +36,8 @@ class Split:
     tokens: int
     documents: int
     source_bytes: int
+    documents_sha256: str
+    """Of the file of each document's start and domain."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ class ShardWriter:
         if self.pending_tokens:
             self._write(self.pending_tokens)
         starts = np.array([self.starts, self.domains], dtype=np.int64)
-        np.save(self.folder / f"{self.split}-documents.npy", starts)
-        return Split(self.shards, self.tokens, self.documents, self.source_bytes)
+        path = self.folder / f"{self.split}-documents.npy"
+        np.save(path, starts)
+        return Split(self.shards, self.tokens, self.documents, self.source_bytes, sha256(path))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -118,7 +121,9 @@ class TokenStream:
         """Verifies every shard against its checksum. Raises UserError for a damaged or missing one."""
         self.split = manifest.splits[split]
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda shard: verify(folder / shard.file, shard, folder), self.split.shards))
+            sums = {shard.file: shard.sha256 for shard in self.split.shards}
+            sums[f"{split}-documents.npy"] = self.split.documents_sha256
+            list(pool.map(lambda file: verify(folder / file, sums[file], folder), sums))
         dtype = np.dtype(manifest.dtype)
         self.maps = [np.memmap(folder / shard.file, dtype=dtype, mode="r") for shard in self.split.shards]
         self.ends = np.cumsum([shard.tokens for shard in self.split.shards])
@@ -143,13 +148,19 @@ class TokenStream:
         return np.searchsorted(self.starts, positions, side="right") - 1
 
 
-def verify(path: Path, shard: Shard, folder: Path) -> None:
+def sha256(path: Path) -> str:
     digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 22), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify(path: Path, wanted: str, folder: Path) -> None:
+    """Raises UserError for a file that is missing, cut short or altered."""
     try:
-        with path.open("rb") as file:
-            for block in iter(lambda: file.read(1 << 22), b""):
-                digest.update(block)
+        found = sha256(path)
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror}; delete {folder} to make it again") from error
-    if digest.hexdigest() != shard.sha256:
+    if found != wanted:
         raise UserError(f"{path}: damaged (its checksum differs); delete {folder} to make it again")

@@ -1,14 +1,12 @@
 """Checkpoints through torch.distributed.checkpoint.
 
-    checkpoints/step-00000100/   the DCP files (tensors under stable global names) and state.json (everything else)
+    checkpoints/step-00000100/   the DCP files (tensors under stable global names), state.json (everything else), manifest.json
 
-A checkpoint is written beside its place and renamed, state.json last, so a killed run never leaves a half one that looks
-whole. Loading runs no code from the file: only tensors are read, and the metadata's pickle may name only DCP's own types.
+Loading runs no code from the file: only tensors are read, and the metadata's pickle may name only DCP's own types.
 """
 
-import json
+import errno
 import pickle
-import shutil
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -29,7 +27,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from titan_moe.errors import UserError
-from titan_moe.train.run_dir import STATE_FILE, RunDir, fsync_folder
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, of one process
 
 PICKLED_TYPES = {
     ("collections", "OrderedDict"),
@@ -90,53 +89,11 @@ class _TensorsOnly(DefaultLoadPlanner):
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is not a tensor")
 
 
-def save_checkpoint(
-    run_dir: RunDir,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    facts: dict[str, Any],
-    keep: int,
-    first: bool = True,
-) -> Path:
-    """Writes checkpoint `step` and deletes all but the newest `keep`. facts: what state.json holds beside the step. Every rank
-    writes its own part; the first one does what is done once, the others leave when all is in place."""
-    final = run_dir.checkpoint(step)
-    fresh = final.with_name(f".{final.name}")
-    if first:
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-    barrier()
+def write_tensors(folder: Path, state: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """This rank's part. Raises OSError for a disk that takes no more."""
+    writer = FileSystemWriter(str(folder), thread_count=1)
     try:
-        write_tensors(fresh, tensors(model, optimizer))
-        if first:
-            (fresh / STATE_FILE).write_text(json.dumps({"step": step, **facts}, indent=1))
-            fsync_folder(fresh)
-            if final.exists():
-                shutil.rmtree(final)
-            fresh.rename(final)
-    finally:
-        if first:
-            shutil.rmtree(fresh, ignore_errors=True)  # what a full disk left half written
-    if first:
-        fsync_folder(run_dir.checkpoints)
-        for old in run_dir.saved_steps()[:-keep]:
-            shutil.rmtree(run_dir.checkpoint(old))
-    barrier()
-    return final
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def write_tensors(folder: Path, state: dict[str, Tensor]) -> None:
-    """Raises OSError for a disk that takes no more."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no process group
-            save(state, storage_writer=FileSystemWriter(str(folder), thread_count=1))
+        save(state, storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         for failure, _ in error.failures.values():
             cause: BaseException | None = failure
@@ -144,7 +101,7 @@ def write_tensors(folder: Path, state: dict[str, Tensor]) -> None:
                 if isinstance(cause, OSError):
                     raise OSError(cause.errno, cause.strerror, str(folder)) from error
                 cause = cause.__context__
-        raise
+        raise OSError(errno.EIO, f"a rank could not write: {_cause(error)}", str(folder)) from error
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
@@ -161,9 +118,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """Fills the model, and the optimizer when there is one, in place. Raises UserError for a damaged or foreign one."""
     state = tensors(model, optimizer)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            load(state, storage_reader=_Reader(path), planner=_TensorsOnly())
+        load(state, storage_reader=_Reader(path), planner=_TensorsOnly(), no_dist=not dist.is_initialized())
     except (
         CheckpointException,
         RuntimeError,

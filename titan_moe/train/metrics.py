@@ -69,7 +69,7 @@ class TensorBoard:
         if kind == "train" and step % self.interval and step != 1:
             return
         for name, value in row.items():
-            if name not in ("step", "kind"):
+            if name not in ("step", "kind", "data_crc"):
                 tag = f"validation/{name}" if kind == "validation" else name if "/" in name else f"train/{name}"
                 self.writer.add_scalar(tag, value, step)
 

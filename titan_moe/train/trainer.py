@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -26,11 +27,11 @@ from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.context import take_part
 from titan_moe.parallel.degrees import micro_batch_size
 from titan_moe.parallel.fsdp import reduce_gradients, sum_router_gradients
-from titan_moe.parallel.mesh import Mesh
+from titan_moe.parallel.mesh import Mesh, from_first
 from titan_moe.parallel.norm import clip_gradients
 from titan_moe.parallel.parallelize import parallelize
 from titan_moe.parallel.tensor import sum_norm_gradients
-from titan_moe.train.checkpoint import load_checkpoint, save_checkpoint
+from titan_moe.train.checkpoint import load_checkpoint
 from titan_moe.train.device import (
     keep_freed_memory,
     make_deterministic,
@@ -50,6 +51,7 @@ from titan_moe.train.metrics import (
 )
 from titan_moe.train.optimizer import build_optimizer, lr_fraction, set_lr
 from titan_moe.train.profiling import profiler
+from titan_moe.train.resume import newest_good
 from titan_moe.train.run_dir import (
     FORMAT_VERSION,
     RunDir,
@@ -58,8 +60,10 @@ from titan_moe.train.run_dir import (
     read_state,
     saved_steps,
 )
+from titan_moe.train.saver import Saver
 from titan_moe.train.terms import build_terms, lb_scales, weight_factors
 from titan_moe.train.validation import validate
+from titan_moe.train.watch import RoutingWatch, Spikes
 from torchtitan_ext.balancer import update_expert_bias
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.collectives import all_sum
@@ -78,6 +82,8 @@ class StepResult(NamedTuple):
     carry: Carry
     grad_norm: float
     """Before clipping."""
+    skipped: bool = False
+    """Whether the update was left out."""
 
 
 def train_step(
@@ -88,8 +94,9 @@ def train_step(
     mesh: Mesh,
     step: int,
     factors: Mapping[str, float],
+    spikes: Spikes | None = None,
 ) -> StepResult:
-    """One optimizer step on a global batch. factors: on the terms' weights at this step.
+    """One optimizer step on a global batch. factors: on the terms' weights at this step. spikes: may leave the update out.
 
     Raises TrainingError, before the update and on all ranks, for a value that is not finite.
     """
@@ -117,6 +124,9 @@ def train_step(
     norm = clip_gradients(list(model.parameters()), config.training.max_grad_norm, mesh.pp)
     result = StepResult(loss.item(), ce.item(), carry, norm.item())
     check_finite(model, result)
+    if spikes is not None and spikes.over(result.grad_norm):
+        optimizer.zero_grad()
+        return result._replace(skipped=True)
     optimizer.step()
     optimizer.zero_grad()
     if config.balancer.rate > 0:
@@ -209,9 +219,15 @@ class Trainer:
         self.epoch_sequences = len(train)
         self.model = build_model(config, prepared.tokenizer.vocab_size, mesh)
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        checkpoint = config.checkpoint
+        self.saver = Saver(run_dir, self.model, self.optimizer, checkpoint.keep, checkpoint.async_save)
         self.counts = count(meta_model(self.model.settings, self.model.dtype), config.training.seq_len)
         self.peak = peak_flops(self.device, self.model.dtype)
         self.scales: dict[str, float] | None = None
+        self.spikes = Spikes(config.training.skip_spikes)
+        self.skipped = 0
+        """Updates left out since the first step."""
+        self.routing_watch = RoutingWatch(self.model.moe_layers, config.model.moe.experts, config.model.moe.top_k)
         self.signal: int | None = None
         """A signal to this process, until all ranks have agreed to stop; then the one that they stop for."""
 
@@ -233,9 +249,10 @@ class Trainer:
             trackers += [extend.trackers[name](config, self.run_dir.path) for name in config.metrics.trackers]
         try:
             with self.signals(), profiler(config.profiling, self.run_dir.profile) as profile:
-                if start == 0:
-                    self.validate(0, trackers, tensorboard)
+                if start == 0 or self.validation_is_missing(start):
+                    self.validate(start, trackers, tensorboard)
                 stopped_at = self.loop(start, trackers, tensorboard, profile)
+                self.saver.finish()
         finally:
             for tracker in trackers:
                 tracker.close()
@@ -258,25 +275,41 @@ class Trainer:
             try:
                 batch = next(batches)
                 factors = weight_factors(config, step, self.scales_to_lb(batch, step))
-                result = train_step(self.model, self.optimizer, batch, config, self.mesh, step, factors)
+                result = train_step(self.model, self.optimizer, batch, config, self.mesh, step, factors, self.spikes)
             except TrainingError as error:
+                self.saver.finish()
                 newest = self.run_dir.newest()
                 where = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
                 raise TrainingError(f"step {step}: {error}; nothing was updated, {where}") from error
             synchronize(self.device)
-            row = self.row(step, result, time.perf_counter() - began)
+            row = self.row(step, batch, result, time.perf_counter() - began)
+            self.look_at(step, result)
             for tracker in trackers:
                 tracker.log(row)
             profile.step()
             last = step == steps
             if last or due(step, config.validation.interval):
-                self.validate(step, trackers, tensorboard)
+                self.validate(step, trackers, tensorboard, to_the_end=last)
             stop = self.agreed_to_stop()
             if last or stop or due(step, config.checkpoint.interval):
                 self.save(step)
             if stop:
                 return step
         return steps
+
+    def look_at(self, step: int, result: StepResult) -> None:
+        """Says what a person should know of."""
+        if result.skipped:
+            log.warning(f"step {step}: gradient norm {result.grad_norm:.4g} is a spike; the update was left out")
+        if self.mesh.first:
+            for line in self.routing_watch.look(result.carry.counts):
+                log.warning(f"step {step}: {line}")
+
+    def validation_is_missing(self, step: int) -> bool:
+        """Whether a signal broke off the validation after the step that this run goes on from."""
+        if not due(step, self.config.validation.interval):
+            return False
+        return not from_first(lambda: self.run_dir.has_validation(step))
 
     def agreed_to_stop(self) -> bool:
         """Whether any rank got a signal by now; the same answer on all, and the same signal."""
@@ -296,9 +329,10 @@ class Trainer:
                 log.info("scaled to lb: " + ", ".join(f"{name} x {scale:g}" for name, scale in self.scales.items()))
         return self.scales
 
-    def row(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
+    def row(self, step: int, batch: Batch, result: StepResult, seconds: float) -> dict[str, Any]:
         """A train row of metrics.jsonl (INTERFACE of the file: docs/metrics.md)."""
         training = self.config.training
+        self.skipped += result.skipped
         tokens = training.batch_size * training.seq_len
         return {
             "kind": "train",
@@ -309,19 +343,29 @@ class Trainer:
             **routing_row(result.carry, self.model.terms.names),
             "grad_norm": result.grad_norm,
             "lr": self.optimizer.param_groups[0]["lr"],
+            "data_crc": zlib.crc32(batch.tokens.numpy().tobytes()),
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "mfu": self.counts.flops_per_token * tokens / seconds / (self.peak * self.mesh.degrees.world),
             "memory_gib": peak_memory_gib(self.device),
+            **({"skipped": self.skipped} if training.skip_spikes else {}),
         }
 
-    def validate(self, step: int, trackers: list[extend.Tracker], tensorboard: TensorBoard | None) -> None:
-        self.progress()
+    def validate(
+        self, step: int, trackers: list[extend.Tracker], tensorboard: TensorBoard | None, to_the_end: bool = False
+    ) -> None:
+        """A signal breaks it off, unless `to_the_end`; the run that goes on makes up for it."""
+
+        def broken_off() -> bool:
+            self.progress()
+            return not to_the_end and self.agreed_to_stop()
+
         config = self.config
         size = micro_batch_size(config, self.mesh.degrees)
-        found = validate(
-            self.model, self.validation_windows, self.tokenizer, config.validation.sequences, size, self.mesh
-        )
+        count = config.validation.sequences
+        found = validate(self.model, self.validation_windows, self.tokenizer, count, size, self.mesh, broken_off)
+        if found is None:
+            return
         row = {
             "kind": "validation",
             "step": step,
@@ -345,14 +389,14 @@ class Trainer:
             "tokenizer": self.tokenizer.fingerprint,
             "loader": self.loader.state_dict(),
             "scales": self.scales,
+            "norms": list(self.spikes.norms),
+            "skipped": self.skipped,
         }
-        save_checkpoint(
-            self.run_dir, step, self.model, self.optimizer, facts, self.config.checkpoint.keep, self.mesh.first
-        )
+        self.saver.save(step, facts)
 
     def resume(self) -> int:
         """Loads the newest checkpoint, if there is one; returns the step that it was made after."""
-        newest = self.run_dir.newest()
+        newest = newest_good(self.run_dir, self.mesh)
         step = 0
         if newest is not None:
             state = read_state(newest, "checkpoint")
@@ -361,12 +405,16 @@ class Trainer:
             load_checkpoint(newest, self.model, self.optimizer)
             self.loader.load_state_dict(state["loader"])
             self.scales = state["scales"]
+            self.spikes = Spikes(self.config.training.skip_spikes, state["norms"])
+            self.skipped = state["skipped"]
             step = int(state["step"])
             log.info(f"Going on from {newest}")
         elif self.config.checkpoint.load_path:
             self.load_weights(Path(self.config.checkpoint.load_path))
         if self.mesh.first:
-            self.run_dir.cut_metrics(step)
+            junk = self.run_dir.cut_metrics(step)
+            if junk:
+                log.warning(f"{self.run_dir.metrics}: {junk} damaged line{'s' if junk > 1 else ''} left out")
             self.run_dir.cut_tensorboard(step)
             self.run_dir.write_config(self.config)
         return step
@@ -377,10 +425,12 @@ class Trainer:
             ("the tokenizer", "tokenizer", self.tokenizer.fingerprint),
             ("the training text", "data", self.data_fingerprint),
         ):
-            if state[key] != now:
+            if state[key] != now and key == "data" and self.config.checkpoint.allow_new_data:
+                log.warning(f"going on with other text than {newest} was made with, as checkpoint.allow_new_data says")
+            elif state[key] != now:
                 raise UserError(
                     f"data.corpus: {what} is not the one that {newest} was trained with; give back the same, "
-                    "or choose another --job.name"
+                    "choose another --job.name, or go on with other text by --checkpoint.allow_new_data=true"
                 )
 
     def load_weights(self, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -35,9 +36,18 @@ class Validation(NamedTuple):
 
 @torch.no_grad()
 def validate(
-    model: Transformer, windows: Windows, tokenizer: Tokenizer, sequences: int, batch_size: int, mesh: Mesh
-) -> Validation:
-    """Goes over the first `sequences` windows (0: all), `batch_size` at a time on each rank. The same result on all ranks."""
+    model: Transformer,
+    windows: Windows,
+    tokenizer: Tokenizer,
+    sequences: int,
+    batch_size: int,
+    mesh: Mesh,
+    broken_off: Callable[[], bool] = lambda: False,
+) -> Validation | None:
+    """Goes over the first `sequences` windows (0: all), `batch_size` at a time on each rank. The same result on all ranks.
+
+    broken_off: is asked before every batch, the same answer on all ranks; if so, there is no result.
+    """
     dtype = accumulation_dtype(model.dtype)
     device, ranks = mesh.device, mesh.degrees.data
     nats, labels, source_bytes = 0.0, 0, 0
@@ -45,6 +55,8 @@ def validate(
     counts = torch.zeros(model.moe_layers, experts, dtype=torch.int64, device=device)
     joint = torch.zeros(pairs, experts, experts, dtype=torch.float64, device=device)
     for batch in validation_batches(windows, sequences, batch_size * ranks):
+        if broken_off():
+            return None
         part = batch.padded(batch_size * ranks).part(mesh.data_rank * batch_size, batch_size) if ranks > 1 else batch
         inputs = take_part(part.inputs(dtype, device, share=0.0), mesh.degrees.cp, mesh.cp_rank)
         if model.pipeline is None:

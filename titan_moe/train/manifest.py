@@ -1,0 +1,101 @@
+"""A checkpoint's manifest: every file's size and checksums, and a digest of itself. What has none, or disagrees, is not loaded.
+
+    {"step": 100, "files": {"state.json": {"size": 4711, "blocks": ["<sha256>", ...]}, ...}, "digest": "<sha256>"}
+
+Checksums are per block of 16 MiB, so that threads and ranks can share the work. Nothing here imports torch.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MANIFEST_FILE = "manifest.json"
+BLOCK_BYTES = 1 << 24
+
+
+class Entry(NamedTuple):
+    """What the manifest says of one file."""
+
+    size: int
+    blocks: list[str]
+    """SHA-256 of every block, in hexadecimal."""
+
+
+class DamageError(Exception):
+    """A file that is missing, cut short or altered: one line that names it."""
+
+
+def entry_of(path: Path) -> Entry:
+    """Reads a file for its entry."""
+    size = path.stat().st_size
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        blocks = list(pool.map(lambda start: block_digest(path, start), range(0, size, BLOCK_BYTES)))
+    return Entry(size, blocks)
+
+
+def block_digest(path: Path, start: int) -> str:
+    with path.open("rb") as file:
+        file.seek(start)
+        return hashlib.sha256(file.read(BLOCK_BYTES)).hexdigest()
+
+
+def write_manifest(folder: Path, step: int, entries: dict[str, Entry]) -> None:
+    """The last file of a checkpoint, and durable."""
+    body = {"step": step, "files": {name: entry._asdict() for name, entry in sorted(entries.items())}}
+    with (folder / MANIFEST_FILE).open("w") as file:
+        json.dump(body | {"digest": body_digest(body)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def body_digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Entry]:
+    """Entries by file name, of a checkpoint whose files have the right sizes. Raises DamageError."""
+    path = folder / MANIFEST_FILE
+    try:
+        raw = json.loads(path.read_text())
+        altered = raw.pop("digest") != body_digest(raw)
+        entries = {name: Entry(int(file["size"]), list(file["blocks"])) for name, file in raw["files"].items()}
+        step = int(raw["step"])
+    except FileNotFoundError:
+        raise DamageError(f"it has no {MANIFEST_FILE}, so it was never finished") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise DamageError(f"{MANIFEST_FILE} can't be read ({type(error).__name__}: {error})") from error
+    if altered:
+        raise DamageError(f"{MANIFEST_FILE} is altered")
+    if folder.name.startswith("step-") and folder.name != f"step-{step:08d}":
+        raise DamageError(f"{MANIFEST_FILE} belongs to step {step}")
+    for name, entry in entries.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            raise DamageError(f"{name}: {error.strerror}") from error
+        if size != entry.size:
+            raise DamageError(f"{name} has {size} bytes, not {entry.size}")
+    return entries
+
+
+def verify(folder: Path, entries: dict[str, Entry], part: int = 0, parts: int = 1) -> None:
+    """Compares the checksums of every `parts`-th block, from number `part` on. Raises DamageError."""
+    blocks = [(name, n) for name, entry in sorted(entries.items()) for n in range(len(entry.blocks))]
+    check_blocks(folder, entries, blocks[part::parts])
+
+
+def check_blocks(folder: Path, entries: dict[str, Entry], blocks: Iterable[tuple[str, int]]) -> None:
+    def check(name: str, number: int) -> None:
+        try:
+            found = block_digest(folder / name, number * BLOCK_BYTES)
+        except OSError as error:
+            raise DamageError(f"{name}: {error.strerror}") from error
+        if found != entries[name].blocks[number]:
+            raise DamageError(f"{name} is altered (checksum of block {number})")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda block: check(*block), blocks))
