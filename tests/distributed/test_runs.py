@@ -27,7 +27,10 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:
-    ours, theirs = rows(found), rows(wanted)
+    assert_same_rows(rows(found), rows(wanted))
+
+
+def assert_same_rows(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     assert [(row["kind"], row["step"]) for row in ours] == [(row["kind"], row["step"]) for row in theirs]
     for row, other in zip(ours, theirs, strict=True):
         for name, value in row.items():
@@ -36,28 +39,37 @@ def assert_same_run(found: Path, wanted: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_layout_to_layout(tiny_options: list[str], tmp_path: Path) -> None:
-    untied = "--model.tie_embeddings=false"
-    words = [*tiny_options, *EXACT, *TERMS, "--regularizers.lb.scope=sequence", untied]
-    whole = run_train(1, *words, "--training.steps=15", "--job.name=whole")
+def test_from_few_ranks_to_many_and_back(tiny_options: list[str], tmp_path: Path) -> None:
+    """1, 2, 4 and 1 ranks, dp, ep, tp, cp, pp, saving in the background: the same tokens, the same numbers."""
+    words = [*tiny_options, *EXACT, *TERMS, "--regularizers.lb.scope=sequence", "--model.tie_embeddings=false"]
+    words += ["--checkpoint.async_save=true", "--checkpoint.interval=5"]
+    whole = run_train(1, *words, "--training.steps=40", "--job.name=whole")
     assert whole.returncode == 0, whole.stderr
     stages = [
-        (1, 3, []),
-        (2, 6, ["--parallelism.ep=2"]),
-        (4, 9, ["--parallelism.tp=2", "--parallelism.cp=2"]),
-        (2, 12, ["--training.microbatch_size=1", "--parallelism.pp=2"]),
-        (2, 15, ["--training.microbatch_size=1", "--parallelism.dp_replicate=2"]),
+        (1, 6, []),
+        (2, 12, []),
+        (2, 18, ["--parallelism.ep=2"]),
+        (4, 24, ["--parallelism.tp=2", "--parallelism.cp=2"]),
+        (2, 30, ["--training.microbatch_size=1", "--parallelism.pp=2"]),
+        (2, 36, ["--training.microbatch_size=1", "--parallelism.dp_replicate=2"]),
+        (1, 40, []),
     ]
     for processes, steps, layout in stages:
         part = run_train(processes, *words, *layout, f"--training.steps={steps}", "--job.name=parts")
         assert part.returncode == 0, part.stderr
         assert part.stdout.count(f"step {steps}/{steps}") == 1  # one rank speaks
     runs = tmp_path / "runs"
-    assert_same_run(runs / "parts", runs / "whole")
+    ends = {steps for _, steps, _ in stages}  # where a part of the run validated that the whole did not
+    found, wanted = (
+        [row for row in rows(runs / name) if row["kind"] == "train" or row["step"] not in ends]
+        for name in ("parts", "whole")
+    )
+    assert_same_rows(found, wanted)
+    assert [row.get("data_crc") for row in found] == [row.get("data_crc") for row in wanted]
     assert sorted(path.name for path in (runs / "parts" / "logs").iterdir()) == [f"rank-{n}.log" for n in range(4)]
-    again = run_train(2, *words, "--training.steps=15", "--job.name=parts")
+    again = run_train(2, *words, "--training.steps=40", "--job.name=parts")
     assert again.returncode == 0
-    assert "is finished: 15 steps" in again.stdout
+    assert "is finished: 40 steps" in again.stdout
 
 
 def test_mistakes_are_found_before_processes_start(tiny_options: list[str]) -> None:
