@@ -130,9 +130,10 @@ def test_junk_as_corpus_and_a_flipped_byte(tiny_options: list[str], tmp_path: Pa
     assert "train-00000.bin: damaged" in done.stderr
 
 
-def test_no_room_for_a_checkpoint(tiny_options: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_no_room_for_a_checkpoint(background: str, tiny_options: list[str], tmp_path: Path) -> None:
     """The system refuses to write past a limit, as it would on a full disk; what is there stays whole."""
-    options = [*tiny_options, "--metrics.tensorboard=false"]
+    options = [*tiny_options, "--metrics.tensorboard=false", f"--checkpoint.async_save={background}"]
     assert titan_moe("train", *options, "--training.steps=2").returncode == 0
     checkpoints = tmp_path / "runs" / "debug" / "checkpoints"
     before = {p: p.read_bytes() for p in checkpoints.rglob("*") if p.is_file()}

@@ -151,16 +151,21 @@ def test_the_cache_is_used_and_the_budget_kept(corpus_dir: Path, tmp_path: Path)
 
 def test_damaged_shards_name_themselves(corpus_dir: Path, tmp_path: Path) -> None:
     found = prepare(prepared_config(corpus_dir, tmp_path))
-    shard = found.folder / found.manifest.splits["train"].shards[0].file
-    good = shard.read_bytes()
-    for damaged in (good[:1000] + bytes([good[1000] ^ 1]) + good[1001:], good[:-2], b""):
-        shard.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{shard.name}: damaged"):
+    for name in (found.manifest.splits["train"].shards[0].file, "train-documents.npy"):
+        shard = found.folder / name
+        good = shard.read_bytes()
+        for damaged in (good[:200] + bytes([good[200] ^ 1]) + good[201:], good[:-2], b""):
+            shard.write_bytes(damaged)
+            with pytest.raises(UserError, match=f"{shard.name}: damaged"):
+                TokenStream(found.folder, found.manifest, "train")
+        shard.unlink()
+        with pytest.raises(UserError, match=shard.name):
             TokenStream(found.folder, found.manifest, "train")
-    shard.unlink()
-    with pytest.raises(UserError, match=shard.name):
-        TokenStream(found.folder, found.manifest, "train")
+        shard.write_bytes(good)
     (found.folder / "manifest.json").write_text('{"version": 1}')
+    with pytest.raises(UserError, match=r"manifest\.json: version 1, not 2"):
+        read_manifest(found.folder)
+    (found.folder / "manifest.json").write_text('{"version": 2}')
     with pytest.raises(UserError, match=r"manifest\.json: damaged"):
         read_manifest(found.folder)
 

@@ -185,6 +185,12 @@ def test_starting_from_the_weights_of_another_run(tiny_config: Make) -> None:
         train(tiny_config("--job.name=third", f"--checkpoint.load_path={path}", "--model.dim=64"))
     with pytest.raises(UserError, match="is not a checkpoint"):
         train(tiny_config("--job.name=fourth", "--checkpoint.load_path=/tmp"))
+    tensors = RunDir(first).checkpoint(6) / "__0_0.distcp"
+    data = bytearray(tensors.read_bytes())
+    data[-100] ^= 1
+    tensors.write_bytes(data)
+    with pytest.raises(UserError, match=r"step-00000006 is damaged: __0_0\.distcp is altered"):
+        train(tiny_config("--job.name=fifth", f"--checkpoint.load_path={path}"))
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_line(tiny_config: Make) -> None:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TypeVar
@@ -29,9 +30,11 @@ class LifeSigns:
     def __init__(self) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-        hosts: list[str] = [""] * self.ranks
-        dist.all_gather_object(hosts, socket.gethostname())
-        self.hosts = hosts
+        names: list[tuple[str, str]] = [("", "")] * self.ranks
+        dist.all_gather_object(names, (socket.gethostname(), uuid.uuid4().hex))
+        self.hosts = [host for host, _ in names]
+        self.start = names[0][1]
+        """Part of every key: a store may outlive the processes, and hold what those before a restart left there."""
         self.count = 0
         self.beat()
         dist.barrier()  # from here on every key exists
@@ -40,7 +43,7 @@ class LifeSigns:
 
     def beat(self) -> None:
         self.count += 1
-        self.store.set(f"alive/{self.rank}", str(self.count))
+        self.store.set(f"{self.start}/alive/{self.rank}", str(self.count))
 
     def keep_beating(self) -> None:
         while not self.ended.wait(INTERVAL):
@@ -68,13 +71,13 @@ class LifeSigns:
 
     def silent_ranks(self) -> list[int]:
         """Ranks without a sign of life for `WINDOW` seconds, but for those that left after a failed collective themselves."""
-        keys = [f"alive/{rank}" for rank in range(self.ranks)]
+        keys = [f"{self.start}/alive/{rank}" for rank in range(self.ranks)]
         before = self.store.multi_get(keys)
         time.sleep(WINDOW)
         after = self.store.multi_get(keys)
         silent = [rank for rank in range(self.ranks) if before[rank] == after[rank] and rank != self.rank]
-        found = [rank for rank in silent if not self.store.check([f"left/{rank}"])]
-        self.store.set(f"left/{self.rank}", "1")
+        found = [rank for rank in silent if not self.store.check([f"{self.start}/left/{rank}"])]
+        self.store.set(f"{self.start}/left/{self.rank}", "1")
         return found
 
     def in_words(self, ranks: Iterable[int]) -> str:

@@ -51,7 +51,7 @@ from titan_moe.train.metrics import (
 )
 from titan_moe.train.optimizer import build_optimizer, lr_fraction, set_lr
 from titan_moe.train.profiling import profiler
-from titan_moe.train.resume import newest_good
+from titan_moe.train.resume import damage, newest_good
 from titan_moe.train.run_dir import (
     FORMAT_VERSION,
     RunDir,
@@ -443,6 +443,9 @@ class Trainer:
         different = changed_keys(state["config"]["model"], self.config.model_dump(mode="json")["model"], "model.")
         if different:
             raise UserError(f"{origin}: a checkpoint of another model: {different[0]} differs")
+        problem = damage(path, self.mesh)
+        if problem is not None:
+            raise UserError(f"{origin}: {path} is damaged: {problem}")
         load_checkpoint(path, self.model, None)
         log.info(f"Starting from the weights of {path}")
 

@@ -1,0 +1,101 @@
+"""A long run watched from outside: memory, file descriptors and threads of every rank, and the disk.
+
+    python scripts/soak.py --steps 2000
+
+Two ranks, a checkpoint every 20 steps in the background. Prints each rank's slope of resident memory over the second half of
+the run with its standard error, and whether descriptors, threads and disk use stayed as they were. Status 0 when nothing grows.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from chaos import ROOT, SMALL, processes, rows, start
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+MIB = 2**20
+
+
+def sample(pid: int) -> tuple[float, int, int]:
+    """Resident MiB, open descriptors, threads."""
+    folder = Path("/proc") / str(pid)
+    resident = int((folder / "statm").read_text().split()[1]) * PAGE / MIB
+    return resident, len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir()))
+
+
+def disk(run: Path) -> float:
+    files = (path for path in (run / "checkpoints").rglob("*") if path.is_file())
+    total = 0
+    for path in files:
+        try:
+            total += path.stat().st_size
+        except OSError:  # deleted meanwhile
+            continue
+    return total / MIB
+
+
+def slope(steps: list[int], values: list[float]) -> tuple[float, float]:
+    """MiB per 1,000 steps, and the standard error."""
+    x, y = np.array(steps, dtype=np.float64) / 1000, np.array(values)
+    fit, covariance = np.polyfit(x, y, 1, cov=True)
+    return float(fit[0]), float(np.sqrt(covariance[0, 0]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    options = parser.parse_args()
+    print(f"{options.steps} steps of a small job on 2 ranks in {ROOT}")
+    bad = []
+    with tempfile.TemporaryDirectory() as folder:
+        name = f"soak-{os.getpid()}"
+        words = [*SMALL, f"--training.steps={options.steps}", f"--job.output_dir={folder}", f"--job.name={name}"]
+        words += ["--checkpoint.interval=20", "--checkpoint.async_save=true", "--validation.interval=200"]
+        words += ["--metrics.tensorboard=true"]
+        process, run = start(words), Path(folder) / name
+        seen: dict[str, list[tuple[int, float, int, int]]] = {"0": [], "1": []}
+        used: list[float] = []
+        while process.poll() is None:
+            time.sleep(0.5)
+            try:
+                step = len(rows(run))
+                for rank, pid in processes(name).items():
+                    if rank in seen and step > options.steps // 10:
+                        seen[rank].append((step, *sample(pid)))
+                used.append(disk(run))
+            except OSError:
+                continue
+        if process.returncode != 0:
+            sys.exit("the run failed")
+        for rank, samples in seen.items():
+            late = samples[len(samples) // 2 :]
+            rise, error = slope([s[0] for s in late], [s[1] for s in late])
+            descriptors, threads = ({s[column] for s in late} for column in (2, 3))
+            print(
+                f"rank {rank}: {late[-1][1]:.0f} MiB resident, {rise:+.2f} +- {error:.2f} MiB per 1,000 steps; "
+                f"descriptors {min(descriptors)} to {max(descriptors)}, threads {min(threads)} to {max(threads)}"
+            )
+            early = samples[: len(samples) // 2]
+            if rise > max(2 * error, 1.0):
+                bad.append(f"rank {rank}: memory grows")
+            bad += [
+                f"rank {rank}: {what} grow"
+                for what, column in (("descriptors", 2), ("threads", 3))
+                if max(s[column] for s in late) > max(s[column] for s in early)
+            ]
+        half = len(used) // 2
+        print(
+            f"checkpoints: at most {max(used[:half]):.1f} MiB in the first half, {max(used[half:]):.1f} MiB in the second"
+        )
+        if max(used[half:]) > 1.05 * max(used[:half]):
+            bad.append("the disk fills")
+    print("\n".join(bad) or "nothing grows")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
