@@ -83,7 +83,6 @@ FILES = {
     "[float8]\nenable = true\n[training]\ndtype = 'float32'": r"float8\.enable: float8 needs .*'bfloat16', not 'float32'",
     "[float8]\nenable = true\n[training]\ndtype = 'bfloat16'\n[model]\ndim = 40": r"multiples of 16 .* model\.dim is 40",
     "[float8]\nrecipe = 'mx'": r"float8\.recipe = 'mx': .*'tensorwise'",
-    "[checkpoint]\nasync_save = true": r"checkpoint\.async_save: not built yet",
     "[job]\nname = 'a/b'": r"job\.name = 'a/b'",
     "[metrics]\ntrackers = ['nobody']": r"registers a tracker 'nobody'",
     "[extensions]\nmodules = ['no_such_module_at_all']": r"'no_such_module_at_all' can't be imported",
