@@ -76,7 +76,7 @@ def test_a_run_directory_has_all_it_should(tiny_config: Make) -> None:
     assert [r["step"] for r in found if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in found if r["kind"] == "validation"] == [0, 3, 6]
     wanted = {"kind", "step", "tokens", "loss", "ce", "reg/lb", "reg/z", "reg/sp", "reg/cp", "grad_norm", "lr", *TIMED}
-    wanted |= {"moe/max_vio", "moe/entropy", "moe/topk_mass", "moe/overlap", "moe/dead"}
+    wanted |= {"data_crc", "moe/max_vio", "moe/entropy", "moe/topk_mass", "moe/overlap", "moe/dead"}
     last = found[-2]
     assert set(last) == wanted
     assert last["tokens"] == 6 * 4 * 32
