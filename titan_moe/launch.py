@@ -62,9 +62,8 @@ def launch(words: list[str]) -> int:
     nodes, endpoint = number("NNODES", 1), os.environ.get("RDZV_ENDPOINT", "localhost:0")
     timeout = number("RDZV_TIMEOUT", 600)
     rendezvous: dict[str, Any] = {"join_timeout": timeout, "read_timeout": READ_SECONDS}
-    if (
-        "NODE_RANK" in os.environ
-    ):  # the first node keeps the rendezvous; without a number the endpoint's address says who
+    # The first node keeps the rendezvous; without a number the endpoint's address says who that is.
+    if "NODE_RANK" in os.environ:
         rendezvous["is_host"] = number("NODE_RANK", 0) == 0
         if not rendezvous["is_host"]:
             wait_for(endpoint, timeout)

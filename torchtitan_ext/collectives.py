@@ -97,6 +97,6 @@ class _GatherColumns(torch.autograd.Function):
 
 @torch.compiler.disable
 def gather_columns(x: Tensor, group: Group) -> Tensor:
-    """(N, M) of every rank side by side, (N, ranks * M). The backward sums what all ranks made of a rank's columns."""
+    """(N, M, ...) of every rank side by side, (N, ranks * M, ...). The backward sums what ranks made of them."""
     result: Tensor = _GatherColumns.apply(x, group)
     return result

@@ -21,7 +21,7 @@ from titan_moe.model.moe import MoELayer
 from titan_moe.model.shares import Shares
 from titan_moe.model.transformer import Block, Transformer
 from titan_moe.parallel.norm import sum_gradients
-from torchtitan_ext.collectives import Group, all_sum, gathered, reduced
+from torchtitan_ext.collectives import Group, all_sum, gather_columns, gathered, reduced
 
 
 class _Enter(torch.autograd.Function):
@@ -56,17 +56,6 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad.chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()], None, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BsD: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return gathered(x_BsD, 1, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, None]:
-        return reduced(grad_BSD, 1, ctx.group), None
 
 
 class _Scatter(torch.autograd.Function):
@@ -107,10 +96,8 @@ class TensorShares(Shares):
         result: Tensor = _Leave.apply(x, self.group)
         return result
 
-    @torch.compiler.disable
     def gather(self, x: Tensor) -> Tensor:
-        result: Tensor = _Gather.apply(x, self.group)
-        return result
+        return gather_columns(x, self.group)
 
     @torch.compiler.disable
     def scatter(self, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ Checksums are per block of 16 MiB, so that threads and ranks can share the work.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,10 +84,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
 def verify(folder: Path, entries: dict[str, Entry], part: int = 0, parts: int = 1) -> None:
     """Compares the checksums of every `parts`-th block, from number `part` on. Raises DamageError."""
     blocks = [(name, n) for name, entry in sorted(entries.items()) for n in range(len(entry.blocks))]
-    check_blocks(folder, entries, blocks[part::parts])
 
-
-def check_blocks(folder: Path, entries: dict[str, Entry], blocks: Iterable[tuple[str, int]]) -> None:
     def check(name: str, number: int) -> None:
         try:
             found = block_digest(folder / name, number * BLOCK_BYTES)
@@ -98,4 +94,4 @@ def check_blocks(folder: Path, entries: dict[str, Entry], blocks: Iterable[tuple
             raise DamageError(f"{name} is altered (checksum of block {number})")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda block: check(*block), blocks))
+        list(pool.map(lambda block: check(*block), blocks[part::parts]))
