@@ -61,7 +61,7 @@ class Bench:
         """The same, and the times of the steps while the writer runs."""
         held = self.saved(saver)
         steps = []
-        while saver.thread is not None and saver.thread.is_alive():
+        while saver.pending is not None and not saver.pending.done():
             steps.append(seconds(self.train))
         saver.finish()
         return held, steps

@@ -8,7 +8,8 @@ import pytest
 
 from tests.conftest import ROOT
 from titan_moe import extend
-from titan_moe.cli import split_config, split_world
+from titan_moe.analysis.grid import cell_config, cells_of, read_sweep
+from titan_moe.cli import take_flag, take_number, take_option
 from titan_moe.config.load import load_config
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -30,14 +31,29 @@ def test_commands_have_valid_options(page: Path, tmp_path: Path, monkeypatch: py
             while words and re.match(r"[A-Z_]+=", words[0]):
                 words = words[1:]
             if words and words[0].endswith(("run_train.sh", "titan-moe")) and "--help" not in words:
-                options = words[2:] if words[0].endswith("titan-moe") else words[1:]
-                world = re.search(r"NPROC=(\d+)", line)
-                options, planned = split_world(options, "plan")
-                ranks = int(world.group(1)) if world else planned
-                load_config(*split_config(options), world_size=ranks * (2 if "NNODES=2" in line else 1))
+                verb, options = (words[1], words[2:]) if words[0].endswith("titan-moe") else ("train", words[1:])
+                check_options(verb, options, line)
     finally:
         for table in (extend.regularizers, extend.corpora, extend.trackers):
             table.clear()
+
+
+def check_options(verb: str, options: list[str], line: str) -> None:
+    world = re.search(r"NPROC=(\d+)", line)
+    ranks = (int(world.group(1)) if world else 1) * (2 if "NNODES=2" in line else 1)
+    if verb == "sweep":
+        name, options = take_option(options, "--config", "")
+        _, options = take_option(options, "--output", "")
+        _, options = take_flag(options, "--tables")
+        _, options = take_number(options, "--processes", 1, "")
+        path, sweep = read_sweep(name)
+        for cell in cells_of(path, sweep):
+            cell_config(cell, sweep, Path("runs"), options, ranks)
+        return
+    if verb == "plan":
+        ranks, options = take_number(options, "--world", ranks, "")
+    name, options = take_option(options, "--config", "debug")
+    load_config(name, options, world_size=ranks)
 
 
 def test_readme_snippets() -> None:

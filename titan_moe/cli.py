@@ -3,6 +3,7 @@
     titan-moe train [--config NAME or PATH] [--section.key=value ...]
     titan-moe prepare [--config NAME or PATH] [--section.key=value ...]
     titan-moe plan [--config NAME or PATH] [--world N] [--section.key=value ...]
+    titan-moe sweep --config NAME or PATH [--processes N] [--output DIR] [--tables] [--section.key=value ...]
 
 Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after SIGINT and SIGTERM, 1 anything else.
 """
@@ -13,6 +14,8 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -34,8 +37,10 @@ USAGE = """usage: titan-moe VERB [--config NAME or PATH] [--section.key=value ..
   train   trains; --check only checks configuration and inputs and prepares the data
   prepare tokenises the text into the cache, as `train` would, and says what came of it
   plan    no training: parameters, FLOPs, and memory and traffic of one of --world N ranks
+  sweep   runs a grid of configurations, --processes N at a time, and compares them; --output DIR (default: runs/sweeps/NAME);
+          --tables only writes the tables again
 
-NAME is a file of train_configs/ (default: debug). `titan-moe VERB --help` lists every option.
+NAME is a file of train_configs/ (default: debug), for sweep of train_configs/sweeps/. `titan-moe VERB --help` lists options.
 """
 
 
@@ -92,57 +97,65 @@ def _exit_143(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - s
 
 def run(arguments: list[str]) -> int:
     """Runs one verb and returns its exit status. Raises UserError, TrainingError."""
-    verbs = {"train": train, "prepare": prepare_data}
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "prepare": prepare_data,
+        "plan": plan,
+        "sweep": sweep,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
-    if verb not in (*verbs, "plan"):
-        raise UserError(f"no verb {verb!r}; there are {', '.join((*verbs, 'plan'))}")
+    if verb not in verbs:
+        raise UserError(f"no verb {verb!r}; there are {', '.join(verbs)}")
     if "-h" in rest or "--help" in rest:
         print(USAGE + options_help())
         return 0
-    check_only = "--check" in rest
-    words, world = split_world([word for word in rest if word != "--check"], verb)
-    name, overrides = split_config(words)
-    config = load_config(name, overrides, world_size=world)
-    if verb == "plan":
-        return plan(config, world)
-    return verbs[verb](config, check_only)
+    return verbs[verb](rest)
 
 
-def split_world(words: list[str], verb: str) -> tuple[list[str], int]:
-    """Takes plan's `--world N` out of the words; otherwise the environment says how many processes there are."""
-    for place, word in enumerate(words):
-        if verb == "plan" and (word == "--world" or word.startswith("--world=")):
-            length = 1 if "=" in word else 2
-            value = word.partition("=")[2] if "=" in word else " ".join(words[place + 1 : place + 2])
-            if not value.isdigit() or int(value) < 1:
-                raise UserError(f"--world = {value!r}: the number of ranks to plan for, 1 or more")
-            return words[:place] + words[place + length :], int(value)
-    return words, world_size_from_environment()
+def configured(words: list[str], world: int | None = None) -> Config:
+    """What `--config` and `--section.key=value` words say. world: processes; None: as the environment says."""
+    name, overrides = take_option(words, "--config", "debug")
+    return load_config(name, overrides, world_size=world_size_from_environment() if world is None else world)
 
 
-def split_config(words: list[str]) -> tuple[str, list[str]]:
-    """Takes `--config NAME` or `--config=NAME` out of the words."""
-    name, rest = "debug", []
+def take_flag(words: list[str], flag: str) -> tuple[bool, list[str]]:
+    """Whether a word is there, and the other words."""
+    return flag in words, [word for word in words if word != flag]
+
+
+def take_option(words: list[str], option: str, default: str) -> tuple[str, list[str]]:
+    """The value of `--option VALUE` or `--option=VALUE`, and the other words. Raises UserError when the value is missing."""
+    value, rest = default, []
     words = list(words)
     while words:
         word = words.pop(0)
-        if word == "--config":
+        if word == option:
             if not words:
-                raise UserError("--config needs a name or a path")
-            name = words.pop(0)
-        elif word.startswith("--config="):
-            name = word.removeprefix("--config=")
+                raise UserError(f"{option} needs a value")
+            value = words.pop(0)
+        elif word.startswith(f"{option}="):
+            value = word.partition("=")[2]
         else:
             rest.append(word)
-    return name, rest
+    return value, rest
 
 
-def train(config: Config, check_only: bool) -> int:
+def take_number(words: list[str], option: str, default: int, meaning: str) -> tuple[int, list[str]]:
+    """The same, for a number of at least 1."""
+    value, rest = take_option(words, option, str(default))
+    if not value.isdigit() or int(value) < 1:
+        raise UserError(f"{option} = {value!r}: {meaning}, 1 or more")
+    return int(value), rest
+
+
+def train(words: list[str]) -> int:
     from titan_moe.data.prepare import prepare
 
+    check_only, words = take_flag(words, "--check")
+    config = configured(words)
     rank = int(os.environ.get("RANK", "0"))
     run_dir = RunDir(config, rank)
     if finished(config, run_dir):
@@ -154,8 +167,9 @@ def train(config: Config, check_only: bool) -> int:
     from titan_moe.parallel.degrees import resolve
     from titan_moe.parallel.lifesigns import Alarm, LifeSigns, is_collective_failure
     from titan_moe.parallel.mesh import Mesh, from_first, limit_waiting, start_processes, stop_processes
-    from titan_moe.train.device import pick_device
+    from titan_moe.train.device import keep_freed_memory, pick_device
 
+    keep_freed_memory()
     device = pick_device()
     start_processes(device, config.parallelism.timeout_seconds)
     from_first(run_dir.open)
@@ -226,9 +240,10 @@ def start_log(run_dir: RunDir) -> None:
     log_file.handlers = [file]
 
 
-def prepare_data(config: Config, check_only: bool) -> int:  # noqa: ARG001 - every verb's signature
+def prepare_data(words: list[str]) -> int:
     from titan_moe.data.prepare import prepare
 
+    config = configured(words)
     found = prepare(config)
     check_vocabulary(config, found.tokenizer.vocab_size)
     for name, split in found.manifest.splits.items():
@@ -244,11 +259,25 @@ def prepare_data(config: Config, check_only: bool) -> int:  # noqa: ARG001 - eve
     return 0
 
 
-def plan(config: Config, world: int) -> int:
+def plan(words: list[str]) -> int:
+    world, words = take_number(words, "--world", world_size_from_environment(), "the number of ranks to plan for")
+    config = configured(words, world)
     from titan_moe.train.plan import plan_text
 
     print(plan_text(config, world))
     return 0
+
+
+def sweep(words: list[str]) -> int:
+    from titan_moe.analysis.sweep import run_sweep
+
+    only_tables, words = take_flag(words, "--tables")
+    name, words = take_option(words, "--config", "")
+    folder, words = take_option(words, "--output", "")
+    processes, words = take_number(words, "--processes", 1, "runs at the same time")
+    if not name:
+        raise UserError("--config: which sweep? a file of train_configs/sweeps/ by name, or a path")
+    return run_sweep(name, Path(folder) if folder else None, words, processes, only_tables)
 
 
 if __name__ == "__main__":

@@ -161,8 +161,8 @@ def squared_norms(gram_TKK: Tensor) -> Tensor:
     return torch.where(identity, gram_TKK, 0.0).sum(2)
 
 
-def squared_cosines(gram_TKK: Tensor) -> Tensor:
-    """Sum over ordered pairs a != b of the squared cosine, per token: (T, k, k) -> (T,).
+def squared_cosines(gram_TKK: Tensor, floor: float = 0.0) -> Tensor:
+    """Sum over ordered pairs a != b of the squared cosine, or of what it has above `floor`, per token: (T, k, k) -> (T,).
 
     A zero vector has cosine 0 with everything, and gradient 0.
     """
@@ -172,7 +172,10 @@ def squared_cosines(gram_TKK: Tensor) -> Tensor:
     cosine_TKK = gram_TKK * inverse_TK.unsqueeze(2) * inverse_TK.unsqueeze(1)
     k = gram_TKK.shape[1]
     off_diagonal = ~torch.eye(k, dtype=torch.bool, device=gram_TKK.device)
-    return (cosine_TKK.square() * off_diagonal).sum((1, 2))
+    squares_TKK = cosine_TKK.square()
+    if floor > 0.0:
+        squares_TKK = (squares_TKK - floor).relu()
+    return (squares_TKK * off_diagonal).sum((1, 2))
 
 
 def squared_projections(gram_TKK: Tensor, eps: float) -> Tensor:

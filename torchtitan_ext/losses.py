@@ -92,14 +92,25 @@ def router_z_loss(logits: Tensor, *, weights: Tensor | None = None) -> Tensor:
     return weighted_sum(_accumulate(logits).logsumexp(-1).square(), weights)
 
 
-def specialization_loss(z: Tensor, *, rows: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+def specialization_loss(
+    z: Tensor, *, rows: Tensor | None = None, weights: Tensor | None = None, above_chance: bool = False
+) -> Tensor:
     """sp: mean over tokens of the sum over ordered pairs of chosen experts of `cos(z_e, z_v)^2`, in [0, k(k-1)].
 
     z: (T, k, F) SwiGLU activations of each token's chosen experts; or (R, F) in any order together with rows: (T, k)
-    int64, where each token's are. A zero vector has cosine 0 with everything. Source: Hu et al., Eq. 4.
+    int64, where each token's are. A zero vector has cosine 0 with everything. above_chance: of every squared cosine only what
+    exceeds 1/F, the mean of independent directions, so that nothing pulls experts apart that overlap by chance alone (ours).
+    Source: Hu et al., Eq. 4.
     """
     rows, z = token_rows(z, rows)
-    return weighted_sum(squared_cosines(token_gram(z, rows)), weights)
+    return weighted_sum(
+        squared_cosines(token_gram(z, rows), chance_overlap(z.shape[-1]) if above_chance else 0.0), weights
+    )
+
+
+def chance_overlap(width: int) -> float:
+    """The mean squared cosine of independent random directions in `width` dimensions."""
+    return 1.0 / width
 
 
 def token_rows(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -185,6 +196,7 @@ def coupling_loss(
     topk_ids: Sequence[Tensor] | None = None,
     *,
     weights: Tensor | None = None,
+    form: str = "mass",
 ) -> Tensor:
     """cp: `- sum over layer pairs of mean_i sum_e sum_{v in T_i(l,e)} s^l_ie s^{l+1}_iv`, in closed form.
 
@@ -192,16 +204,32 @@ def coupling_loss(
     runs over all experts; "activated", over topk_ids, L tensors (T, k). `T_i(l,e)` is the same top-k of the later layer
     for every e, so the triple sum is a product of two masses per token; its infimum is -(L-1). O(T*E). "transition": the k
     experts are the same for all tokens, the largest of row e of `S_l^T S_{l+1} / T`; the one reading that knows paths.
-    Raises ValueError for an unknown source. Source: Hu et al., Eq. 7.
+    form: "mass", as printed; "log" (ours, not with "transition"), the sum over pairs of the mean of minus the logarithm of each
+    token's product of masses, whose gradient does not fade as 1/E where routing is still uniform.
+    Raises ValueError for an unknown source or form. Source: Hu et al., Eq. 7.
     """
+    if form == "log" and source == "transition":
+        raise ValueError("coupling_loss: form='log' takes each token's mass, which source='transition' has not")
     total = _accumulate(scores[0]).sum() * 0.0
     for layer in range(len(scores) - 1):
         if source == "transition":
             total = total + transition_coupling(scores[layer], scores[layer + 1], top_k, weights)
             continue
         mass = coupling_source_mass(scores[layer], None if topk_ids is None else topk_ids[layer], source)
-        total = total - weighted_sum(mass * coupling_target_mass(scores[layer + 1], top_k), weights)
+        total = total + weighted_sum(
+            joint_coupling(mass, coupling_target_mass(scores[layer + 1], top_k), form), weights
+        )
     return total
+
+
+def joint_coupling(source_mass: Tensor, target_mass: Tensor, form: str = "mass") -> Tensor:
+    """cp of each token from its two masses: (T,), (T,) -> (T,). Raises ValueError for an unknown form."""
+    if form == "mass":
+        return -source_mass * target_mass
+    if form == "log":
+        tiny = torch.finfo(source_mass.dtype).tiny
+        return -(source_mass * target_mass).clamp(min=tiny).log()
+    raise ValueError(f"coupling_loss: form={form!r} is not one of 'mass', 'log'")
 
 
 def orthogonality_loss(

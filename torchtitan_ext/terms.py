@@ -10,13 +10,14 @@ from torch import Tensor
 from torchtitan_ext import draws
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.collectives import Ranks, all_sum
-from torchtitan_ext.gram import accumulation_dtype, squared_cosines
+from torchtitan_ext.gram import accumulation_dtype, squared_cosines, token_gram
 from torchtitan_ext.losses import (
     coupling_excess,
     coupling_noise,
     coupling_source_mass,
     coupling_target_mass,
     expert_load,
+    joint_coupling,
     load_balance_loss,
     load_shares,
     orthogonality_loss,
@@ -24,7 +25,6 @@ from torchtitan_ext.losses import (
     routing_variance_loss,
     sketch_rows,
     sketched_cosines,
-    specialization_loss,
     transition_coupling,
     weighted_mean,
     weighted_sum,
@@ -127,7 +127,10 @@ class Terms:
     sp_method: str = "exact"
     sp_sketch_dim: int = 64
     sp_sample_fraction: float = 0.125
+    sp_floor: float = 0.0
+    """What sp leaves unpunished of every squared cosine: 1/F, or 0."""
     cp_source: str = "all"
+    cp_form: str = "mass"
     o_variant: str = "paper"
     v_variant: str = "paper"
     v_scope: str = "sequence"
@@ -230,7 +233,10 @@ class Terms:
         terms = carry.terms + torch.stack(list(values.values())) if values else carry.terms
         with torch.no_grad():
             counts = torch.select_scatter(carry.counts, counts_E, 0, layer)
-            measures = self._measures(measured, values.get("sp"))
+            overlap = values.get("sp")
+            if overlap is not None and self.sp_floor > 0.0:  # the measure is of whole squared cosines
+                overlap = self._specialization(site if self.weights["sp"] > 0 else measured, 0.0)
+            measures = self._measures(measured, overlap)
             sums = torch.select_scatter(carry.sums, measures.to(carry.sums.dtype), 0, layer)
         return Carry(terms, self._previous(view) if "cp" in self.weights else carry.previous, counts, sums)
 
@@ -242,7 +248,7 @@ class Terms:
         if name == "z":
             return router_z_loss(view.logits_TE, weights=weights_T)
         if name == "sp":
-            return self._specialization(site)
+            return self._specialization(site, self.sp_floor)
         if name == "cp":
             return self._coupling(site)
         if name == "o":
@@ -264,10 +270,10 @@ class Terms:
         load = load_shares(counts_E.to(weights.dtype))
         return load_balance_loss(view.scores_TE, view.topk_ids_TK, load, weights=site.weights_T)
 
-    def _specialization(self, site: Site) -> Tensor:
+    def _specialization(self, site: Site, floor: float) -> Tensor:
         view, tokens = site.view, site.tokens
         if view.gram is not None:
-            return weighted_sum(squared_cosines(view.gram.gram_NKK), view.gram.weights_N)
+            return weighted_sum(squared_cosines(view.gram.gram_NKK, floor), view.gram.weights_N)
         if view.sketches is not None:
             found = view.sketches
             return weighted_sum(
@@ -275,7 +281,8 @@ class Terms:
             )
         assert view.z_RF is not None
         chosen = self._sp_rows(view.rows_TK, site.layer, tokens)
-        return specialization_loss(view.z_RF, rows=chosen.rows_NK, weights=chosen.weights_N)
+        gram = token_gram(view.z_RF, chosen.rows_NK)
+        return weighted_sum(squared_cosines(gram, floor), chosen.weights_N)
 
     def _coupling(self, site: Site) -> Tensor:
         if site.layer == 0:
@@ -283,7 +290,7 @@ class Terms:
         if self.cp_source == "transition":
             return transition_coupling(site.previous, site.view.scores_TE, self.top_k, site.weights_T, self.ranks.data)
         target_T = coupling_target_mass(site.view.scores_TE, self.top_k)
-        return -weighted_sum(site.previous.squeeze(1) * target_T, site.weights_T)
+        return weighted_sum(joint_coupling(site.previous.squeeze(1), target_T, self.cp_form), site.weights_T)
 
     def _previous(self, view: LayerView) -> Tensor:
         """What cp needs of this layer in the next one: (T, E) or (T, 1)."""

@@ -18,7 +18,7 @@ from titan_moe.parallel.mesh import single
 from titan_moe.parallel.parallelize import parallelize
 from titan_moe.train.metrics import add_carry
 from torchtitan_ext import draws
-from torchtitan_ext.carry import Carry
+from torchtitan_ext.carry import MEASURES, Carry
 from torchtitan_ext.losses import (
     coupling_loss,
     coupling_noise,
@@ -92,10 +92,15 @@ def assert_same_step(ours: tuple, theirs: tuple, tolerance: float) -> None:
         assert difference < 10 * tolerance, name
 
 
-@pytest.mark.parametrize("source", ["all", "activated", "transition"])
-def test_terms_in_the_carry_are_the_library_functions(source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "form", "above_chance"),
+    [("all", "mass", False), ("activated", "log", True), ("all", "log", True), ("transition", "mass", False)],
+)
+def test_terms_in_the_carry_are_the_library_functions(source: str, form: str, above_chance: bool) -> None:
     """What blocks accumulate equals the plain functions on the labelled tokens' routing, collected from outside."""
-    model, whole = network(scope="microbatch", cp_source=source), batch()
+    floor = 1 / 10 if above_chance else 0.0
+    model, whole = network(scope="microbatch", cp_source=source, cp_form=form, sp_floor=floor), batch()
+    assert model.settings.moe.hidden_dim == 10
     seen: list[tuple[LayerView, Tokens]] = []
     for moe in model.moe_modules():
         original = moe.terms
@@ -130,8 +135,8 @@ def test_terms_in_the_carry_are_the_library_functions(source: str) -> None:
         [
             sum(load_balance_loss(s, i) for s, i in zip(scores, ids, strict=True)),
             sum(router_z_loss(q) for q in logits),
-            sum(specialization_loss(x) for x in z),
-            coupling_loss(scores, 2, source, ids),
+            sum(specialization_loss(x, above_chance=above_chance) for x in z),
+            coupling_loss(scores, 2, source, ids, form=form),
             sum(orthogonality_loss(x) for x in y),
             sum(routing_variance_loss(g) for g in gates),
             sum(coupled),
@@ -149,6 +154,8 @@ def test_terms_in_the_carry_are_the_library_functions(source: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
     counts = torch.stack([torch.bincount(i.flatten(), minlength=6) for i in ids])
     assert torch.equal(out.carry.counts, counts)
+    overlap = torch.stack([specialization_loss(x) for x in z]) / 2  # the measure is of whole squared cosines
+    torch.testing.assert_close(out.carry.sums[:, MEASURES.index("overlap")], overlap, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

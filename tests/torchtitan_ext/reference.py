@@ -28,7 +28,7 @@ def z_loss(logits: Tensor) -> Tensor:
     return total / len(logits)
 
 
-def specialization(z: Tensor) -> Tensor:
+def specialization(z: Tensor, floor: float = 0.0) -> Tensor:
     tokens, k, _ = z.shape
     total = zero(z)
     for i in range(tokens):
@@ -36,7 +36,9 @@ def specialization(z: Tensor) -> Tensor:
             for v in range(k):
                 if e != v and bool(z[i, e].any()) and bool(z[i, v].any()):
                     dot = (z[i, e] * z[i, v]).sum()
-                    total = total + dot**2 / ((z[i, e] ** 2).sum() * (z[i, v] ** 2).sum())
+                    square = dot**2 / ((z[i, e] ** 2).sum() * (z[i, v] ** 2).sum())
+                    if square > floor:
+                        total = total + square - floor
     return total / tokens
 
 

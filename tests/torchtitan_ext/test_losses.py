@@ -98,6 +98,18 @@ def test_specialization(k: int) -> None:
     assert 0.0 <= specialization_loss(z).item() <= k * (k - 1)
 
 
+@pytest.mark.parametrize("k", KS)
+def test_specialization_above_chance(k: int) -> None:
+    """Some pairs lie below 1/F and some above, and those below have no gradient."""
+    z = torch.randn(TOKENS, k, WIDTH, dtype=torch.float64, generator=generator(1)).requires_grad_()
+    assert_same(
+        lambda z: specialization_loss(z, above_chance=True), lambda z: reference.specialization(z, 1 / WIDTH), z
+    )
+    if k == 2:
+        per_token = [specialization_loss(z[i : i + 1], above_chance=True).item() for i in range(TOKENS)]
+        assert 0 < per_token.count(0.0) < TOKENS
+
+
 def test_specialization_of_equal_and_of_orthogonal_experts() -> None:
     z = torch.ones(3, 4, WIDTH, dtype=torch.float64)
     assert specialization_loss(z).item() == pytest.approx(12.0, rel=1e-14)
@@ -142,6 +154,34 @@ def test_coupling_of_unnormalised_scores_and_of_ties(source: str) -> None:
     ids = [s.topk(3).indices for s in scores]
     value = coupling_loss(scores, 3, source, ids)
     torch.testing.assert_close(value, reference.coupling(scores, 3, source, ids), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("source", ["all", "activated"])
+def test_coupling_by_logarithms(source: str) -> None:
+    """Minus the mean over tokens of the logarithm of what the triple sum is for that token alone."""
+    _, scores, ids = routing(3, layers=2)
+
+    def definition(*scores: Tensor) -> Tensor:
+        parts = [
+            reference.coupling([s[i : i + 1] for s in scores], 3, source, [x[i : i + 1] for x in ids])
+            for i in range(TOKENS)
+        ]
+        return sum(-torch.log(-part) for part in parts) / TOKENS
+
+    assert_same(lambda *s: coupling_loss(s, 3, source, ids, form="log"), definition, *scores)
+
+
+def test_the_logarithm_does_not_fade_with_the_number_of_experts() -> None:
+    """Near uniform routing the gradient of cp's mass with respect to a logit falls as 1/E, that of its logarithm does not."""
+    norms = {}
+    for form in ("mass", "log"):
+        for experts in (16, 256):
+            logits = (1e-3 * torch.randn(1, experts, dtype=torch.float64, generator=generator(0))).requires_grad_()
+            uniform = torch.full((1, experts), 1 / experts, dtype=torch.float64)
+            coupling_loss([uniform, logits.softmax(-1)], 2, form=form).backward()
+            norms[form, experts] = logits.grad.abs().max().item()
+    assert norms["mass", 256] / norms["mass", 16] == pytest.approx(1 / 16, rel=0.2)
+    assert norms["log", 256] / norms["log", 16] == pytest.approx(1, rel=0.2)
 
 
 @pytest.mark.parametrize("source", ["all", "activated"])
@@ -190,6 +230,10 @@ def test_unknown_coupling_source() -> None:
         coupling_loss(scores, 2, "sideways")
     with pytest.raises(ValueError, match="topk_ids"):
         coupling_loss(scores, 2, "activated")
+    with pytest.raises(ValueError, match="'linear' is not one of 'mass', 'log'"):
+        coupling_loss(scores, 2, form="linear")
+    with pytest.raises(ValueError, match="form='log' takes each token's mass"):
+        coupling_loss(scores, 2, "transition", form="log")
 
 
 @pytest.mark.parametrize("delta", [0.01, 0.1, 0.3, 0.5])

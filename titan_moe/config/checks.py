@@ -15,6 +15,7 @@ def check_config(config: Config, origin: Origin, world_size: int) -> None:
     check_parallelism(config, origin, world_size)
     check_regularizers(config, origin)
     check_float8(config, origin)
+    check_start(config, origin)
     check_names(config, origin)
 
 
@@ -71,6 +72,15 @@ def check_regularizers(config: Config, origin: Origin) -> None:
                 f"{origin(f'regularizers.{name}.weight')}: {name} compares the experts of a token, and model.moe.top_k = 1; "
                 "set the weight to 0"
             )
+    if config.regularizers.sp.above_chance and config.regularizers.sp.method == "sketch":
+        raise UserError(
+            f"{origin('regularizers.sp.above_chance')}: a sketch knows no single cosine; set regularizers.sp.method to "
+            "'exact' or 'sample'"
+        )
+    if config.regularizers.cp.form == "log" and config.regularizers.cp.source == "transition":
+        raise UserError(
+            f"{origin('regularizers.cp.form')}: 'log' takes each token's mass, which source = 'transition' has not"
+        )
     for name in ("erc", "v"):
         if name in wanted and config.model.moe.experts == 1:
             raise UserError(
@@ -99,6 +109,18 @@ def check_float8(config: Config, origin: Origin) -> None:
                 f"{origin('float8.enable')}: float8 products need multiples of {FLOAT8_MULTIPLE} on every rank, and {name} "
                 f"is {size}{f' over parallelism.tp = {tp}' if part != size else ''}"
             )
+
+
+def check_start(config: Config, origin: Origin) -> None:
+    if not config.checkpoint.upcycle_path:
+        return
+    where = origin("checkpoint.upcycle_path")
+    if config.checkpoint.load_path:
+        raise UserError(f"{where}: weights come from there or from checkpoint.load_path, not from both")
+    if config.model.moe.shared_experts:
+        raise UserError(f"{where}: a dense layer has nothing for model.moe.shared_experts to start from; set that to 0")
+    if config.model.moe.first_dense_layers:
+        raise UserError(f"{where}: every layer becomes an MoE; set model.moe.first_dense_layers to 0")
 
 
 def check_names(config: Config, origin: Origin) -> None:

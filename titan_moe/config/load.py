@@ -4,6 +4,7 @@
 files. Every error is one line that names where the value came from, its key, and what would be right.
 """
 
+import copy
 import difflib
 import os
 from collections.abc import Iterator, Sequence
@@ -21,14 +22,24 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent.parent / "train_configs"
 COMMAND_LINE = "command line"
 
 
-def load_config(name: str = "debug", overrides: Sequence[str] = (), *, world_size: int = 1) -> Config:
+def load_config(
+    name: str = "debug",
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int = 1,
+    settings: Sequence[tuple[str, dict[str, Any]]] = (),
+) -> Config:
     """Reads, merges and checks a configuration.
 
-    name: a file of `train_configs/` with or without `.toml`, or a path. overrides: `--section.key=value` words.
-    world_size: processes that the layout must fit. Raises UserError.
+    name: a file of `train_configs/` with or without `.toml`, or a path. settings: tables that win over the file, later over
+    earlier, each with where it stands. overrides: `--section.key=value` words, which win over all. world_size: processes that
+    the layout must fit. Raises UserError.
     """
     path = find_config(name)
     values, origins = read_file(path)
+    for where, table in settings:
+        merge(values, copy.deepcopy(table))
+        origins |= dict.fromkeys(dotted_keys(table), where)
     for key, raw in parse_overrides(overrides):
         set_value(values, key, override_value(key, raw))
         origins[key] = COMMAND_LINE

@@ -115,6 +115,8 @@ class Specialization(Term):
     """Numbers per activation (method "sketch"): two independent sketches of half as many each."""
     sample_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.125
     """Expected share of the tokens (method "sample")."""
+    above_chance: bool = False
+    """Count of every squared cosine only what exceeds 1 / model.moe.hidden_dim, the mean of independent directions."""
 
 
 class Coupling(Term):
@@ -124,6 +126,8 @@ class Coupling(Term):
     """Weight in the objective; the paper uses 1e-3."""
     source: Literal["all", "activated", "transition"] = "all"
     """Experts of the earlier layer that the sum runs over, or expert-to-expert transitions over all tokens."""
+    form: Literal["mass", "log"] = "mass"
+    """Minus the mass as in the paper, or minus its logarithm, whose gradient does not fade with many experts."""
 
 
 class Orthogonality(Term):
@@ -337,6 +341,11 @@ class Checkpoint(Table):
     """Go on with other training text than the checkpoint was made with."""
     load_path: str = ""
     """A checkpoint directory whose weights a new run starts from."""
+    upcycle_path: str = ""
+    """A checkpoint of a dense model (model.moe.first_dense_layers = model.layers): a new run's experts start as copies of its
+    feed-forward layers, which must be model.moe.hidden_dim wide."""
+    upcycle_noise: Weight = 0.01
+    """Standard deviation of what is added to each copied weight, as a share of the weights' own."""
 
 
 class Validation(Table):

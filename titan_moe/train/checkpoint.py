@@ -117,6 +117,17 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Fills the model, and the optimizer when there is one, in place. Raises UserError for a damaged or foreign one."""
     state = tensors(model, optimizer)
+    read_tensors(path, state)
+    model.load_state_dict({name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")})
+    if optimizer is not None:
+        current: Any = get_optimizer_state_dict(model, optimizer)
+        for name, kinds in current["state"].items():
+            current["state"][name] = {kind: state[f"optimizer.{name}.{kind}"] for kind in kinds}
+        set_optimizer_state_dict(model, optimizer, current)
+
+
+def read_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Fills these tensors, by the names that `tensors` gives, in place. Raises UserError for a damaged or foreign file."""
     try:
         load(state, storage_reader=_Reader(path), planner=_TensorsOnly(), no_dist=not dist.is_initialized())
     except (
@@ -130,12 +141,6 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         AttributeError,
     ) as error:
         raise UserError(f"{path}: can't be loaded, it is damaged or of another model: {_cause(error)}") from error
-    model.load_state_dict({name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")})
-    if optimizer is not None:
-        current: Any = get_optimizer_state_dict(model, optimizer)
-        for name, kinds in current["state"].items():
-            current["state"][name] = {kind: state[f"optimizer.{name}.{kind}"] for kind in kinds}
-        set_optimizer_state_dict(model, optimizer, current)
 
 
 def _cause(error: BaseException) -> str:

@@ -7,7 +7,7 @@ renamed. In the background the same happens on copies, in a thread, over a proce
 import errno
 import json
 import shutil
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ class Saver:
         # Of its own, so that a thread's collectives never meet the training's; and for the CPU, where the files are written.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.copies: dict[str, Tensor] = {}
-        self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
+        # One thread for the whole run: the memory that a thread allocated is not all given back when it ends.
+        self.writer = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
 
     @property
     def first(self) -> bool:
@@ -50,23 +51,13 @@ class Saver:
             self.write(step, state, text)
             return
         self.copies = copied(state, self.copies)
-        self.thread = threading.Thread(target=self.write_behind, args=(step, text))
-        self.thread.start()
-
-    def write_behind(self, step: int, text: str) -> None:
-        try:
-            self.write(step, self.copies, text)
-        except BaseException as error:
-            self.error = error
+        self.pending = self.writer.submit(self.write, step, self.copies, text)
 
     def finish(self) -> None:
         """Waits for the checkpoint that is being written. Raises what went wrong with it."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
 
     def write(self, step: int, state: dict[str, Tensor], text: str) -> None:
         final = self.run_dir.checkpoint(step)

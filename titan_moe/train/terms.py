@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from titan_moe import extend
 from titan_moe.config.tables import Config
 from torchtitan_ext.collectives import Ranks
+from torchtitan_ext.losses import chance_overlap
 from torchtitan_ext.terms import Terms, enabled_terms
 
 
@@ -21,7 +22,9 @@ def build_terms(config: Config, ranks: Ranks | None = None) -> Terms:
         sp_method=regularizers.sp.method,
         sp_sketch_dim=regularizers.sp.sketch_dim,
         sp_sample_fraction=regularizers.sp.sample_fraction,
+        sp_floor=chance_overlap(config.model.moe.hidden_dim) if regularizers.sp.above_chance else 0.0,
         cp_source=regularizers.cp.source,
+        cp_form=regularizers.cp.form,
         o_variant=regularizers.o.variant,
         v_variant=regularizers.v.variant,
         v_scope=regularizers.v.scope,

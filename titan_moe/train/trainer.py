@@ -33,7 +33,6 @@ from titan_moe.parallel.parallelize import parallelize
 from titan_moe.parallel.tensor import sum_norm_gradients
 from titan_moe.train.checkpoint import load_checkpoint
 from titan_moe.train.device import (
-    keep_freed_memory,
     make_deterministic,
     peak_flops,
     peak_memory_gib,
@@ -51,19 +50,18 @@ from titan_moe.train.metrics import (
 )
 from titan_moe.train.optimizer import build_optimizer, lr_fraction, set_lr
 from titan_moe.train.profiling import profiler
-from titan_moe.train.resume import damage, newest_good
+from titan_moe.train.resume import newest_good
 from titan_moe.train.run_dir import (
     FORMAT_VERSION,
     RunDir,
-    changed_keys,
     check_unchanged,
     read_state,
-    saved_steps,
 )
 from titan_moe.train.saver import Saver
 from titan_moe.train.terms import build_terms, lb_scales, weight_factors
 from titan_moe.train.validation import validate
 from titan_moe.train.watch import RoutingWatch, Spikes
+from titan_moe.train.weights import start_from
 from torchtitan_ext.balancer import update_expert_bias
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.collectives import all_sum
@@ -201,7 +199,6 @@ class Trainer:
         """progress: is called whenever something has been done, so that a standstill shows."""
         self.progress = progress
         self.config, self.run_dir, self.mesh, self.device = config, run_dir, mesh, mesh.device
-        keep_freed_memory()
         if config.training.deterministic:
             make_deterministic()
         self.tokenizer = prepared.tokenizer
@@ -409,8 +406,8 @@ class Trainer:
             self.skipped = state["skipped"]
             step = int(state["step"])
             log.info(f"Going on from {newest}")
-        elif self.config.checkpoint.load_path:
-            self.load_weights(Path(self.config.checkpoint.load_path))
+        else:
+            start_from(self.model, self.config, self.mesh)
         if self.mesh.first:
             junk = self.run_dir.cut_metrics(step)
             if junk:
@@ -432,22 +429,6 @@ class Trainer:
                     f"data.corpus: {what} is not the one that {newest} was trained with; give back the same, "
                     "choose another --job.name, or go on with other text by --checkpoint.allow_new_data=true"
                 )
-
-    def load_weights(self, path: Path) -> None:
-        """Starts from the weights of `checkpoint.load_path`: a checkpoint, or a run directory's newest one."""
-        origin = f"checkpoint.load_path = {str(path)!r}"
-        steps = saved_steps(path / "checkpoints")
-        if steps:
-            path = path / "checkpoints" / f"step-{steps[-1]:08d}"
-        state = read_state(path, origin)
-        different = changed_keys(state["config"]["model"], self.config.model_dump(mode="json")["model"], "model.")
-        if different:
-            raise UserError(f"{origin}: a checkpoint of another model: {different[0]} differs")
-        problem = damage(path, self.mesh)
-        if problem is not None:
-            raise UserError(f"{origin}: {path} is damaged: {problem}")
-        load_checkpoint(path, self.model, None)
-        log.info(f"Starting from the weights of {path}")
 
     def announce(self) -> None:
         if not self.mesh.first:

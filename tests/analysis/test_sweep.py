@@ -1,0 +1,193 @@
+"""Sweeps: the cells of a grid, their statistics, and whole sweeps that are killed and go on."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tests.conftest import ROOT, TINY
+from titan_moe.analysis.grid import SWEEPS, cell_config, cells_of, read_sweep
+from titan_moe.analysis.statistics import holm, paired
+from titan_moe.analysis.tables import verdict
+from titan_moe.errors import UserError
+
+SWEEP = """
+config = "debug"
+seeds = [0, 1]
+validations = 2
+[set]
+validation.interval = 2
+checkpoint.upcycle_path = "{dense}"
+model.moe.normalize_topk = true
+[before.dense]
+model.moe.first_dense_layers = 3
+model.moe.top_k = 1
+regularizers = { lb.weight = 0.0, z.weight = 0.0, sp.weight = 0.0, cp.weight = 0.0 }
+[arms.lb]
+[arms."lb,sp"]
+regularizers.sp.weight = 0.5
+[grid]
+style = { vanilla = {}, biased = { balancer.rate = 1e-2 } }
+"""
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(SWEEP)
+    return path
+
+
+def test_cells(sweep_file: Path) -> None:
+    path, sweep = read_sweep(str(sweep_file))
+    cells = cells_of(path, sweep)
+    assert len(cells) == 2 * 2 * 3
+    assert [cell.arm for cell in cells[:4]] == ["dense"] * 4
+    assert {cell.name for cell in cells} >= {"lb,sp--biased--seed1", "dense--vanilla--seed0"}
+    chosen = {cell.name: cell for cell in cells}["lb,sp--biased--seed1"]
+    assert chosen.needs == ("dense--biased--seed1",)
+    config = cell_config(chosen, sweep, Path("out"), ["--training.steps=7"], 1)
+    assert config.checkpoint.upcycle_path == "out/dense--biased--seed1"
+    assert (config.job.seed, config.job.name, config.job.output_dir) == (1, "lb,sp--biased--seed1", "out")
+    assert (config.regularizers.sp.weight, config.balancer.rate, config.training.steps) == (0.5, 1e-2, 7)
+    dense = cell_config(cells[0], sweep, Path("out"), [], 1)
+    assert dense.checkpoint.upcycle_path == ""
+    assert dense.model.moe.first_dense_layers == 3
+
+
+MISTAKES = {
+    "[arms]": r"arms: .*at least 1",
+    "[arms.a]\n[arrms.b]": r"arrms: extra inputs .*; a sweep has .*baseline",
+    'baseline = "b"\n[arms.a]': r"baseline = 'b' is none of the arms: a",
+    "[arms.a]\n[grid]\nmodel.moe.top_k = [1]": r'grid\.model: put the whole key in quotes: "model\.key"',
+    '[arms.a]\n[grid]\n"model.dim" = []': r"grid\.model\.dim: has no value",
+    "[arms.a]\n[before.a]": r"before\.a: an arm has that name",
+    '[arms."a b"]\n[arms.a_b]': r"two cells have the name a_b--seed0",
+    "[arms": r"not valid TOML",
+}
+
+
+@pytest.mark.parametrize("text", list(MISTAKES))
+def test_mistakes_in_a_sweep(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.toml").write_text(text)
+    with pytest.raises(UserError, match=MISTAKES[text]) as caught:
+        cells_of(*read_sweep(str(tmp_path / "bad.toml")))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_an_arm_says_where_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[arms.a]\n[arms.b]\nmodel.dimm = 3")
+    path, sweep = read_sweep(str(tmp_path / "bad.toml"))
+    good, bad = cells_of(path, sweep)
+    cell_config(good, sweep, tmp_path, [], 1)
+    with pytest.raises(UserError, match=r"bad\.toml: arms\.b: unknown key model\.dimm; did you mean model\.dim"):
+        cell_config(bad, sweep, tmp_path, [], 1)
+
+
+@pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.toml")), ids=lambda file: file.stem)
+def test_shipped_sweeps(file: Path) -> None:
+    path, sweep = read_sweep(file.stem)
+    for cell in cells_of(path, sweep):
+        cell_config(cell, sweep, Path("runs"), [], 1)
+
+
+def test_paired_differences() -> None:
+    values = [0.1, 0.3, -0.05, 0.2, 0.15]
+    found = paired(values, margin=0.05)
+    test = stats.ttest_1samp(values, 0.0)
+    interval = test.confidence_interval(0.95)
+    assert (found.p, found.low, found.high) == pytest.approx((test.pvalue, interval.low, interval.high), rel=1e-12)
+    below = stats.ttest_1samp(values, 0.05, alternative="less").pvalue
+    above = stats.ttest_1samp(values, -0.05, alternative="greater").pvalue
+    assert found.p_equivalent == pytest.approx(max(below, above), rel=1e-12)
+    assert np.isnan(paired([0.1], 0.05).p)
+    assert paired([0.0, 0.0], 0.05)[1:] == (0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, float("nan"), 0.03]) == pytest.approx([0.03, 0.06, float("nan"), 0.06], nan_ok=True)
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ([-0.10, -0.11, -0.12], "lower"),
+        ([0.10, 0.11, 0.12], "higher"),
+        ([0.0001, -0.0001, 0.0002, 0.0], "no difference"),
+        ([0.1, -0.1, 0.05], "cannot tell"),
+        ([0.1], "too few pairs"),
+    ],
+)
+def test_verdicts(values: list[float], word: str) -> None:
+    found = paired(values, 0.005)
+    assert verdict(found, found.p) == word
+
+
+def started(sweep_file: Path, folder: Path, corpus: Path, *words: str) -> subprocess.Popen[str]:
+    options = [*TINY, f"--data.corpus={corpus}", "--training.dtype=float32", "--model.moe.hidden_dim=24", *words]
+    command = [sys.executable, "-m", "titan_moe.cli", "sweep", "--config", str(sweep_file), "--output", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TITAN_MOE_CACHE": str(folder.parent / "cache")}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*command, "--processes=2", *options], env=environment, stdout=pipe, stderr=pipe, text=True, cwd=folder.parent
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors
+    return out
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_any_moment_ends_with_the_same_tables(
+    sweep_file: Path, tmp_path: Path, corpus_dir: Path
+) -> None:
+    out = finish(started(sweep_file, tmp_path / "whole", corpus_dir))
+    assert "12 of 12 runs" in out
+    rows = list(csv.DictReader((tmp_path / "whole" / "results.csv").open()))
+    assert len(rows) == 12
+    assert {row["arm"] for row in rows} == {"dense", "lb", "lb,sp"}
+    text = (tmp_path / "whole" / "results.md").read_text()
+    assert "### style vanilla" in text
+    assert "| lb,sp | 2 |" in text
+
+    dice = random.Random(1)
+    for number in signal.SIGKILL, signal.SIGTERM, signal.SIGKILL:
+        process = started(sweep_file, tmp_path / "broken", corpus_dir)
+        time.sleep(dice.uniform(8, 20))
+        process.send_signal(number)
+        process.communicate(timeout=120)
+        assert process.returncode in (-9, 143, 0)
+    finish(started(sweep_file, tmp_path / "broken", corpus_dir))
+    for name in ("results.csv", "comparisons.csv", "results.md"):
+        assert (tmp_path / "broken" / name).read_text() == (tmp_path / "whole" / name).read_text(), name
+
+    began = time.monotonic()
+    finish(started(sweep_file, tmp_path / "whole", corpus_dir))
+    assert time.monotonic() - began < 60
+    changed = started(sweep_file, tmp_path / "whole", corpus_dir, "--optimizer.lr=1e-5")
+    _, errors = changed.communicate(timeout=120)
+    assert changed.returncode == 2
+    assert "optimizer.lr: has changed since dense--vanilla--seed0 was run" in errors
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path, corpus_dir: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("validations = 1\n[arms.good]\n[arms.bad]\ncheckpoint.load_path = '/nowhere'\n")
+    process = started(file, tmp_path / "out", corpus_dir)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "1 of 2 runs" in out
+    assert "failed: bad--seed0: status 2: error: checkpoint.load_path = '/nowhere': " in errors

@@ -1,0 +1,187 @@
+"""A sweep's TOML file, and the cells that it spans: every arm at every place of the grid with every seed.
+
+config = "debug.toml"            # what every cell starts from
+seeds = [0, 1, 2]                # job.seed: initial weights, order of the data, draws
+baseline = "lb"                  # the arm that the others are compared with, seed by seed
+
+[set]                            # for all cells
+training.steps = 400
+
+[before.dense]                   # a run of its own at every place and seed, before the arms; its directory is "{dense}"
+model.moe.first_dense_layers = 4
+
+[arms.lb]
+[arms."lb,sp"]
+regularizers.sp.weight = 2e-3
+
+[grid]                           # values of one key, or settings with a name
+"model.moe.top_k" = [2, 4]
+style = { vanilla = {}, deepseek = { balancer.rate = 1e-3, model.moe.shared_experts = 1 } }
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tomli
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from titan_moe.config.load import CONFIG_DIR, load_config, set_value
+from titan_moe.config.tables import Config, Table
+from titan_moe.errors import UserError
+
+SWEEPS = CONFIG_DIR / "sweeps"
+
+
+class Sweep(Table):
+    """What a sweep's file says."""
+
+    config: str = "debug"
+    """A file of train_configs/, or a path (relative to the sweep's file): what every cell starts from."""
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0]
+    """job.seed of the cells."""
+    baseline: str = ""
+    """The arm that the others are compared with; empty: the first."""
+    validations: PositiveInt = 3
+    """The last validations of a run whose mean is its result."""
+    equivalence: PositiveFloat = 0.005
+    """Difference of validation loss, in nats, that counts as none."""
+    inspect: bool = False
+    """Inspect the last checkpoint of every cell; its measures join the tables."""
+    keep: PositiveInt = 1
+    """Checkpoints that every cell keeps (checkpoint.keep)."""
+    set: dict[str, Any] = {}
+    before: dict[str, dict[str, Any]] = {}
+    arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    grid: dict[str, dict[str, dict[str, Any]] | list[Any]] = {}
+
+
+class Cell(NamedTuple):
+    """One run of a sweep."""
+
+    name: str
+    arm: str
+    place: tuple[str, ...]
+    """Value of every axis of the grid, as text."""
+    seed: int
+    settings: tuple[tuple[str, dict[str, Any]], ...]
+    """What it sets over the sweep's configuration, later wins; each with where that stands."""
+    needs: tuple[str, ...] = ()
+    """Names of cells that must be finished before."""
+
+
+def read_sweep(name: str) -> tuple[Path, Sweep]:
+    """A file of train_configs/sweeps/ by name, or a path. Raises UserError."""
+    candidates = [Path(name), SWEEPS / name, SWEEPS / f"{name}.toml"]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(file.stem for file in SWEEPS.glob("*.toml")))
+        raise UserError(f"--config: no sweep {name!r}; there are {known}, or give a path")
+    try:
+        sweep = Sweep.model_validate(tomli.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from error
+    except (tomli.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith(("dict[", "list[")))
+        wanted = mistake["msg"][0].lower() + mistake["msg"][1:]
+        raise UserError(f"{path}: {key}: {wanted}; a sweep has {', '.join(Sweep.model_fields)}") from error
+    if not sweep.baseline:
+        sweep = sweep.model_copy(update={"baseline": next(iter(sweep.arms))})
+    if sweep.baseline not in sweep.arms:
+        raise UserError(f"{path}: baseline = {sweep.baseline!r} is none of the arms: {', '.join(sweep.arms)}")
+    for axis, values in sweep.grid.items():
+        if axis in Config.model_fields:
+            raise UserError(f'{path}: grid.{axis}: put the whole key in quotes: "{axis}.key" = [...]')
+        if len(values) == 0:
+            raise UserError(f"{path}: grid.{axis}: has no value")
+    both = {*sweep.before} & {*sweep.arms}
+    if both:
+        raise UserError(f"{path}: before.{both.pop()}: an arm has that name too")
+    near = path.parent / sweep.config
+    return path, sweep.model_copy(update={"config": str(near)}) if near.is_file() else sweep
+
+
+def cells_of(path: Path, sweep: Sweep) -> list[Cell]:
+    """All cells, those of `before` first."""
+    axes = [list(choices(path, axis, values)) for axis, values in sweep.grid.items()]
+    cells: list[Cell] = []
+    common = (f"{path}: set", without_places(sweep.set, {*sweep.before}))
+    for point in itertools.product(*axes):
+        place = tuple(text for text, _, _ in point)
+        at_point = [(where, table) for _, where, table in point]
+        for seed in sweep.seeds:
+            seeded = (f"{path}: seeds", {"job": {"seed": seed}, "checkpoint": {"keep": sweep.keep}})
+            before = {name: cell_name(name, place, seed) for name in sweep.before}
+            for name, table in sweep.before.items():
+                settings = (common, *at_point, (f"{path}: before.{name}", table), seeded)
+                cells.append(Cell(before[name], name, place, seed, settings))
+            for arm, table in sweep.arms.items():
+                settings = ((f"{path}: set", sweep.set), *at_point, (f"{path}: arms.{arm}", table), seeded)
+                needs = tuple(before[name] for name in places_in([table for _, table in settings], {*before}))
+                cells.append(Cell(cell_name(arm, place, seed), arm, place, seed, settings, needs))
+    names = [cell.name for cell in cells]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path}: two cells have the name {twice}; change the names of arms or of values of the grid")
+    return sorted(cells, key=lambda cell: cell.arm not in sweep.before)
+
+
+def choices(path: Path, axis: str, values: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every value of an axis: its text, where it stands, and the settings that it means."""
+    where = f"{path}: grid.{axis}"
+    if isinstance(values, dict):
+        for name, table in values.items():
+            yield name, f"{where}.{name}", table
+        return
+    for value in values:
+        settings: dict[str, Any] = {}
+        set_value(settings, axis, value)
+        yield str(value), where, settings
+
+
+def cell_name(arm: str, place: tuple[str, ...], seed: int) -> str:
+    """A plain name for the run directory."""
+    return re.sub(r"[^\w.,+=-]", "_", "--".join((arm, *place, f"seed{seed}")))
+
+
+def places_in(values: Any, names: set[str]) -> list[str]:
+    """The runs of `before` that some text in these settings names, as "{name}"."""
+    if isinstance(values, dict):
+        values = list(values.values())
+    if isinstance(values, list):
+        return sorted({name for value in values for name in places_in(value, names)})
+    return sorted(name for name in names if isinstance(values, str) and f"{{{name}}}" in values)
+
+
+def without_places(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Settings without those that name a run of `before`."""
+    return {
+        key: without_places(value, names) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if isinstance(value, dict) or not places_in(value, names)
+    }
+
+
+def filled(values: Any, folders: dict[str, str]) -> Any:
+    """The same settings, with the directories of the runs that they name."""
+    if isinstance(values, dict):
+        return {key: filled(value, folders) for key, value in values.items()}
+    if isinstance(values, list):
+        return [filled(value, folders) for value in values]
+    if isinstance(values, str):
+        for name, folder in folders.items():
+            values = values.replace(f"{{{name}}}", folder)
+    return values
+
+
+def cell_config(cell: Cell, sweep: Sweep, runs: Path, words: list[str], world: int) -> Config:
+    """The whole configuration of a cell, checked. runs: the directory of the cells' run directories. Raises UserError."""
+    folders = {name: str(runs / cell_name(name, cell.place, cell.seed)) for name in sweep.before}
+    settings = [(where, filled(table, folders)) for where, table in cell.settings]
+    settings.append(("the sweep", {"job": {"name": cell.name, "output_dir": str(runs)}}))
+    return load_config(sweep.config, words, world_size=world, settings=settings)
