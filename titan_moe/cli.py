@@ -3,6 +3,7 @@
     titan-moe train [--config NAME or PATH] [--section.key=value ...]
     titan-moe prepare [--config NAME or PATH] [--section.key=value ...]
     titan-moe plan [--config NAME or PATH] [--world N] [--section.key=value ...]
+    titan-moe inspect CHECKPOINT or RUN DIRECTORY ... [--all] [--text PATH] [--section.key=value ...]
     titan-moe sweep --config NAME or PATH [--processes N] [--output DIR] [--tables] [--section.key=value ...]
 
 Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after SIGINT and SIGTERM, 1 anything else.
@@ -17,13 +18,16 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from titan_moe.config.describe import options_help
-from titan_moe.config.load import load_config, world_size_from_environment
+from titan_moe.config.load import load_config, saved_config, world_size_from_environment
 from titan_moe.config.tables import Config
 from titan_moe.errors import LostRanksError, TrainingError, UserError
 from titan_moe.train.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FINISHED = 64  # what `train --check` tells run_train.sh: the run is done, there is nothing to start
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -37,6 +41,8 @@ USAGE = """usage: titan-moe VERB [--config NAME or PATH] [--section.key=value ..
   train   trains; --check only checks configuration and inputs and prepares the data
   prepare tokenises the text into the cache, as `train` would, and says what came of it
   plan    no training: parameters, FLOPs, and memory and traffic of one of --world N ranks
+  inspect CHECKPOINT or RUN DIRECTORY ...: routing and specialization measures on the run's validation text or on --text PATH;
+          --all: every checkpoint of the run; --sequences N, --cluster-tokens N, --examples N, --output FILE
   sweep   runs a grid of configurations, --processes N at a time, and compares them; --output DIR (default: runs/sweeps/NAME);
           --tables only writes the tables again
 
@@ -101,6 +107,7 @@ def run(arguments: list[str]) -> int:
         "train": train,
         "prepare": prepare_data,
         "plan": plan,
+        "inspect": inspect,
         "sweep": sweep,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -143,11 +150,11 @@ def take_option(words: list[str], option: str, default: str) -> tuple[str, list[
     return value, rest
 
 
-def take_number(words: list[str], option: str, default: int, meaning: str) -> tuple[int, list[str]]:
-    """The same, for a number of at least 1."""
+def take_number(words: list[str], option: str, default: int, meaning: str, least: int = 1) -> tuple[int, list[str]]:
+    """The same, for a number of at least `least`."""
     value, rest = take_option(words, option, str(default))
-    if not value.isdigit() or int(value) < 1:
-        raise UserError(f"{option} = {value!r}: {meaning}, 1 or more")
+    if not value.isdigit() or int(value) < least:
+        raise UserError(f"{option} = {value!r}: {meaning}, {least} or more")
     return int(value), rest
 
 
@@ -266,6 +273,52 @@ def plan(words: list[str]) -> int:
 
     print(plan_text(config, world))
     return 0
+
+
+def inspect(words: list[str]) -> int:
+    from titan_moe.analysis.inspection import Options, chosen_checkpoints, place_of, table, write_result
+    from titan_moe.analysis.inspection import inspect as look
+    from titan_moe.parallel.degrees import resolve
+    from titan_moe.parallel.mesh import Mesh, start_processes, stop_processes
+    from titan_moe.train.device import keep_freed_memory, pick_device
+    from titan_moe.train.run_dir import read_state
+
+    every, words = take_flag(words, "--all")
+    text, words = take_option(words, "--text", "")
+    output, words = take_option(words, "--output", "")
+    sequences, words = take_number(words, "--sequences", 0, "sequences of the text to read", 0)
+    clustered, words = take_number(words, "--cluster-tokens", 2048, "tokens to cluster", 0)
+    examples, words = take_number(words, "--examples", 8, "tokens shown for each expert", 0)
+    paths = [Path(word) for word in words if not word.startswith("-")]
+    overrides = [word for word in words if word.startswith("-")]
+    if not paths:
+        raise UserError("inspect needs a checkpoint or a run directory: titan-moe inspect runs/debug")
+    keep_freed_memory()
+    checkpoints = chosen_checkpoints(paths, every)
+    state = read_state(checkpoints[0], "checkpoint")
+    reset = ("parallelism", "compile", "activation_checkpoint")
+    world = world_size_from_environment()
+    config = saved_config(state["config"], str(checkpoints[0]), overrides, world_size=world, reset=reset)
+    device = pick_device()
+    start_processes(device, config.parallelism.timeout_seconds)
+    mesh = Mesh(resolve(config.parallelism, world, str), device)
+    results = look(checkpoints, config, mesh, Options(text, sequences, clustered, examples))
+    for checkpoint, result in zip(checkpoints, results, strict=bool(results)):
+        path = place_of(checkpoint, text)
+        if output:
+            path = Path(output) / path.name if len(checkpoints) > 1 else Path(output)
+        write_result(result, path)
+        print_table(table(result))
+        print(path)
+    stop_processes()
+    return 0
+
+
+def print_table(table: "Table") -> None:
+    from rich.console import Console
+
+    console = Console()
+    Console(width=max(console.width, 200) if not console.is_terminal else None).print(table)
 
 
 def sweep(words: list[str]) -> int:

@@ -23,6 +23,8 @@ SWEEP = """
 config = "debug"
 seeds = [0, 1]
 validations = 2
+inspect = true
+keep = 2
 [set]
 validation.interval = 2
 checkpoint.upcycle_path = "{dense}"
@@ -161,6 +163,9 @@ def test_a_sweep_killed_at_any_moment_ends_with_the_same_tables(
     text = (tmp_path / "whole" / "results.md").read_text()
     assert "### style vanilla" in text
     assert "| lb,sp | 2 |" in text
+    assert " kappa |" in text
+    measures = {row["measure"] for row in csv.DictReader((tmp_path / "whole" / "comparisons.csv").open())}
+    assert {"loss", "moe/overlap", "reg/lb", "inspect/kappa", "inspect/persistence_top1"} <= measures
 
     dice = random.Random(1)
     for number in signal.SIGKILL, signal.SIGTERM, signal.SIGKILL:

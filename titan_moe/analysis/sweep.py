@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.table import Table as RichTable
 
 from titan_moe.analysis.grid import Cell, cell_config, cells_of, read_sweep
-from titan_moe.analysis.tables import Group, differences, grouped, result_of, spread, write_tables
+from titan_moe.analysis.tables import Group, differences, grouped, inspected, result_of, spread, write_tables
 from titan_moe.config.describe import to_toml
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
@@ -70,6 +70,10 @@ class Work:
         if not steps or steps[-1] < config.training.steps:
             module = ["titan_moe.cli", "train"] if self.world == 1 else ["titan_moe.launch"]
             return [sys.executable, "-m", *module, "--config", str(self.folder / "configs" / f"{cell.name}.toml")]
+        run = self.folder / "runs" / cell.name
+        if self.sweep.inspect and config.model.layers > config.model.moe.first_dense_layers:
+            if any(not inspected(run, step).exists() for step in steps):
+                return [sys.executable, "-m", "titan_moe.cli", "inspect", str(run), "--all"]
         return None
 
     def open(self) -> None:

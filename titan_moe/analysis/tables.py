@@ -13,7 +13,19 @@ from titan_moe.analysis.statistics import Paired, holm, paired
 from titan_moe.train.run_dir import read_row
 
 TAIL = 0.1  # share of a run's steps, the last ones, over which its training measures are averaged
-SHOWN = ("perplexity", "moe/overlap", "moe/topk_mass", "moe/entropy", "moe/max_vio", "moe/dead")
+SHOWN = (
+    "perplexity",
+    "moe/overlap",
+    "moe/topk_mass",
+    "moe/entropy",
+    "moe/max_vio",
+    "moe/dead",
+    "inspect/kappa",
+    "inspect/cluster_agreement",
+    "inspect/knn_overlap",
+    "inspect/domain_information",
+    "inspect/persistence_top1",
+)
 SIGNIFICANT = 0.05
 
 Row = dict[str, Any]
@@ -40,11 +52,16 @@ def result_of(run: Path, validations: int) -> dict[str, float]:
     for key in tail[-1]:
         if key.startswith(("moe/", "reg/")) or key == "ce":
             found[key] = statistics.fmean(row[key] for row in tail)
-    inspected = run / "inspect.json"
-    if inspected.exists():
-        summary = json.loads(inspected.read_text())["summary"]
-        found |= {f"inspect/{key}": value for key, value in summary.items() if isinstance(value, int | float)}
+    newest = inspected(run, steps[-1]["step"])
+    if newest.exists():
+        summary = json.loads(newest.read_text(encoding="utf-8"))["summary"]
+        found |= {f"inspect/{key}": value for key, value in summary.items()}
     return found
+
+
+def inspected(run: Path, step: int) -> Path:
+    """What `inspect` writes of a run's checkpoint."""
+    return run / "inspect" / f"step-{step:08d}.json"
 
 
 def grouped(cells: Iterable[Cell], results: dict[str, dict[str, float]]) -> dict[Group, dict[int, dict[str, float]]]:
@@ -123,8 +140,8 @@ def markdown(sweep: Sweep, groups: dict[Group, dict[int, dict[str, float]]], com
             lines += [f"### {', '.join(f'{axis} {value}' for axis, value in zip(sweep.grid, place, strict=True))}", ""]
         here = {group: found for group, found in groups.items() if group.place == place}
         shown = [key for key in SHOWN if any(key in row for found in here.values() for row in found.values())]
-        extra = sorted({key for found in here.values() for row in found.values() for key in row if "inspect/" in key})
-        head = ["arm", "seeds", "loss", f"difference to {sweep.baseline}", "verdict", *shown, *extra]
+        names = [key.partition("/")[2] or key for key in shown]
+        head = ["arm", "seeds", "loss", f"difference to {sweep.baseline}", "verdict", *names]
         table = []
         for group, found in here.items():
             row = next(
@@ -135,7 +152,7 @@ def markdown(sweep: Sweep, groups: dict[Group, dict[int, dict[str, float]]], com
                 ),
                 None,
             )
-            values = {key: [r[key] for r in found.values() if key in r] for key in ("loss", *shown, *extra)}
+            values = {key: [r[key] for r in found.values() if key in r] for key in ("loss", *shown)}
             table.append(
                 [
                     group.arm,
@@ -143,7 +160,7 @@ def markdown(sweep: Sweep, groups: dict[Group, dict[int, dict[str, float]]], com
                     spread(values["loss"]),
                     interval(row) if row else "",
                     f"{row['verdict']}{p_values(row)}" if row else "",
-                    *(spread(values[key]) for key in (*shown, *extra)),
+                    *(spread(values[key]) for key in shown),
                 ]
             )
         lines += [line(head), line(["---"] * len(head)), *map(line, table), ""]

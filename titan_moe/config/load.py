@@ -50,6 +50,20 @@ def load_config(
     return config
 
 
+def saved_config(
+    values: dict[str, Any], origin: str, overrides: Sequence[str], *, world_size: int, reset: Sequence[str] = ()
+) -> Config:
+    """The configuration that a checkpoint keeps, checked, with overrides. reset: tables that go back to their defaults."""
+    values = {key: value for key, value in copy.deepcopy(values).items() if key not in reset}
+    origins: dict[str, str] = {}
+    for key, raw in parse_overrides(overrides):
+        set_value(values, key, override_value(key, raw))
+        origins[key] = COMMAND_LINE
+    config = build(values, origins, default_origin=origin)
+    check_config(config, lambda key: f"{origins.get(key, origin)}: {key}", world_size)
+    return config
+
+
 def find_config(name: str) -> Path:
     candidates = [Path(name), CONFIG_DIR / name, CONFIG_DIR / f"{name}.toml"]
     for candidate in candidates:

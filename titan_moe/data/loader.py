@@ -65,7 +65,7 @@ class Batch(NamedTuple):
         rows = torch.cat([torch.arange(self.tokens.shape[0]), torch.zeros(missing, dtype=torch.int64)])
         mask = self.loss_mask[rows]
         mask[-missing:] = False
-        tensors = (self.document_ids[rows], self.positions[rows], torch.arange(size))
+        tensors = (self.document_ids[rows], self.positions[rows], self.sequences[rows])
         return Batch(self.tokens[rows], self.labels[rows], mask, *tensors, self.label_count)
 
     def part(self, start: int, size: int) -> "Batch":
@@ -197,4 +197,5 @@ def validation_batches(windows: Windows, sequences: int, size: int) -> Iterator[
     """The first `sequences` windows (0: all), always the same ones, `size` at a time."""
     count = min(sequences or len(windows), len(windows))
     for start in range(0, count, size):
-        yield windows.batch(np.arange(start, min(start + size, count), dtype=np.int64))
+        indices = np.arange(start, min(start + size, count), dtype=np.int64)
+        yield windows.batch(indices)._replace(sequences=torch.from_numpy(indices))

@@ -54,7 +54,8 @@ def prepare(config: Config) -> Prepared:
         key = [corpus.fingerprint, tokenizer.fingerprint, config.data.tokens, config.data.validation_fraction]
         folder = root / "tokens" / digest(*key, FORMAT_VERSION)
         if not (folder / "manifest.json").exists():
-            make_shards(config, corpus, tokenizer, folder)
+            documents = split_documents(corpus, config.data.validation_fraction)
+            make_shards(corpus, tokenizer, folder, documents, SPLITS, config.data.tokens or sys.maxsize)
     except OSError as error:
         place = error.filename or root
         raise UserError(f"data.cache_dir: {place}: can't be written: {error.strerror}") from error
@@ -116,8 +117,28 @@ def cut(document: Document) -> Iterator[Document]:
         start = end
 
 
-def make_shards(config: Config, corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenises the corpus into `folder`, which appears only when it is whole."""
+def prepare_text(source: str, tokenizer: Tokenizer, root: Path) -> Prepared:
+    """All of a text as the one split "text", with a tokenizer that there is. source: as data.corpus. Raises UserError."""
+    corpus = open_corpus(source, "--text", root)
+    folder = root / "tokens" / digest("text", corpus.fingerprint, tokenizer.fingerprint, FORMAT_VERSION)
+    try:
+        if not (folder / "manifest.json").exists():
+            make_shards(corpus, tokenizer, folder, ((document, "text") for document in corpus.documents()), ("text",))
+    except OSError as error:
+        raise UserError(f"data.cache_dir: {error.filename or root}: can't be written: {error.strerror}") from error
+    return Prepared(tokenizer, folder, read_manifest(folder))
+
+
+def make_shards(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    folder: Path,
+    documents: Iterator[tuple[Document, str]],
+    splits: tuple[str, ...],
+    budget: int = sys.maxsize,
+) -> None:
+    """Tokenises documents, each with its split, into `folder`, which appears only when it is whole. budget: tokens of the
+    first split after which no more are taken."""
     if not tokenizer.lossless:
         print(
             "Note: this tokenizer does not give every text back exactly (bits per byte count source bytes)",
@@ -128,7 +149,7 @@ def make_shards(config: Config, corpus: Corpus, tokenizer: Tokenizer, folder: Pa
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
     fresh.mkdir(exist_ok=True)
     try:
-        write_manifest(fresh, write_splits(config, corpus, tokenizer, fresh))
+        write_manifest(fresh, write_splits(corpus, tokenizer, fresh, documents, splits, budget))
         with contextlib.suppress(OSError):  # another process may have been first; its shards are the same
             fresh.rename(folder)
     finally:
@@ -147,11 +168,17 @@ def remove_abandoned(parent: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_splits(config: Config, corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> Manifest:
+def write_splits(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    folder: Path,
+    documents: Iterator[tuple[Document, str]],
+    names: tuple[str, ...],
+    budget: int,
+) -> Manifest:
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    writers = {split: ShardWriter(folder, split, dtype) for split in SPLITS}
+    writers = {split: ShardWriter(folder, split, dtype) for split in names}
     domains: list[str] = []
-    budget = config.data.tokens or sys.maxsize
     with tqdm(
         total=corpus.total_bytes,
         unit="B",
@@ -159,32 +186,30 @@ def write_splits(config: Config, corpus: Corpus, tokenizer: Tokenizer, folder: P
         desc=f"Tokenising {corpus.name}",
         disable=not sys.stderr.isatty(),
     ) as bar:
-        for batch in batches(split_documents(corpus, config.data.validation_fraction)):
+        for batch in batches(documents):
             ids = tokenizer.encode_batch([document.text for document, _ in batch], os.cpu_count() or 1)
             for (document, split), document_ids in zip(batch, ids, strict=True):
                 if document.domain not in domains:
                     domains.append(document.domain)
                 size = len(document.text.encode("utf-8"))
                 bar.update(size)
-                if writers["train"].tokens < budget:
+                if writers[names[0]].tokens < budget:
                     whole = np.array([tokenizer.bos, *document_ids, tokenizer.eos], dtype=np.int64)
                     writers[split].add(whole, domains.index(document.domain), size)
-            if writers["train"].tokens >= budget:
+            if writers[names[0]].tokens >= budget:
                 break
     splits = {name: writer.finish() for name, writer in writers.items()}
-    check_size(config, corpus, splits)
+    check_size(corpus, splits)
     fingerprint = digest(*(shard.sha256 for split in splits.values() for shard in split.shards))
     return Manifest(FORMAT_VERSION, corpus.name, tokenizer.fingerprint, dtype, domains, splits, fingerprint)
 
 
-def check_size(config: Config, corpus: Corpus, splits: dict[str, Split]) -> None:
+def check_size(corpus: Corpus, splits: dict[str, Split]) -> None:
     if sum(split.tokens for split in splits.values()) == 0:
-        raise UserError(f"data.corpus = {config.data.corpus!r}: the corpus {corpus.name} is empty")
-    for name in SPLITS:
-        if splits[name].tokens < 3:
-            raise UserError(
-                f"data.corpus = {config.data.corpus!r}: too little text, nothing is left for {name}; give more"
-            )
+        raise UserError(f"data.corpus: the corpus {corpus.name} is empty")
+    for name, split in splits.items():
+        if split.tokens < 3:
+            raise UserError(f"data.corpus: {corpus.name} has too little text, nothing is left for {name}; give more")
 
 
 def batches(documents: Iterator[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titan_moe.data.loader import Windows, validation_batches
+from titan_moe.data.loader import Batch, Windows, validation_batches
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.context import take_part
@@ -48,7 +48,6 @@ def validate(
 
     broken_off: is asked before every batch, the same answer on all ranks; if so, there is no result.
     """
-    dtype = accumulation_dtype(model.dtype)
     device, ranks = mesh.device, mesh.degrees.data
     nats, labels, source_bytes = 0.0, 0, 0
     experts, pairs = model.settings.moe.experts, max(model.moe_layers - 1, 0)
@@ -57,19 +56,13 @@ def validate(
     for batch in validation_batches(windows, sequences, batch_size * ranks):
         if broken_off():
             return None
-        part = batch.padded(batch_size * ranks).part(mesh.data_rank * batch_size, batch_size) if ranks > 1 else batch
-        inputs = take_part(part.inputs(dtype, device, share=0.0), mesh.degrees.cp, mesh.cp_rank)
-        if model.pipeline is None:
-            ce, carry, routing = model.evaluate(inputs)
-            neighbours = dict(enumerate(itertools.pairwise(routing)))
-        else:
-            ce, carry, neighbours = model.pipeline.evaluate(inputs)
-        nats += ce.item() * batch.label_count
-        labels += int((inputs.token_weights > 0).sum())
-        source_bytes += labelled_bytes(inputs, tokenizer)
-        counts += carry.counts
-        mask = (inputs.token_weights > 0).flatten()
-        for pair, (earlier, later) in neighbours.items():
+        found = evaluate_batch(model, batch, batch_size, mesh)
+        nats += found.nats
+        labels += int((found.inputs.token_weights > 0).sum())
+        source_bytes += labelled_bytes(found.inputs, tokenizer)
+        counts += found.counts
+        mask = (found.inputs.token_weights > 0).flatten()
+        for pair, (earlier, later) in found.neighbours.items():
             used = torch.bincount(earlier[mask].flatten(), minlength=experts).unsqueeze(1)
             joint[pair] += conditional_routing(earlier, later, experts, mask) * used
     counts, joint = (all_sum(all_sum(x, mesh.ranks.data), mesh.pp) for x in (counts, joint))
@@ -79,6 +72,32 @@ def validate(
     used_E = counts[:pairs].clamp(min=1).unsqueeze(2)
     load = counts / counts.sum(1, keepdim=True).clamp(min=1)
     return Validation(nats / labels, nats / math.log(2) / source_bytes, load.cpu(), (joint / used_E).cpu())
+
+
+class Evaluated(NamedTuple):
+    """This rank's part of one batch, forward only."""
+
+    inputs: Inputs
+    nats: float
+    """Sum of its tokens' cross-entropies; 0 where the last stage of a pipeline isn't."""
+    counts: Tensor
+    """(L, E) assignments of its labelled tokens, likewise."""
+    neighbours: dict[int, tuple[Tensor, Tensor]]
+    """The chosen experts (T, k) of MoE layers l and l + 1, by l, where the later one is here."""
+
+
+def evaluate_batch(model: Transformer, batch: Batch, size: int, mesh: Mesh) -> Evaluated:
+    """size: sequences of the batch for each of the data ranks."""
+    ranks = mesh.degrees.data
+    part = batch.padded(size * ranks).part(mesh.data_rank * size, size) if ranks > 1 else batch
+    inputs = part.inputs(accumulation_dtype(model.dtype), mesh.device, share=0.0)
+    inputs = take_part(inputs, mesh.degrees.cp, mesh.cp_rank)
+    if model.pipeline is None:
+        ce, carry, routing = model.evaluate(inputs)
+        neighbours = dict(enumerate(itertools.pairwise(routing)))
+    else:
+        ce, carry, neighbours = model.pipeline.evaluate(inputs)
+    return Evaluated(inputs, ce.item() * batch.label_count, carry.counts, neighbours)
 
 
 def labelled_bytes(inputs: Inputs, tokenizer: Tokenizer) -> int:

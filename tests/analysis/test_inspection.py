@@ -1,0 +1,249 @@
+"""`inspect`: its sums are the library's measures on all tokens at once, the same on any ranks and in any batches."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.distributed.launch import launch
+from tests.train.test_training import Make, train
+from titan_moe.analysis.inspection import Options, chosen_checkpoints, inspect
+from titan_moe.config.load import saved_config
+from titan_moe.data.loader import Windows
+from titan_moe.data.prepare import prepare
+from titan_moe.data.shards import TokenStream
+from titan_moe.errors import UserError
+from titan_moe.parallel.degrees import resolve
+from titan_moe.parallel.mesh import Mesh, single
+from titan_moe.train.checkpoint import load_checkpoint
+from titan_moe.train.run_dir import RunDir, read_state
+from titan_moe.train.trainer import build_model
+from torchtitan_ext import metrics
+from torchtitan_ext.losses import routing_variance_loss
+from torchtitan_ext.terms import LayerView, Terms
+
+RESET = ("parallelism",)
+OPTIONS = Options(sequences=0, cluster_tokens=100, examples=3)
+WORDS = ["--training.dtype=float64", "--balancer.rate=0.05", "--model.moe.first_dense_layers=1", "--model.layers=4"]
+
+
+def look(run: Path, words: list[str], options: Options = OPTIONS, world: int = 1) -> list[dict[str, Any]]:
+    checkpoints = chosen_checkpoints([run], every=True)[-2:]
+    state = read_state(checkpoints[0], "")
+    config = saved_config(state["config"], "", words, world_size=world, reset=RESET)
+    degrees = resolve(config.parallelism, world, str)
+    return inspect(checkpoints, config, Mesh(degrees, torch.device("cpu")), options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: Path) -> Path:
+    """A short run on two domains whose experts' bias has moved."""
+    from titan_moe.config.load import load_config
+
+    folder = tmp_path_factory.mktemp("inspected")
+    for domain in ("code", "poems"):
+        (folder / domain).mkdir()
+    for source in sorted(corpus_dir.iterdir())[:30]:
+        (folder / "code" / source.name).write_bytes(source.read_bytes()[:1500])
+        (folder / "poems" / source.name).write_text(f"{source.stem}: roses are red, violets are blue and so on\n" * 30)
+    words = [
+        *make_words(folder, cache_dir),
+        f'--data.corpus=["{folder / "code"}", "{folder / "poems"}"]',
+        "--data.validation_fraction=0.3",
+        *WORDS,
+    ]
+    config = load_config("debug", words)
+    train(config)
+    return RunDir(config).path
+
+
+def make_words(folder: Path, cache_dir: Path) -> list[str]:
+    from tests.conftest import TINY
+
+    return [*TINY, f"--job.output_dir={folder}", f"--data.cache_dir={cache_dir}"]
+
+
+def same(a: Any, b: Any, where: str = "") -> None:
+    """Equal to 1e-6, text and whole numbers exactly."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}/{index}")
+    else:
+        assert a == (pytest.approx(b, rel=1e-6, abs=1e-9) if isinstance(b, float) else b), where
+
+
+def test_one_batch_or_many(run: Path) -> None:
+    whole = look(run, ["--training.batch_size=8"])
+    assert [result["step"] for result in whole] == [4, 6]
+    for size in (1, 2):
+        same(look(run, ["--training.batch_size=8", f"--training.microbatch_size={size}"]), whole)
+
+
+LAYOUTS = {
+    "dp2": (2, []),
+    "ep2": (2, ["--parallelism.ep=2"]),
+    "tp2": (2, ["--parallelism.tp=2"]),
+    "cp2": (2, ["--parallelism.cp=2"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_two_ranks(run: Path, layout: str) -> None:
+    world, words = LAYOUTS[layout]
+    words = ["--training.batch_size=8", "--training.microbatch_size=2", *words]
+    first, second = launch(world, look, run, words, OPTIONS, world)
+    assert second == []
+    same(first, look(run, ["--training.batch_size=8"]))
+
+
+class Spy(Terms):
+    """Keeps the views of all layers."""
+
+    needs_activations = needs_outputs = True
+    views: list[LayerView] = []
+
+    def add(self, view, carry, layer, tokens):  # type: ignore[no-untyped-def]
+        self.views.append(view)
+        return super().add(view, carry, layer, tokens)
+
+
+def test_the_sums_are_the_measures_of_all_tokens_at_once(run: Path) -> None:
+    (_, result) = look(run, ["--training.batch_size=8", "--training.microbatch_size=2"])
+    checkpoint = chosen_checkpoints([run], every=False)[0]
+    config = saved_config(read_state(checkpoint, "")["config"], "", [], world_size=1)
+    prepared = prepare(config)
+    stream = TokenStream(prepared.folder, prepared.manifest, "validation")
+    windows = Windows(stream, config.training.seq_len, prepared.tokenizer.eos)
+    batch = windows.batch(torch.arange(len(windows)).numpy())
+    model = build_model(config, prepared.tokenizer.vocab_size, single(torch.device("cpu")))
+    load_checkpoint(checkpoint, model, None)
+    Spy.views.clear()
+    for moe in model.moe_modules():
+        moe.terms = Spy(**vars(model.terms))
+    with torch.no_grad():
+        out = model(batch.inputs(torch.float64, torch.device("cpu")))
+    keep = batch.loss_mask.flatten()
+    assert int((~keep).sum()) > 0
+    assert result["loss"] == pytest.approx(out.ce.item(), rel=1e-12)
+    assert result["tokens"] == int(keep.sum())
+    domains = torch.from_numpy(stream.domains)[batch.document_ids.flatten()[keep]]
+    assert len(domains.unique()) == 2
+    experts = config.model.moe.experts
+    for found, view, moe in zip(result["layers"], Spy.views, model.moe_modules(), strict=True):
+        scores, ids = view.scores_TE[keep], view.topk_ids_TK[keep]
+        counts = torch.bincount(ids.flatten(), minlength=experts)
+        shares = view.gates_TK[keep] / view.gates_TK[keep].sum(1, keepdim=True)
+        gates = torch.zeros_like(scores).scatter(1, ids, shares)
+        load = metrics.domain_load(ids, domains, experts, 2)
+        wanted = {
+            "max_vio_global": metrics.max_vio(counts),
+            "load_variation": metrics.load_variation(counts),
+            "dead": metrics.dead_share(counts),
+            "entropy": metrics.routing_entropy(scores),
+            "topk_mass": metrics.topk_mass(scores, ids),
+            "margin": metrics.routing_margin(scores, 2),
+            "overlap": metrics.expert_overlap(view.z_RF, view.rows_TK[keep]),
+            "overlap_y": metrics.expert_overlap(view.y_RD, view.rows_TK[keep]),
+            "routing_variance": -routing_variance_loss(gates),
+            "mean_gate_imbalance": metrics.mean_gate_imbalance(gates),
+            "domain_information": metrics.domain_information(load),
+        }
+        for name, value in wanted.items():
+            assert found[name] == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
+        assert found["load"] == counts.tolist()
+        assert found["domain_load"] == load.tolist()
+        matrix = metrics.expert_response(moe.router.weight, moe.experts.gate_up[:, 0])
+        torch.testing.assert_close(torch.tensor(found["erc_M"]).double(), matrix.detach(), rtol=1e-6, atol=0)
+        best = gates.amax(0)
+        assert all(len(row) == 3 for row, gate in zip(found["examples"], best, strict=True) if gate > 0)
+    for found, (earlier, later) in zip(
+        result["pairs"], itertools.pairwise(view.topk_ids_TK[keep] for view in Spy.views), strict=True
+    ):
+        assert found["kappa"] == pytest.approx(metrics.coupling_kappa(earlier[:, 0], later[:, 0], experts))
+        cond = metrics.conditional_routing(earlier, later, experts)
+        torch.testing.assert_close(torch.tensor(found["cond"], dtype=torch.float64), cond, rtol=1e-6, atol=0)
+
+
+def test_persistence_is_counted_on_the_same_tokens(run: Path) -> None:
+    first, second = look(run, ["--training.batch_size=8"])
+    assert "persistence_top1" not in first["layers"][0]
+    assert 0 < second["summary"]["persistence_top1"] < 1
+    checkpoint = chosen_checkpoints([run], every=False)[0]
+    config = saved_config(read_state(checkpoint, "")["config"], "", [], world_size=1)
+    again = inspect([checkpoint, checkpoint], config, single(torch.device("cpu")), OPTIONS)
+    assert again[1]["summary"]["persistence_top1"] == again[1]["summary"]["persistence_topk"] == 1.0
+
+
+def test_examples_are_the_tokens_with_the_largest_gates(run: Path) -> None:
+    """Every example is text of the validation split, what stands before it included."""
+    (_, result) = look(run, [], OPTIONS._replace(cluster_tokens=0, sequences=2))
+    assert "knn_overlap" not in result["layers"][0]
+    config = saved_config(read_state(chosen_checkpoints([run], False)[0], "")["config"], "", [], world_size=1)
+    prepared = prepare(config)
+    stream = TokenStream(prepared.folder, prepared.manifest, "validation")
+    text = prepared.tokenizer.decode(stream.read(0, 2 * config.training.seq_len).tolist())
+    examples = [example for row in result["layers"][0]["examples"] for example in row]
+    assert examples
+    for before, token in examples:
+        assert before + token in text
+
+
+@pytest.mark.slow
+def test_from_the_command_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("violets are red\n" * 200)
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "titan_moe.cli", "inspect", *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+
+    done = call(str(run), "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out.json"), "--examples=0")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["domains"] == ["text"]
+    assert "kappa" in done.stdout
+    done = call(str(run), "--all", "--cluster-tokens", "0")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (run / "inspect").iterdir()) == [f"step-0000000{n}.json" for n in (2, 4, 6)]
+    for words, message in MISTAKES.items():
+        done = call(*words.format(run=run).split())
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert message in done.stderr
+
+
+MISTAKES = {
+    "": "error: inspect needs a checkpoint or a run directory",
+    "/nowhere": "error: /nowhere: neither a checkpoint nor a run directory with one",
+    "{run} --text /nowhere": "error: --text = '/nowhere': neither a corpus",
+    "{run} --sequences=-3": "error: --sequences = '-3': sequences of the text to read, 0 or more",
+    "{run} --model.dimm=3": "error: command line: unknown key model.dimm",
+}
+
+
+def test_a_damaged_checkpoint_and_one_of_another_model(run: Path, tiny_config: Make) -> None:
+    other = tiny_config("--model.dim=16")
+    train(other)
+    checkpoint = chosen_checkpoints([run], every=False)[0]
+    config = saved_config(read_state(checkpoint, "")["config"], "", [], world_size=1)
+    alone = single(torch.device("cpu"))
+    with pytest.raises(UserError, match=r"another model: model\.dim differs"):
+        inspect([checkpoint, RunDir(other).checkpoint(6)], config, alone, OPTIONS)
+    path = RunDir(other).checkpoint(6)
+    (path / "__0_0.distcp").write_bytes(b"x")
+    with pytest.raises(UserError, match="is damaged"):
+        inspect([path], other, alone, OPTIONS)
