@@ -4,6 +4,7 @@
     titan-moe prepare [--config NAME or PATH] [--section.key=value ...]
     titan-moe plan [--config NAME or PATH] [--world N] [--section.key=value ...]
     titan-moe inspect CHECKPOINT or RUN DIRECTORY ... [--all] [--text PATH] [--section.key=value ...]
+    titan-moe report RUN DIRECTORY ... [--output DIR]
     titan-moe sweep --config NAME or PATH [--processes N] [--output DIR] [--tables] [--section.key=value ...]
 
 Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after SIGINT and SIGTERM, 1 anything else.
@@ -43,6 +44,7 @@ USAGE = """usage: titan-moe VERB [--config NAME or PATH] [--section.key=value ..
   plan    no training: parameters, FLOPs, and memory and traffic of one of --world N ranks
   inspect CHECKPOINT or RUN DIRECTORY ...: routing and specialization measures on the run's validation text or on --text PATH;
           --all: every checkpoint of the run; --sequences N, --cluster-tokens N, --examples N, --output FILE
+  report  RUN DIRECTORY ...: a page of curves, heat maps and tables with what inspect found; --output DIR (default: RUN/report)
   sweep   runs a grid of configurations, --processes N at a time, and compares them; --output DIR (default: runs/sweeps/NAME);
           --tables only writes the tables again
 
@@ -108,6 +110,7 @@ def run(arguments: list[str]) -> int:
         "prepare": prepare_data,
         "plan": plan,
         "inspect": inspect,
+        "report": report,
         "sweep": sweep,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -311,6 +314,18 @@ def inspect(words: list[str]) -> int:
         print_table(table(result))
         print(path)
     stop_processes()
+    return 0
+
+
+def report(words: list[str]) -> int:
+    from titan_moe.analysis.report import write_report
+
+    output, words = take_option(words, "--output", "")
+    unknown = next((word for word in words if word.startswith("-")), None)
+    if unknown is not None or not words:
+        wrong = f"no option {unknown!r}" if unknown else "which runs?"
+        raise UserError(f"report: {wrong}; titan-moe report RUN DIRECTORY ... [--output DIR]")
+    print(write_report([Path(word) for word in words], Path(output) if output else Path(words[0]) / "report"))
     return 0
 
 

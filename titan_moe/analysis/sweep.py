@@ -71,9 +71,9 @@ class Work:
             module = ["titan_moe.cli", "train"] if self.world == 1 else ["titan_moe.launch"]
             return [sys.executable, "-m", *module, "--config", str(self.folder / "configs" / f"{cell.name}.toml")]
         run = self.folder / "runs" / cell.name
-        if self.sweep.inspect and config.model.layers > config.model.moe.first_dense_layers:
-            if any(not inspected(run, step).exists() for step in steps):
-                return [sys.executable, "-m", "titan_moe.cli", "inspect", str(run), "--all"]
+        sparse = config.model.layers > config.model.moe.first_dense_layers
+        if self.sweep.inspect and sparse and any(not inspected(run, step).exists() for step in steps):
+            return [sys.executable, "-m", "titan_moe.cli", "inspect", str(run), "--all"]
         return None
 
     def open(self) -> None:

@@ -1,0 +1,194 @@
+"""The report: one page that needs nothing else, whatever the runs hold, small enough, with all numbers beside it."""
+
+import csv
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import titan_moe
+from titan_moe.analysis.figures import INK
+from titan_moe.analysis.report import write_report
+from titan_moe.config.describe import to_toml
+from titan_moe.config.load import load_config
+from titan_moe.errors import UserError
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def made_run(folder: Path, name: str, words: list[str], steps: int = 30, checkpoints: int = 2, seed: int = 0) -> Path:
+    """A run directory with random numbers in all places."""
+    config = load_config("debug", [f"--job.name={name}", *words])
+    layers, moe = config.model.layers, config.model.moe
+    dice = np.random.default_rng(seed)
+    path = folder / name
+    (path / "inspect").mkdir(parents=True)
+    (path / "config.toml").write_text(to_toml(config))
+    names = [
+        "reg/lb",
+        "reg/sp",
+        "reg/mine",
+        "moe/max_vio",
+        "moe/dead",
+        "moe/entropy",
+        "moe/topk_mass",
+        "moe/overlap",
+        "ce",
+    ]
+    rows: list[dict[str, Any]] = [
+        {"kind": "train", "step": n, "tokens": n * 100, **{key: float(dice.random()) for key in names}}
+        for n in range(1, steps + 1)
+    ]
+    rows.append({"kind": "validation", "step": steps, "loss": 4.0 + seed, "perplexity": 55.0, "bits_per_byte": 2.0})
+    (path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for number in range(1, checkpoints + 1):
+        found = made_inspection(layers, moe.experts, dice, number > 1)
+        (path / "inspect" / f"step-{number * 10:08d}.json").write_text(json.dumps(found | {"step": number * 10}))
+    return path
+
+
+def made_inspection(layers: int, experts: int, dice: np.random.Generator, later: bool) -> dict[str, Any]:
+    kept = {"persistence_top1": 0.5, "persistence_topk": 0.6} if later else {}
+    measures = ("entropy", "topk_mass", "margin", "overlap", "overlap_chance", "overlap_y", "overlap_y_chance")
+    measures += ("load_variation", "domain_information", "silhouette", "knn_overlap", "knn_overlap_chance")
+    found = [
+        {
+            **{name: float(dice.random()) for name in measures},
+            **kept,
+            "load": dice.integers(0, 1000, experts).tolist(),
+            "domain_load": dice.integers(0, 1000, (2, experts)).tolist(),
+            "erc_M": dice.random((experts, experts)).round(7).tolist(),
+            "examples": [[["before <b>&amp;", "token</svg>"]] * 8 for _ in range(experts)],
+        }
+        for _ in range(layers)
+    ]
+    pairs = [
+        {
+            "kappa": float(dice.random()),
+            "kappa_chance": 0.1,
+            "cluster_agreement": 0.4,
+            "matching": dice.permutation(experts).tolist(),
+            "cond": dice.random((experts, experts)).round(7).tolist(),
+        }
+        for _ in range(layers - 1)
+    ]
+    summary = dict.fromkeys((*measures, *kept, "kappa", "kappa_chance", "cluster_agreement"), 0.5)
+    return {"layers": found, "pairs": pairs, "domains": ["a", "b <i>"], "summary": summary}
+
+
+class Page(html.parser.HTMLParser):
+    """Ids, links, and whether tags close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.targets: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"]] if found.get("id") else []  # type: ignore[list-item]
+        self.targets += [value for key in ("href", "src", "xlink:href") if (value := found.get(key))]
+        if tag not in ("meta", "link", "br", "path", "use", "image", "rect", "stop"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    runs = [made_run(tmp_path, name, ["--model.layers=3"], seed=n) for n, name in enumerate(("one", "two"))]
+    page = write_report(runs, tmp_path / "out")
+    text = page.read_text()
+    found = Page(text)
+    assert found.open == []
+    assert len(found.ids) == len(set(found.ids))
+    for target in found.targets:
+        if target.startswith("#"):
+            assert target[1:] in found.ids, target
+        elif not target.startswith("data:"):
+            assert (tmp_path / "out" / target).is_file(), target
+    assert not re.search(r"url\(['\"]?https?:|@import|<script|<iframe|src=\"http", text)
+    assert INK not in text
+    assert "currentColor" in text
+    assert "token&lt;/svg&gt;" in text
+    pictures = sorted(path.stem for path in (tmp_path / "out").glob("*.png"))
+    assert {"loss", "terms", "balance", "sharpness", "layers", "load", "kappa", "persistence", "clusters"} <= set(
+        pictures
+    )
+    assert {"paths-0", "paths-1", "domains-0", "response-1"} <= set(pictures)
+    for name in pictures:
+        rows = list(csv.DictReader((tmp_path / "out" / f"{name}.csv").open()))
+        assert rows, name
+        assert f'id="{name}"' in text
+    assert "reg/mine" in (tmp_path / "out" / "terms.csv").read_text()
+
+
+def test_differences_are_paired_by_step(tmp_path: Path) -> None:
+    runs = [made_run(tmp_path, name, [], steps=40) for name in ("one", "two")]
+    rows = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "train":
+            row["ce"] += 0.25 + 0.01 * (row["step"] % 4)
+    (runs[1] / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_report(runs, tmp_path / "out")
+    found = {row["measure"]: row for row in csv.DictReader((tmp_path / "out" / "differences.csv").open())}
+    assert float(found["ce"]["difference"]) == pytest.approx(0.265, abs=1e-9)
+    assert 0.25 < float(found["ce"]["low"]) < 0.265 < float(found["ce"]["high"]) < 0.28
+    assert float(found["moe/entropy"]["difference"]) == 0.0
+
+
+def test_of_a_run_that_nobody_inspected(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "plain", [], checkpoints=0)
+    text = write_report([run], tmp_path / "out").read_text()
+    assert f"titan-moe inspect {run} --all" in text
+    assert not (tmp_path / "out" / "layers.png").exists()
+
+
+@pytest.mark.slow
+def test_the_size_of_a_medium_run_with_twenty_checkpoints(tmp_path: Path) -> None:
+    words = ["--model.layers=16", "--model.moe.experts=64", "--model.moe.top_k=4"]
+    page = write_report([made_run(tmp_path, "medium", words, steps=3000, checkpoints=20)], tmp_path / "out")
+    assert page.stat().st_size < 5e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_in_a_browser(tmp_path: Path) -> None:
+    """No error on the console, at the width of a phone."""
+    page = write_report([made_run(tmp_path, "one", [])], tmp_path / "out")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,844", "--enable-logging=stderr"]
+    command = [str(BROWSER), *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{page}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "how the experts specialise" in done.stdout
+    assert "CONSOLE" not in done.stderr
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "one", [])
+    for words, message in (
+        ([], "report: which runs?"),
+        (["/nowhere"], "error: /nowhere: not a run directory: "),
+        ([str(run), "--nonsense"], "report: no option '--nonsense'"),
+    ):
+        done = titan_moe("report", *words)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+        assert message in done.stderr
+    with pytest.raises(UserError, match="the same run is given twice"):
+        write_report([run, run], tmp_path / "out")
+    (run / "inspect" / "step-00000010.json").write_text("{")
+    with pytest.raises(UserError, match=r"step-00000010\.json: can't be read"):
+        write_report([run], tmp_path / "out")
