@@ -4,31 +4,35 @@
     titan-moe prepare [--config NAME or PATH] [--section.key=value ...]
     titan-moe plan [--config NAME or PATH] [--world N] [--section.key=value ...]
     titan-moe inspect CHECKPOINT or RUN DIRECTORY ... [--all] [--text PATH] [--section.key=value ...]
+    titan-moe place CHECKPOINT or RUN DIRECTORY [--ranks N] [--by-paths] [--text PATH] [--section.key=value ...]
     titan-moe report RUN DIRECTORY ... [--output DIR]
     titan-moe sweep --config NAME or PATH [--processes N] [--output DIR] [--tables] [--section.key=value ...]
 
 Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after SIGINT and SIGTERM, 1 anything else.
 """
 
+import contextlib
 import errno
 import logging
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from titan_moe.config.describe import options_help
-from titan_moe.config.load import load_config, saved_config, world_size_from_environment
+from titan_moe.config.load import load_config, world_size_from_environment
 from titan_moe.config.tables import Config
 from titan_moe.errors import LostRanksError, TrainingError, UserError
 from titan_moe.train.run_dir import RunDir
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from titan_moe.parallel.mesh import Mesh
 
 FINISHED = 64  # what `train --check` tells run_train.sh: the run is done, there is nothing to start
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -44,6 +48,7 @@ USAGE = """usage: titan-moe VERB [--config NAME or PATH] [--section.key=value ..
   plan    no training: parameters, FLOPs, and memory and traffic of one of --world N ranks
   inspect CHECKPOINT or RUN DIRECTORY ...: routing and specialization measures on the run's validation text or on --text PATH;
           --all: every checkpoint of the run; --sequences N, --cluster-tokens N, --examples N, --output FILE
+  place   CHECKPOINT or RUN DIRECTORY: an order of experts with little traffic over --ranks N, or --by-paths; --output FILE
   report  RUN DIRECTORY ...: a page of curves, heat maps and tables with what inspect found; --output DIR (default: RUN/report)
   sweep   runs a grid of configurations, --processes N at a time, and compares them; --output DIR (default: runs/sweeps/NAME);
           --tables only writes the tables again
@@ -110,6 +115,7 @@ def run(arguments: list[str]) -> int:
         "prepare": prepare_data,
         "plan": plan,
         "inspect": inspect,
+        "place": place,
         "report": report,
         "sweep": sweep,
     }
@@ -279,33 +285,17 @@ def plan(words: list[str]) -> int:
 
 
 def inspect(words: list[str]) -> int:
-    from titan_moe.analysis.inspection import Options, chosen_checkpoints, place_of, table, write_result
+    from titan_moe.analysis.inspection import Options, from_checkpoint, place_of, table, write_result
     from titan_moe.analysis.inspection import inspect as look
-    from titan_moe.parallel.degrees import resolve
-    from titan_moe.parallel.mesh import Mesh, start_processes, stop_processes
-    from titan_moe.train.device import keep_freed_memory, pick_device
-    from titan_moe.train.run_dir import read_state
 
     every, words = take_flag(words, "--all")
-    text, words = take_option(words, "--text", "")
     output, words = take_option(words, "--output", "")
-    sequences, words = take_number(words, "--sequences", 0, "sequences of the text to read", 0)
     clustered, words = take_number(words, "--cluster-tokens", 2048, "tokens to cluster", 0)
     examples, words = take_number(words, "--examples", 8, "tokens shown for each expert", 0)
-    paths = [Path(word) for word in words if not word.startswith("-")]
-    overrides = [word for word in words if word.startswith("-")]
-    if not paths:
-        raise UserError("inspect needs a checkpoint or a run directory: titan-moe inspect runs/debug")
-    keep_freed_memory()
-    checkpoints = chosen_checkpoints(paths, every)
-    state = read_state(checkpoints[0], "checkpoint")
-    reset = ("parallelism", "compile", "activation_checkpoint")
-    world = world_size_from_environment()
-    config = saved_config(state["config"], str(checkpoints[0]), overrides, world_size=world, reset=reset)
-    device = pick_device()
-    start_processes(device, config.parallelism.timeout_seconds)
-    mesh = Mesh(resolve(config.parallelism, world, str), device)
-    results = look(checkpoints, config, mesh, Options(text, sequences, clustered, examples))
+    text, sequences, paths, overrides = take_text(words, "inspect")
+    checkpoints, config = from_checkpoint(paths, every, overrides, world_size_from_environment())
+    with ranks_of(config) as mesh:
+        results = look(checkpoints, config, mesh, Options(text, sequences, clustered, examples))
     for checkpoint, result in zip(checkpoints, results, strict=bool(results)):
         path = place_of(checkpoint, text)
         if output:
@@ -313,8 +303,58 @@ def inspect(words: list[str]) -> int:
         write_result(result, path)
         print_table(table(result))
         print(path)
-    stop_processes()
     return 0
+
+
+def place(words: list[str]) -> int:
+    from titan_moe.analysis.inspection import Options, from_checkpoint
+    from titan_moe.analysis.place import by_paths, facts, for_ranks, table
+    from titan_moe.model.permute import write_order
+
+    paths_only, words = take_flag(words, "--by-paths")
+    ranks, words = take_number(words, "--ranks", 8, "ranks that share the experts", 2)
+    output, words = take_option(words, "--output", "")
+    text, sequences, paths, overrides = take_text(words, "place")
+    checkpoints, config = from_checkpoint(paths[:1], False, overrides, world_size_from_environment())
+    options = Options(text, sequences, cluster_tokens=0, examples=0)
+    name = "order-by-paths.json" if paths_only else f"order-{ranks}-ranks.json"
+    path = Path(output) if output else checkpoints[0].parent.parent / name
+    with ranks_of(config) as mesh:
+        if paths_only:
+            order, about = by_paths(checkpoints[0], config, mesh, options), {}
+        else:
+            found = for_ranks(checkpoints[0], config, mesh, options, ranks)
+            order, about = found.order, facts(found)
+            if mesh.first:
+                print_table(table(found, ranks, config.training.batch_size))
+        if mesh.first:
+            write_order(path, order, checkpoint=str(checkpoints[0]), traffic=about)
+            print(path)
+    return 0
+
+
+def take_text(words: list[str], verb: str) -> tuple[str, int, list[Path], list[str]]:
+    """`--text` and `--sequences`, the paths among the words, and the rest. Raises UserError for no path."""
+    text, words = take_option(words, "--text", "")
+    sequences, words = take_number(words, "--sequences", 0, "sequences of the text to read", 0)
+    paths = [Path(word) for word in words if not word.startswith("-")]
+    if not paths:
+        raise UserError(f"{verb} needs a checkpoint or a run directory: titan-moe {verb} runs/debug")
+    return text, sequences, paths, [word for word in words if word.startswith("-")]
+
+
+@contextlib.contextmanager
+def ranks_of(config: Config) -> "Iterator[Mesh]":
+    """This process among those of the environment, for work that is no training."""
+    from titan_moe.parallel.degrees import resolve
+    from titan_moe.parallel.mesh import Mesh, start_processes, stop_processes
+    from titan_moe.train.device import keep_freed_memory, pick_device
+
+    keep_freed_memory()
+    device = pick_device()
+    start_processes(device, config.parallelism.timeout_seconds)
+    yield Mesh(resolve(config.parallelism, world_size_from_environment(), str), device)
+    stop_processes()
 
 
 def report(words: list[str]) -> int:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from titan_moe.analysis.tally import PER_TOKEN, Recorder, Sample, Tally, largest, merged, record, unchanged_choices
+from titan_moe.config.load import saved_config
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import Windows, permuted, validation_batches
 from titan_moe.data.prepare import Prepared, cache_root, prepare, prepare_text
@@ -85,41 +86,85 @@ class Options(NamedTuple):
 def inspect(checkpoints: Sequence[Path], config: Config, mesh: Mesh, options: Options) -> list[dict[str, Any]]:
     """What there is to say of each checkpoint; empty on all ranks but the first. config: the model's, and how to run it.
     Raises UserError."""
-    prepared, split = from_first(lambda: text_of(config, options))
-    stream = TokenStream(prepared.folder, prepared.manifest, split)
-    windows = Windows(stream, config.training.seq_len, prepared.tokenizer.eos, config.model.document_mask)
-    model = build_model(config, prepared.tokenizer.vocab_size, mesh)
-    moe = config.model.moe
-    if model.moe_layers == 0:
-        raise UserError("the model has no MoE layer; there is nothing to inspect")
-    plain = build_terms(config.model_copy(update={"regularizers": type(config.regularizers)()}), mesh.ranks)
-    recorder = Recorder(**{**vars(plain), "weights": {}})
-    record(model, recorder, inputs=options.cluster_tokens > 0)
+    watched = Watched(config, mesh, options)
     results: list[dict[str, Any]] = []
     before: Tally | None = None
     for checkpoint in checkpoints:
-        load_checked(checkpoint, config, model, mesh)
-        tally = Tally(
-            layers=model.moe_layers,
-            experts=moe.experts,
-            top_k=moe.top_k,
-            domains=len(prepared.manifest.domains),
-            seq_len=config.training.seq_len,
-            device=mesh.device,
-            domain_at=lambda places: stream.domains[stream.documents_at(places)],
-            sampled=sampled_places(windows, options),
-            examples=options.examples,
-            kept_routing=ROUTING_TOKENS if len(checkpoints) > 1 else 0,
-        )
-        recorder.tally[:] = [tally]
-        loss = go_through(model, windows, prepared.tokenizer, options.sequences, config, mesh, tally)
+        tally = watched.tally(kept_routing=ROUTING_TOKENS if len(checkpoints) > 1 else 0)
+        loss = watched.go_through(checkpoint, tally)
         result = {"checkpoint": str(checkpoint), "step": int(read_state(checkpoint, "checkpoint")["step"])}
         result |= {"text": options.text or "validation", **loss}
-        found = summary(model, tally, before, mesh, prepared, stream)
+        found = summary(watched, tally, before)
         if mesh.first:
             results.append(result | found)
         before = tally
     return results
+
+
+class Watched:
+    """A model whose layers report to a tally, and the text that goes through it."""
+
+    def __init__(self, config: Config, mesh: Mesh, options: Options) -> None:
+        """Raises UserError."""
+        self.config, self.mesh, self.options = config, mesh, options
+        self.prepared, split = from_first(lambda: text_of(config, options))
+        self.stream = TokenStream(self.prepared.folder, self.prepared.manifest, split)
+        seq_len, end = config.training.seq_len, self.prepared.tokenizer.eos
+        self.windows = Windows(self.stream, seq_len, end, config.model.document_mask)
+        self.sequences = min(options.sequences or len(self.windows), len(self.windows))
+        self.model = build_model(config, self.prepared.tokenizer.vocab_size, mesh)
+        if self.model.moe_layers == 0:
+            raise UserError("the model has no MoE layer; there is nothing to inspect")
+        plain = build_terms(config.model_copy(update={"regularizers": type(config.regularizers)()}), mesh.ranks)
+        self.recorder = Recorder(**{**vars(plain), "weights": {}})
+        record(self.model, self.recorder, inputs=options.cluster_tokens > 0)
+
+    def tally(self, **more: Any) -> Tally:
+        """An empty one."""
+        moe, stream = self.config.model.moe, self.stream
+        return Tally(
+            layers=self.model.moe_layers,
+            experts=moe.experts,
+            top_k=moe.top_k,
+            domains=len(self.prepared.manifest.domains),
+            seq_len=self.windows.seq_len,
+            device=self.mesh.device,
+            domain_at=lambda places: stream.domains[stream.documents_at(places)],
+            sampled=sampled_places(self.sequences * self.windows.seq_len, self.options.cluster_tokens),
+            examples=self.options.examples,
+            **more,
+        )
+
+    @torch.no_grad()
+    def go_through(self, checkpoint: Path, tally: Tally) -> dict[str, Any]:
+        """Streams the text through the model with a checkpoint's weights; the tally fills by the way, and is summed over ranks.
+        Returns tokens and losses. Raises UserError."""
+        mesh, model = self.mesh, self.model
+        load_checked(checkpoint, self.config, model, mesh)
+        self.recorder.tally[:] = [tally]
+        size = micro_batch_size(self.config, mesh.degrees)
+        nats, labels, source_bytes = 0.0, 0, 0
+        step = size * mesh.degrees.data
+        batches = validation_batches(self.windows, self.sequences, step)
+        count, quiet = -(-self.sequences // step), not mesh.first
+        for batch in tqdm(batches, total=count, unit="batch", leave=False, disable=quiet or None):
+            found = evaluate_batch(model, batch, size, mesh)
+            labelled_T = (found.inputs.token_weights > 0).flatten()
+            nats += found.nats
+            labels += int(labelled_T.sum())
+            source_bytes += labelled_bytes(found.inputs, self.prepared.tokenizer)
+            tally.add_pairs(found.neighbours, labelled_T)
+        tally.sum_over_ranks(mesh)
+        nats = all_sum(torch.tensor(nats, dtype=torch.float64, device=mesh.device), mesh.pp).item()
+        sums = torch.tensor([nats, labels, source_bytes], dtype=torch.float64, device=mesh.device)
+        nats, tokens, total_bytes = all_sum(sums, mesh.ranks.data).tolist()
+        loss = nats / tokens
+        return {
+            "tokens": int(tokens),
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": nats / math.log(2) / total_bytes,
+        }
 
 
 def text_of(config: Config, options: Options) -> tuple[Prepared, str]:
@@ -141,49 +186,11 @@ def load_checked(checkpoint: Path, config: Config, model: Transformer, mesh: Mes
     load_checkpoint(checkpoint, model, None)
 
 
-def sampled_places(windows: Windows, options: Options) -> "np.ndarray[Any, np.dtype[np.bool_]]":
-    """Which positions of the text are clustered: the same ones on any number of ranks and in any batches."""
-    count = min(options.sequences or len(windows), len(windows)) * windows.seq_len
+def sampled_places(count: int, wanted: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    """Which of `count` positions of the text are clustered: the same ones on any number of ranks and in any batches."""
     chosen = np.zeros(count, dtype=np.bool_)
-    chosen[permuted(np.arange(min(options.cluster_tokens, count), dtype=np.int64), count, key=0)] = True
+    chosen[permuted(np.arange(min(wanted, count), dtype=np.int64), count, key=0)] = True
     return chosen
-
-
-@torch.no_grad()
-def go_through(
-    model: Transformer,
-    windows: Windows,
-    tokenizer: Tokenizer,
-    sequences: int,
-    config: Config,
-    mesh: Mesh,
-    tally: Tally,
-) -> dict[str, Any]:
-    """Streams the text; the tally fills by the way. Returns tokens and losses."""
-    size = micro_batch_size(config, mesh.degrees)
-    nats, labels, source_bytes = 0.0, 0, 0
-    count = min(sequences or len(windows), len(windows))
-    step = size * mesh.degrees.data
-    batches = validation_batches(windows, count, step)
-    quiet = not mesh.first
-    for batch in tqdm(batches, total=-(-count // step), unit="batch", leave=False, disable=quiet or None):
-        found = evaluate_batch(model, batch, size, mesh)
-        labelled_T = (found.inputs.token_weights > 0).flatten()
-        nats += found.nats
-        labels += int(labelled_T.sum())
-        source_bytes += labelled_bytes(found.inputs, tokenizer)
-        tally.add_pairs(found.neighbours, labelled_T)
-    tally.sum_over_ranks(mesh)
-    nats = all_sum(torch.tensor(nats, dtype=torch.float64, device=mesh.device), mesh.pp).item()
-    sums = torch.tensor([nats, labels, source_bytes], dtype=torch.float64, device=mesh.device)
-    nats, tokens, total_bytes = all_sum(sums, mesh.ranks.data).tolist()
-    loss = nats / tokens
-    return {
-        "tokens": int(tokens),
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": nats / math.log(2) / total_bytes,
-    }
 
 
 class Part(NamedTuple):
@@ -195,10 +202,9 @@ class Part(NamedTuple):
     best_places: Tensor
 
 
-def summary(
-    model: Transformer, tally: Tally, before: Tally | None, mesh: Mesh, prepared: Prepared, stream: TokenStream
-) -> dict[str, Any]:
+def summary(watched: Watched, tally: Tally, before: Tally | None) -> dict[str, Any]:
     """Every measure: by layer, by pair of layers, and means. Collective; the result counts on the first rank."""
+    model, mesh, prepared, stream = watched.model, watched.mesh, watched.prepared, watched.stream
     responses = {moe.layer: response(moe.router.weight, moe.experts.gate_up) for moe in model.moe_modules()}
     persistent = None if before is None else unchanged_choices(before, tally)
     if persistent is not None:
@@ -372,3 +378,11 @@ def chosen_checkpoints(paths: Sequence[Path], every: bool) -> list[Path]:
         else:
             raise UserError(f"{path}: neither a checkpoint nor a run directory with one")
     return found
+
+
+def from_checkpoint(paths: Sequence[Path], every: bool, words: Sequence[str], world: int) -> tuple[list[Path], Config]:
+    """The checkpoints that paths mean, and their model's configuration, to be run here. words: `--section.key=value`."""
+    checkpoints = chosen_checkpoints(paths, every)
+    state = read_state(checkpoints[0], "checkpoint")
+    reset = ("parallelism", "compile", "activation_checkpoint")
+    return checkpoints, saved_config(state["config"], str(checkpoints[0]), words, world_size=world, reset=reset)

@@ -54,8 +54,10 @@ class Tally:
     """By position in the text: whether its router inputs are kept."""
     examples: int
     """Tokens kept for each expert, those with the largest gates."""
-    kept_routing: int
+    kept_routing: int = 0
     """Positions of the text, from its start, whose choices are kept, to be compared with another checkpoint's."""
+    sequences: int = 0
+    """Sequences whose rows are counted apart; 0: none."""
     samples: dict[int, Sample] = field(default_factory=dict)
     routing: dict[int, list[tuple[Places, Tensor]]] = field(default_factory=dict)
     """By layer: positions, and choices (n, K) int16."""
@@ -73,6 +75,7 @@ class Tally:
         self.domain_load = zeros(self.layers, self.domains, self.experts)
         self.joint = zeros(max(self.layers - 1, 0), self.experts, self.experts)
         self.first_joint = torch.zeros_like(self.joint)
+        self.sequence_load = zeros(self.sequences, self.layers, self.experts)
         self.best_gates = torch.full((*shape, self.examples), -torch.inf, dtype=torch.float64, device=self.device)
         self.best_places = torch.full((*shape, self.examples), -1, dtype=torch.int64, device=self.device)
 
@@ -108,6 +111,10 @@ class Tally:
         domains = torch.from_numpy(self.domain_at(found)).to(self.device)
         self.domain_load[layer] += domain_load(chosen, domains, self.experts, self.domains)
         self.keep_examples(layer, chosen, gates, places)
+        if self.sequences:
+            rows_T = (places // self.seq_len).unsqueeze(1) * self.experts
+            load = torch.bincount((rows_T + chosen).flatten(), minlength=self.sequences * self.experts)
+            self.sequence_load[:, layer] += load.view(self.sequences, self.experts)
         early = found < self.kept_routing
         if early.any():
             rows = torch.from_numpy(early).to(self.device)
@@ -143,7 +150,7 @@ class Tally:
 
     def sum_over_ranks(self, mesh: Mesh) -> None:
         """Makes every sum that of all ranks' tokens and all stages' layers."""
-        for name in ("sums", "gates", "counts", "first_counts", "domain_load", "joint", "first_joint"):
+        for name in ("sums", "gates", "counts", "first_counts", "domain_load", "joint", "first_joint", "sequence_load"):
             setattr(self, name, all_sum(all_sum(getattr(self, name), mesh.ranks.data), mesh.pp))
 
 

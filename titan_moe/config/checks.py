@@ -112,6 +112,10 @@ def check_float8(config: Config, origin: Origin) -> None:
 
 
 def check_start(config: Config, origin: Origin) -> None:
+    if config.checkpoint.expert_order and not config.checkpoint.load_path:
+        raise UserError(
+            f"{origin('checkpoint.expert_order')}: orders the experts of checkpoint.load_path, which is not set"
+        )
     if not config.checkpoint.upcycle_path:
         return
     where = origin("checkpoint.upcycle_path")

@@ -341,6 +341,8 @@ class Checkpoint(Table):
     """Go on with other training text than the checkpoint was made with."""
     load_path: str = ""
     """A checkpoint directory whose weights a new run starts from."""
+    expert_order: str = ""
+    """A file of `titan-moe place`: the experts of `load_path` get other numbers, and so other ranks."""
     upcycle_path: str = ""
     """A checkpoint of a dense model (model.moe.first_dense_layers = model.layers): a new run's experts start as copies of its
     feed-forward layers, which must be model.moe.hidden_dim wide."""

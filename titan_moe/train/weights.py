@@ -10,6 +10,7 @@ import torch
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
 from titan_moe.model.init import draw, local_part
+from titan_moe.model.permute import permute_experts, read_order
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.train.checkpoint import load_checkpoint, read_tensors, tensors
@@ -29,6 +30,9 @@ def start_from(model: Transformer, config: Config, mesh: Mesh) -> None:
         if different:
             raise UserError(f"{origin}: a checkpoint of another model: {different[0]} differs")
         load_checkpoint(path, model, None)
+        if checkpoint.expert_order:
+            order = read_order(Path(checkpoint.expert_order), model.moe_layers, config.model.moe.experts)
+            permute_experts(model, order)
         log.info(f"Starting from the weights of {path}")
     elif checkpoint.upcycle_path:
         origin = f"checkpoint.upcycle_path = {checkpoint.upcycle_path!r}"
