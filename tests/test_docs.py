@@ -50,6 +50,12 @@ def check_options(verb: str, options: list[str], line: str) -> None:
         for cell in cells_of(path, sweep):
             cell_config(cell, sweep, Path("runs"), options, ranks)
         return
+    if verb in ("inspect", "place", "report"):
+        for flag in ("--all", "--by-paths"):
+            _, options = take_flag(options, flag)
+        for option in ("--output", "--text", "--sequences", "--cluster-tokens", "--examples", "--ranks"):
+            _, options = take_option(options, option, "")
+        options = [word for word in options if word.startswith("-")]
     if verb == "plan":
         ranks, options = take_number(options, "--world", ranks, "")
     name, options = take_option(options, "--config", "debug")

@@ -49,7 +49,9 @@ class Sweep(Table):
     equivalence: PositiveFloat = 0.005
     """Difference of validation loss, in nats, that counts as none."""
     inspect: bool = False
-    """Inspect the last checkpoint of every cell; its measures join the tables."""
+    """Inspect the checkpoints of every cell; the last one's measures join the tables."""
+    inspect_options: list[str] = []
+    """Words for `titan-moe inspect`, as "--sequences=200"."""
     keep: PositiveInt = 1
     """Checkpoints that every cell keeps (checkpoint.keep)."""
     set: dict[str, Any] = {}

@@ -91,7 +91,8 @@ def inspect(checkpoints: Sequence[Path], config: Config, mesh: Mesh, options: Op
     before: Tally | None = None
     for checkpoint in checkpoints:
         tally = watched.tally(kept_routing=ROUTING_TOKENS if len(checkpoints) > 1 else 0)
-        loss = watched.go_through(checkpoint, tally)
+        watched.load(checkpoint)
+        loss = watched.go_through(tally)
         result = {"checkpoint": str(checkpoint), "step": int(read_state(checkpoint, "checkpoint")["step"])}
         result |= {"text": options.text or "validation", **loss}
         found = summary(watched, tally, before)
@@ -135,12 +136,21 @@ class Watched:
             **more,
         )
 
+    def load(self, checkpoint: Path) -> None:
+        """Takes a checkpoint's weights. Raises UserError for a damaged one, and one of another model."""
+        state = read_state(checkpoint, "checkpoint")
+        different = changed_keys(state["config"]["model"], self.config.model_dump(mode="json")["model"], "model.")
+        if different:
+            raise UserError(f"{checkpoint}: a checkpoint of another model: {different[0]} differs")
+        problem = damage(checkpoint, self.mesh)
+        if problem is not None:
+            raise UserError(f"{checkpoint} is damaged: {problem}")
+        load_checkpoint(checkpoint, self.model, None)
+
     @torch.no_grad()
-    def go_through(self, checkpoint: Path, tally: Tally) -> dict[str, Any]:
-        """Streams the text through the model with a checkpoint's weights; the tally fills by the way, and is summed over ranks.
-        Returns tokens and losses. Raises UserError."""
+    def go_through(self, tally: Tally) -> dict[str, Any]:
+        """Streams the text through the model; the tally fills and is summed over ranks. Returns tokens and losses."""
         mesh, model = self.mesh, self.model
-        load_checked(checkpoint, self.config, model, mesh)
         self.recorder.tally[:] = [tally]
         size = micro_batch_size(self.config, mesh.degrees)
         nats, labels, source_bytes = 0.0, 0, 0
@@ -173,17 +183,6 @@ def text_of(config: Config, options: Options) -> tuple[Prepared, str]:
     if not options.text:
         return own, "validation"
     return prepare_text(options.text, own.tokenizer, cache_root(config)), "text"
-
-
-def load_checked(checkpoint: Path, config: Config, model: Transformer, mesh: Mesh) -> None:
-    state = read_state(checkpoint, "checkpoint")
-    different = changed_keys(state["config"]["model"], config.model_dump(mode="json")["model"], "model.")
-    if different:
-        raise UserError(f"{checkpoint}: a checkpoint of another model: {different[0]} differs")
-    problem = damage(checkpoint, mesh)
-    if problem is not None:
-        raise UserError(f"{checkpoint} is damaged: {problem}")
-    load_checkpoint(checkpoint, model, None)
 
 
 def sampled_places(count: int, wanted: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":

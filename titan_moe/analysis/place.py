@@ -40,7 +40,8 @@ def for_ranks(checkpoint: Path, config: Config, mesh: Mesh, options: Options, ra
     """Fits a placement on every other sequence of the text, and compares it on both halves. Raises UserError."""
     watched = Watched(config, mesh, options)
     tally = watched.tally(sequences=watched.sequences)
-    watched.go_through(checkpoint, tally)
+    watched.load(checkpoint)
+    watched.go_through(tally)
     counts: Counts = tally.sequence_load.cpu().numpy()
     fitted, other = counts[::2], counts[1::2]
     rank_of = place(fitted, tally.joint.cpu().numpy(), ranks)
@@ -70,7 +71,8 @@ def by_paths(checkpoint: Path, config: Config, mesh: Mesh, options: Options) -> 
     """The order in which the best one-to-one matching of neighbouring layers keeps an expert's number."""
     watched = Watched(config, mesh, options)
     tally = watched.tally()
-    watched.go_through(checkpoint, tally)
+    watched.load(checkpoint)
+    watched.go_through(tally)
     matchings = [match_experts(pair)[0].tolist() for pair in tally.first_joint.cpu()]
     return order_by_paths(matchings) if matchings else np.arange(config.model.moe.experts)[None]
 

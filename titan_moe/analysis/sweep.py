@@ -73,7 +73,7 @@ class Work:
         run = self.folder / "runs" / cell.name
         sparse = config.model.layers > config.model.moe.first_dense_layers
         if self.sweep.inspect and sparse and any(not inspected(run, step).exists() for step in steps):
-            return [sys.executable, "-m", "titan_moe.cli", "inspect", str(run), "--all"]
+            return [sys.executable, "-m", "titan_moe.cli", "inspect", str(run), "--all", *self.sweep.inspect_options]
         return None
 
     def open(self) -> None:

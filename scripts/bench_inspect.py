@@ -1,0 +1,53 @@
+"""What an inspection costs over a plain validation of the same text, without the clustering measures.
+
+    python scripts/bench_inspect.py [--config nano] [--sequences 64] [--pairs 5] [--section.key=value ...]
+
+Both go over the same sequences with the same (initial) weights, alternating; prints the ratio of the medians and the smallest
+and largest ratio of a pair.
+"""
+
+import argparse
+import statistics
+
+import torch
+from benchmarking import seconds
+
+from titan_moe.analysis.inspection import Options, Watched
+from titan_moe.config.load import load_config
+from titan_moe.config.tables import Regularizers
+from titan_moe.parallel.mesh import single
+from titan_moe.train.device import keep_freed_memory
+from titan_moe.train.trainer import build_model
+from titan_moe.train.validation import validate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="nano")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=5)
+    options, words = parser.parse_known_args()
+    keep_freed_memory()
+    config, alone = load_config(options.config, words), single(torch.device("cpu"))
+    config = config.model_copy(update={"regularizers": Regularizers()})  # validation computes the terms that are on
+    watched = Watched(config, alone, Options(sequences=options.sequences, cluster_tokens=0))
+    tokenizer = watched.prepared.tokenizer
+    plain = build_model(config, tokenizer.vocab_size, alone)
+    size = config.training.microbatch_size or config.training.batch_size
+
+    def validation() -> None:
+        validate(plain, watched.windows, tokenizer, options.sequences, size, alone)
+
+    def inspection() -> None:
+        watched.go_through(watched.tally())
+
+    validation()
+    inspection()
+    times = [(seconds(validation), seconds(inspection)) for _ in range(options.pairs)]
+    ratios = [b / a for a, b in times]
+    median = statistics.median(b for _, b in times) / statistics.median(a for a, _ in times)
+    print(f"{options.config}: inspection / validation {median:.2f} (pairs {min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()
