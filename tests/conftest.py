@@ -14,6 +14,8 @@ from titan_moe.config.tables import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+
 TINY = [
     "--model.dim=32",
     "--model.layers=3",
@@ -36,8 +38,8 @@ TINY = [
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _threads() -> None:
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +80,7 @@ def tiny_config(tiny_options: list[str]) -> Callable[..., Config]:
 
 def titan_moe(*arguments: str, timeout: float = 120, **kwargs: object) -> subprocess.CompletedProcess[str]:
     """Runs `titan-moe` as a user would, in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(THREADS)}
     return subprocess.run(  # type: ignore[call-overload, no-any-return]
         [sys.executable, "-m", "titan_moe.cli", *arguments],
         capture_output=True,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, titan_moe
+from tests.conftest import ROOT, THREADS, titan_moe
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(THREADS)}
     return subprocess.Popen(
         [sys.executable, "-m", "titan_moe.cli", *arguments],
         stdout=subprocess.PIPE,

@@ -46,7 +46,8 @@ def check_options(verb: str, options: list[str], line: str) -> None:
         _, options = take_option(options, "--output", "")
         _, options = take_flag(options, "--tables")
         _, options = take_number(options, "--processes", 1, "")
-        path, sweep = read_sweep(name)
+        base, options = take_option(options, "--base", "")
+        path, sweep = read_sweep(name, base)
         for cell in cells_of(path, sweep):
             cell_config(cell, sweep, Path("runs"), options, ranks)
         return

@@ -51,7 +51,7 @@ USAGE = """usage: titan-moe VERB [--config NAME or PATH] [--section.key=value ..
   place   CHECKPOINT or RUN DIRECTORY: an order of experts with little traffic over --ranks N, or --by-paths; --output FILE
   report  RUN DIRECTORY ...: a page of curves, heat maps and tables with what inspect found; --output DIR (default: RUN/report)
   sweep   runs a grid of configurations, --processes N at a time, and compares them; --output DIR (default: runs/sweeps/NAME);
-          --tables only writes the tables again
+          --base NAME: start its cells from that configuration instead; --tables only writes the tables again
 
 NAME is a file of train_configs/ (default: debug), for sweep of train_configs/sweeps/. `titan-moe VERB --help` lists options.
 """
@@ -382,10 +382,11 @@ def sweep(words: list[str]) -> int:
     only_tables, words = take_flag(words, "--tables")
     name, words = take_option(words, "--config", "")
     folder, words = take_option(words, "--output", "")
+    base, words = take_option(words, "--base", "")
     processes, words = take_number(words, "--processes", 1, "runs at the same time")
     if not name:
         raise UserError("--config: which sweep? a file of train_configs/sweeps/ by name, or a path")
-    return run_sweep(name, Path(folder) if folder else None, words, processes, only_tables)
+    return run_sweep(name, base, Path(folder) if folder else None, words, processes, only_tables)
 
 
 if __name__ == "__main__":

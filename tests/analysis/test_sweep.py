@@ -94,6 +94,21 @@ def test_a_mistake_in_an_arm_says_where_it_stands(tmp_path: Path) -> None:
         cell_config(bad, sweep, tmp_path, [], 1)
 
 
+def test_a_place_of_the_grid_may_have_its_own_configuration(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(
+        "[arms.a]\n[set]\nmodel.layers = 2\n[grid]\nscale = { x = { config = 'small.toml' } }"
+    )
+    (tmp_path / "more.toml").write_text("extends = 'base.toml'\nconfig = 'mine.toml'\n[arms.b]\n[grid]\nscale.y = {}")
+    (tmp_path / "mine.toml").write_text("extends = 'debug.toml'\nmodel.dim = 96")
+    path, sweep = read_sweep(str(tmp_path / "more.toml"))
+    found = {cell.name: cell_config(cell, sweep, tmp_path, [], 1) for cell in cells_of(path, sweep)}
+    assert {name: (config.model.dim, config.model.layers) for name, config in found.items()} == {
+        f"{arm}--{scale}--seed0": (dim, 2) for arm in "ab" for scale, dim in (("x", 576), ("y", 96))
+    }
+    path, sweep = read_sweep(str(tmp_path / "more.toml"), base="medium")
+    assert {cell.config for cell in cells_of(path, sweep)} == {"small.toml", "medium"}
+
+
 @pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.toml")), ids=lambda file: file.stem)
 def test_shipped_sweeps(file: Path) -> None:
     path, sweep = read_sweep(file.stem)

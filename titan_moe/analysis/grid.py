@@ -17,6 +17,7 @@ regularizers.sp.weight = 2e-3
 [grid]                           # values of one key, or settings with a name
 "model.moe.top_k" = [2, 4]
 style = { vanilla = {}, deepseek = { balancer.rate = 1e-3, model.moe.shared_experts = 1 } }
+scale = { small = { config = "small.toml" }, medium = { config = "medium.toml" } }
 """
 
 import itertools
@@ -25,10 +26,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import tomli
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from titan_moe.config.load import CONFIG_DIR, load_config, set_value
+from titan_moe.config.load import CONFIG_DIR, load_config, read_file, set_value
 from titan_moe.config.tables import Config, Table
 from titan_moe.errors import UserError
 
@@ -70,23 +70,22 @@ class Cell(NamedTuple):
     seed: int
     settings: tuple[tuple[str, dict[str, Any]], ...]
     """What it sets over the sweep's configuration, later wins; each with where that stands."""
+    config: str
+    """The configuration that it starts from."""
     needs: tuple[str, ...] = ()
     """Names of cells that must be finished before."""
 
 
-def read_sweep(name: str) -> tuple[Path, Sweep]:
-    """A file of train_configs/sweeps/ by name, or a path. Raises UserError."""
+def read_sweep(name: str, base: str = "") -> tuple[Path, Sweep]:
+    """A file of train_configs/sweeps/ by name, or a path. base: in place of its `config`. Raises UserError."""
     candidates = [Path(name), SWEEPS / name, SWEEPS / f"{name}.toml"]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         known = ", ".join(sorted(file.stem for file in SWEEPS.glob("*.toml")))
         raise UserError(f"--config: no sweep {name!r}; there are {known}, or give a path")
+    content, _ = read_file(path)
     try:
-        sweep = Sweep.model_validate(tomli.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read: {error}") from error
-    except (tomli.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
+        sweep = Sweep.model_validate(content | ({"config": base} if base else {}))
     except ValidationError as error:
         mistake = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith(("dict[", "list[")))
@@ -104,8 +103,13 @@ def read_sweep(name: str) -> tuple[Path, Sweep]:
     both = {*sweep.before} & {*sweep.arms}
     if both:
         raise UserError(f"{path}: before.{both.pop()}: an arm has that name too")
-    near = path.parent / sweep.config
-    return path, sweep.model_copy(update={"config": str(near)}) if near.is_file() else sweep
+    return path, sweep
+
+
+def found_config(path: Path, name: str) -> str:
+    """A configuration that a sweep's file names: relative to it, or one of train_configs/."""
+    near = path.parent / name
+    return str(near) if near.is_file() else name
 
 
 def cells_of(path: Path, sweep: Sweep) -> list[Cell]:
@@ -115,17 +119,19 @@ def cells_of(path: Path, sweep: Sweep) -> list[Cell]:
     common = (f"{path}: set", without_places(sweep.set, {*sweep.before}))
     for point in itertools.product(*axes):
         place = tuple(text for text, _, _ in point)
-        at_point = [(where, table) for _, where, table in point]
+        at_point = [(where, {k: v for k, v in table.items() if k != "config"}) for _, where, table in point]
+        named = [table["config"] for _, _, table in point if "config" in table]
+        config = found_config(path, named[-1] if named else sweep.config)
         for seed in sweep.seeds:
             seeded = (f"{path}: seeds", {"job": {"seed": seed}, "checkpoint": {"keep": sweep.keep}})
             before = {name: cell_name(name, place, seed) for name in sweep.before}
             for name, table in sweep.before.items():
                 settings = (common, *at_point, (f"{path}: before.{name}", table), seeded)
-                cells.append(Cell(before[name], name, place, seed, settings))
+                cells.append(Cell(before[name], name, place, seed, settings, config))
             for arm, table in sweep.arms.items():
                 settings = ((f"{path}: set", sweep.set), *at_point, (f"{path}: arms.{arm}", table), seeded)
                 needs = tuple(before[name] for name in places_in([table for _, table in settings], {*before}))
-                cells.append(Cell(cell_name(arm, place, seed), arm, place, seed, settings, needs))
+                cells.append(Cell(cell_name(arm, place, seed), arm, place, seed, settings, config, needs))
     names = [cell.name for cell in cells]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -137,11 +143,11 @@ def choices(path: Path, axis: str, values: Any) -> Iterator[tuple[str, str, dict
     """Every value of an axis: its text, where it stands, and the settings that it means."""
     where = f"{path}: grid.{axis}"
     if isinstance(values, dict):
-        for name, table in values.items():
-            yield name, f"{where}.{name}", table
+        for name, settings in values.items():
+            yield name, f"{where}.{name}", settings
         return
     for value in values:
-        settings: dict[str, Any] = {}
+        settings = {}
         set_value(settings, axis, value)
         yield str(value), where, settings
 
@@ -186,4 +192,4 @@ def cell_config(cell: Cell, sweep: Sweep, runs: Path, words: list[str], world: i
     folders = {name: str(runs / cell_name(name, cell.place, cell.seed)) for name in sweep.before}
     settings = [(where, filled(table, folders)) for where, table in cell.settings]
     settings.append(("the sweep", {"job": {"name": cell.name, "output_dir": str(runs)}}))
-    return load_config(sweep.config, words, world_size=world, settings=settings)
+    return load_config(cell.config, words, world_size=world, settings=settings)

@@ -46,9 +46,10 @@ class Running(NamedTuple):
 class Work:
     """What is done, under way and to be done of a sweep."""
 
-    def __init__(self, name: str, folder: Path | None, words: list[str], processes: int) -> None:
-        path, self.sweep = read_sweep(name)
-        self.folder = folder or Path("runs") / "sweeps" / path.stem
+    def __init__(self, name: str, base: str, folder: Path | None, words: list[str], processes: int) -> None:
+        path, self.sweep = read_sweep(name, base)
+        stem = f"{path.stem}-{Path(base).stem}" if base else path.stem
+        self.folder = folder or Path("runs") / "sweeps" / stem
         self.cells = cells_of(path, self.sweep)
         self.world = int(os.environ.get("NPROC", "1"))
         self.configs = {
@@ -191,9 +192,12 @@ class Work:
         return f"seed {cell.seed}: {row['step'] if row else 0}/{self.configs[cell.name].training.steps}"
 
 
-def run_sweep(name: str, folder: Path | None, words: list[str], processes: int, only_tables: bool = False) -> int:
-    """Runs what is not finished, and writes the tables. Returns the exit status: 1 when a cell failed. Raises UserError."""
-    work = Work(name, folder, words, processes)
+def run_sweep(
+    name: str, base: str, folder: Path | None, words: list[str], processes: int, only_tables: bool = False
+) -> int:
+    """Runs what is not finished, and writes the tables. base: in place of the sweep's own `config`. Returns the exit status: 1
+    when a cell failed. Raises UserError."""
+    work = Work(name, base, folder, words, processes)
     work.folder.mkdir(parents=True, exist_ok=True)
     with (work.folder / ".lock").open("a") as lock:
         try:
