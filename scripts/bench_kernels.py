@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from benchmarking import seconds
 from torch import Tensor
 
+from titan_moe.allocator import keep_freed_memory
 from titan_moe.model.moe import plan_dispatch
-from titan_moe.train.device import keep_freed_memory, peak_allocated
+from titan_moe.train.device import peak_allocated
 from torchtitan_ext.gram import gram_through, squared_cosines
 from torchtitan_ext.losses import coupling_loss
 

@@ -18,10 +18,11 @@ import torch
 from benchmarking import GEOMETRY, VOCABULARY, inputs_of, interval, seconds
 from torch import Tensor, nn
 
+from titan_moe.allocator import keep_freed_memory
 from titan_moe.config.tables import Optimizer
 from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Transformer
-from titan_moe.train.device import keep_freed_memory, peak_allocated
+from titan_moe.train.device import peak_allocated
 from titan_moe.train.optimizer import build_optimizer
 from torchtitan_ext.carry import empty_carry
 from torchtitan_ext.gram import gram_through

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from titan_moe.allocator import keep_freed_memory
 from titan_moe.config.describe import options_help
 from titan_moe.config.load import load_config, world_size_from_environment
 from titan_moe.config.tables import Config
@@ -60,6 +61,7 @@ NAME is a file of train_configs/ (default: debug), for sweep of train_configs/sw
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _exit_143)
+    keep_freed_memory()
     try:
         status = run(sys.argv[1:])
     except UserError as error:
@@ -183,9 +185,8 @@ def train(words: list[str]) -> int:
     from titan_moe.parallel.degrees import resolve
     from titan_moe.parallel.lifesigns import Alarm, LifeSigns, is_collective_failure
     from titan_moe.parallel.mesh import Mesh, from_first, limit_waiting, start_processes, stop_processes
-    from titan_moe.train.device import keep_freed_memory, pick_device
+    from titan_moe.train.device import pick_device
 
-    keep_freed_memory()
     device = pick_device()
     start_processes(device, config.parallelism.timeout_seconds)
     from_first(run_dir.open)
@@ -348,9 +349,8 @@ def ranks_of(config: Config) -> "Iterator[Mesh]":
     """This process among those of the environment, for work that is no training."""
     from titan_moe.parallel.degrees import resolve
     from titan_moe.parallel.mesh import Mesh, start_processes, stop_processes
-    from titan_moe.train.device import keep_freed_memory, pick_device
+    from titan_moe.train.device import pick_device
 
-    keep_freed_memory()
     device = pick_device()
     start_processes(device, config.parallelism.timeout_seconds)
     yield Mesh(resolve(config.parallelism, world_size_from_environment(), str), device)

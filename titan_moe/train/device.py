@@ -1,6 +1,5 @@
-"""The device a process computes on, its allocator, and its peak speed."""
+"""The device a process computes on, its memory, and its peak speed."""
 
-import ctypes
 import os
 import resource
 import sys
@@ -21,8 +20,6 @@ PEAK_BFLOAT16 = {
     "MI300X": 1307e12,
 }
 
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
-
 
 def pick_device() -> torch.device:
     """This process's: the GPU of its local rank, else the CPU."""
@@ -31,19 +28,6 @@ def pick_device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed blocks, for all threads together. By default it returns every large buffer to the system, and
-    the page faults of getting it back cost a CPU two fifths of the backward pass (docs/benchmarks.md); and each thread keeps
-    an arena of its own, where the buffers of background checkpoints pile up. Before threads start."""
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_ARENA_MAX, 1)
 
 
 def make_deterministic() -> None:
