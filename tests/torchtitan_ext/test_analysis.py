@@ -10,6 +10,7 @@ from torchtitan_ext.losses import routing_variance_loss
 from torchtitan_ext.metrics import (
     balanced_clusters,
     cluster_agreement,
+    conditional_routing,
     coupling_kappa,
     domain_information,
     domain_load,
@@ -40,9 +41,35 @@ def test_kappa_of_a_planted_permutation_is_one_and_of_noise_is_chance() -> None:
     assert 1 / experts <= coupling_kappa(ids, noise, experts) < 1 / experts + 4 * (1 / tokens) ** 0.5
 
 
-def test_kappa_is_the_best_over_all_permutations() -> None:
-    joint = torch.randint(20, (5, 5), generator=generator())
-    best = max(sum(int(joint[e, pi[e]]) for e in range(5)) for pi in itertools.permutations(range(5)))
+def test_identical_and_independent_layers() -> None:
+    """A layer like the one before: every measure of agreement is whole. One that knows nothing of it: each is at chance."""
+    experts, tokens = 8, 40_000
+    ids = torch.stack([torch.randperm(experts, generator=generator(n))[:2] for n in range(500)]).repeat(
+        tokens // 500, 1
+    )
+    other = ids[torch.randperm(tokens, generator=generator(9))]
+    cond = conditional_routing(ids, ids, experts)
+    assert torch.equal(cond.diagonal(), torch.ones(experts, dtype=torch.float64))
+    assert coupling_kappa(ids[:, 0], ids[:, 0], experts) == 1.0
+    assert routing_persistence(ids, ids) == (1.0, 1.0)
+    share = ids[:, 0].bincount().double() / tokens
+    load = domain_load(ids[:, :1], ids[:, 0], experts, experts)
+    assert domain_information(load) == pytest.approx(torch.special.entr(share).sum().item(), rel=1e-9)
+    # Independent: cond[e, v] is v's share of the tokens, with deviation sqrt(p (1 - p) / n) for the n tokens of e.
+    shares = torch.bincount(other.flatten(), minlength=experts).double() / tokens
+    deviation = (0.25 / torch.bincount(ids.flatten()).min()) ** 0.5
+    assert (conditional_routing(ids, other, experts) - shares).abs().max() < 5 * deviation
+    chance = match_experts(torch.outer(ids[:, 0].bincount().double(), other[:, 0].bincount().double()))[1]
+    assert abs(coupling_kappa(ids[:, 0], other[:, 0], experts) - chance) < 0.02
+    assert routing_persistence(ids, other).topk == pytest.approx(2 / experts, abs=0.02)
+    assert domain_information(domain_load(ids, other[:, 0], experts, experts)) < 0.005
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 5, 7])
+def test_kappa_is_the_best_over_all_permutations(experts: int) -> None:
+    joint = torch.randint(20, (experts, experts), generator=generator())
+    ways = itertools.permutations(range(experts))
+    best = max(sum(int(joint[e, pi[e]]) for e in range(experts)) for pi in ways)
     columns, share = match_experts(joint)
     assert share == best / int(joint.sum())
     assert sum(int(joint[e, v]) for e, v in enumerate(columns)) == best
