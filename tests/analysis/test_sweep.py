@@ -170,13 +170,13 @@ def finish(process: subprocess.Popen[str]) -> str:
 def test_a_sweep_killed_at_any_moment_ends_with_the_same_tables(
     sweep_file: Path, tmp_path: Path, corpus_dir: Path
 ) -> None:
+    sweep_file.write_text(SWEEP.partition("[grid]")[0])
     out = finish(started(sweep_file, tmp_path / "whole", corpus_dir))
-    assert "12 of 12 runs" in out
+    assert "6 of 6 runs" in out
     rows = list(csv.DictReader((tmp_path / "whole" / "results.csv").open()))
-    assert len(rows) == 12
+    assert len(rows) == 6
     assert {row["arm"] for row in rows} == {"dense", "lb", "lb,sp"}
     text = (tmp_path / "whole" / "results.md").read_text()
-    assert "### style vanilla" in text
     assert "| lb,sp | 2 |" in text
     assert " kappa |" in text
     measures = {row["measure"] for row in csv.DictReader((tmp_path / "whole" / "comparisons.csv").open())}
@@ -185,7 +185,7 @@ def test_a_sweep_killed_at_any_moment_ends_with_the_same_tables(
     dice = random.Random(1)
     for number in signal.SIGKILL, signal.SIGTERM, signal.SIGKILL:
         process = started(sweep_file, tmp_path / "broken", corpus_dir)
-        time.sleep(dice.uniform(8, 20))
+        time.sleep(dice.uniform(5, 14))
         process.send_signal(number)
         process.communicate(timeout=120)
         assert process.returncode in (-9, 143, 0)
@@ -199,7 +199,7 @@ def test_a_sweep_killed_at_any_moment_ends_with_the_same_tables(
     changed = started(sweep_file, tmp_path / "whole", corpus_dir, "--optimizer.lr=1e-5")
     _, errors = changed.communicate(timeout=120)
     assert changed.returncode == 2
-    assert "optimizer.lr: has changed since dense--vanilla--seed0 was run" in errors
+    assert "optimizer.lr: has changed since dense--seed0 was run" in errors
 
 
 @pytest.mark.slow
