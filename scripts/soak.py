@@ -20,6 +20,7 @@ from chaos import ROOT, SMALL, processes, rows, start
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 2**20
+BLOCKS = 10
 
 
 def sample(pid: int) -> tuple[float, int, int]:
@@ -41,9 +42,10 @@ def disk(run: Path) -> float:
 
 
 def slope(steps: list[int], values: list[float]) -> tuple[float, float]:
-    """MiB per 1,000 steps, and the standard error."""
-    x, y = np.array(steps, dtype=np.float64) / 1000, np.array(values)
-    fit, covariance = np.polyfit(x, y, 1, cov=True)
+    """MiB per 1,000 steps, and the standard error: of means over blocks, since one sample is much like the next."""
+    samples = np.array([steps, values], dtype=np.float64).T
+    x, y = np.array([block.mean(0) for block in np.array_split(samples, BLOCKS)]).T
+    fit, covariance = np.polyfit(x / 1000, y, 1, cov=True)
     return float(fit[0]), float(np.sqrt(covariance[0, 0]))
 
 
@@ -82,6 +84,8 @@ def main() -> None:
                 f"descriptors {min(descriptors)} to {max(descriptors)}, threads {min(threads)} to {max(threads)}"
             )
             early = samples[: len(samples) // 2]
+            course = [s[1] for s in samples[:: max(1, len(samples) // 8)]]
+            print(f"  resident over the run: {' '.join(f'{value:.1f}' for value in course)} MiB")
             if rise > max(2 * error, 1.0):
                 bad.append(f"rank {rank}: memory grows")
             bad += [
