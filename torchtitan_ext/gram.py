@@ -1,7 +1,7 @@
 """Gram matrices of each token's k expert activations: the one small matrix that sp and o are functions of.
 
 T tokens, K experts per token, R routed rows, F width. Forward and backward are one pass over the rows each, and no (T, K, F)
-copy exists: on a CPU by the kernels of `csrc/gram.c`, elsewhere by PyTorch's operations on slices of a few MiB.
+copy exists: on a CPU by the kernels of `csrc/kernels.c`, elsewhere by PyTorch's operations on slices of a few MiB.
 """
 
 from collections.abc import Iterator
@@ -88,7 +88,9 @@ class _TokenGram(torch.autograd.Function):
 
     @staticmethod
     def forward(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
-        return _products(z_RF, rows_TK) if _transformed(z_RF) else torch.ops.torchtitan_ext.token_gram(z_RF, rows_TK)
+        return (
+            _products(z_RF, rows_TK) if native.transformed(z_RF) else torch.ops.torchtitan_ext.token_gram(z_RF, rows_TK)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004 - torch's signature
@@ -99,16 +101,11 @@ class _TokenGram(torch.autograd.Function):
         z_RF, rows_TK = ctx.saved_tensors
         coefficients = _symmetric(grad_TKK)
         grad_RF = torch.zeros_like(z_RF, memory_format=torch.contiguous_format)
-        if torch.is_grad_enabled() or _transformed(z_RF):
+        if torch.is_grad_enabled() or native.transformed(z_RF):
             parts = [part for _, part in _gradients(z_RF, rows_TK, coefficients)]
             return grad_RF.index_copy(0, rows_TK.reshape(-1), torch.cat(parts)), None
         torch.ops.torchtitan_ext.add_gram_gradient(grad_RF, z_RF, rows_TK, coefficients)
         return grad_RF, None
-
-
-def _transformed(x: Tensor) -> bool:
-    """Whether a transform of torch.func (vmap, grad) wraps this tensor, which no kernel sees through."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def token_gram(z_RF: Tensor, rows_TK: Tensor) -> Tensor:

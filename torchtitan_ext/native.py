@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("csrc") / "gram.c"
+SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
 # OpenMP's runtime is the one that PyTorch has loaded already, so both share their threads.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
@@ -47,6 +47,11 @@ def handles(z: Tensor) -> bool:
     return z.device.type == "cpu" and z.dtype in SUFFIX and library() is not None
 
 
+def transformed(x: Tensor) -> bool:
+    """Whether a transform of torch.func (vmap, grad) wraps this tensor, which no kernel sees through."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def token_gram(z_RF: Tensor, rows_TK: Tensor, out_TKK: Tensor) -> None:
     """`out[t, a, b] = <z[rows[t, a]], z[rows[t, b]]>`; all contiguous, out in at least float32."""
     tokens, k = rows_TK.shape
@@ -57,6 +62,12 @@ def add_gram_gradient(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficien
     """`grad[rows[t, a]] += sum_b coefficients[t, a, b] z[rows[t, b]]`; all contiguous, each row at most once in rows."""
     tokens, k = rows_TK.shape
     _call("add_gram_gradient", z_RF.dtype, (grad_RF, z_RF, rows_TK, coefficients_TKK), (tokens, k, z_RF.shape[1]))
+
+
+def largest(scores_TE: Tensor, ids_TK: Tensor) -> None:
+    """`ids[t]`: the places of the k largest of `scores[t]`, the largest first; both contiguous, scores float32 or float64."""
+    tokens, k = ids_TK.shape
+    _call("largest", scores_TE.dtype, (scores_TE, ids_TK), (tokens, scores_TE.shape[1], k))
 
 
 def _call(name: str, dtype: torch.dtype, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
@@ -76,7 +87,7 @@ def _built() -> Path:
         raise OSError("no C compiler (gcc or cc) on PATH")
     key = hashlib.sha256("\n".join((SOURCE.read_text(), compiler, *FLAGS, _processor())).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchtitan_ext"
-    path = cache / f"gram-{key}.so"
+    path = cache / f"kernels-{key}.so"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:  # processes may build at once: the last rename wins

@@ -14,6 +14,7 @@ from torchtitan_ext.losses import (
     coupling_noise,
     coupling_noise_bound,
     expert_router_coupling_loss,
+    largest_ids,
     load_balance_loss,
     orthogonality_loss,
     router_z_loss,
@@ -215,6 +216,24 @@ def test_coupling_by_transitions() -> None:
     assert coupling_loss([path, path.roll(1, 1)], 1, "transition").item() == pytest.approx(-1.0, abs=1e-14)
     mixed = torch.full((EXPERTS, EXPERTS), 1 / EXPERTS, dtype=torch.float64)
     assert coupling_loss([path, mixed], 1, "transition").item() == pytest.approx(-1 / EXPERTS, abs=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("experts", "count"), [(1, 1), (5, 2), (16, 2), (64, 6), (7, 7), (300, 40)])
+def test_the_largest_scores(dtype: torch.dtype, experts: int, count: int) -> None:
+    """As topk finds them; equal ones in the order of their places; strided input; NaN first."""
+    scores = torch.rand(40, 2 * experts, dtype=dtype, generator=generator(8))[:, ::2]
+    found = largest_ids(scores, count)
+    assert torch.equal(found, scores.topk(count, dim=-1).indices)
+    coarse = (scores * 4).floor()
+    order = coarse.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    assert torch.equal(largest_ids(coarse, count), order)
+    assert largest_ids(scores[:0], count).shape == (0, count)
+    broken = scores.clone()
+    broken[3, experts // 2] = torch.nan
+    assert largest_ids(broken, count)[3, 0] == experts // 2
+    with pytest.raises((ValueError, RuntimeError)):
+        largest_ids(scores, experts + 1)
 
 
 def test_coupling_of_one_layer_is_a_connected_zero() -> None:

@@ -1,6 +1,6 @@
-// Gram matrices of each token's k rows of z, and their gradient: one pass over the rows each.
+// Gram matrices of each token's k rows of z, and their gradient: one pass over the rows each; and the k largest of each row.
 //
-// KERNELS makes both for one element type; bfloat16 (as uint16_t) is accumulated in float.
+// KERNELS makes the first two for one element type; bfloat16 (as uint16_t) is accumulated in float.
 
 #include <stdint.h>
 #include <stddef.h>
@@ -105,3 +105,25 @@ static inline void put_bfloat16(uint16_t *p, float v) {
 KERNELS(float, float, float, float_lanes)
 KERNELS(double, double, double, double_lanes)
 KERNELS(bfloat16, uint16_t, float, float_lanes)
+
+// ids[t, 0..k-1]: the places of the k largest of scores[t], the largest first, of equal ones the first; NaN counts as largest.
+#define LARGEST(NAME, ELEMENT)                                                                                         \
+    void largest_##NAME(const ELEMENT *scores, int64_t *ids, int64_t tokens, int64_t width, int64_t k, int threads) {  \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
+        for (int64_t t = 0; t < tokens; t++) {                                                                         \
+            const ELEMENT *row = scores + t * width;                                                                   \
+            int64_t *best = ids + t * k, count = 0;                                                                    \
+            for (int64_t e = 0; e < width; e++) {                                                                      \
+                ELEMENT value = row[e];                                                                                \
+                if (count == k && (value <= row[best[k - 1]] || row[best[k - 1]] != row[best[k - 1]])) continue;       \
+                int64_t place = count < k ? count++ : k - 1;                                                           \
+                for (; place > 0 && !(value <= row[best[place - 1]]) && row[best[place - 1]] == row[best[place - 1]];  \
+                     place--)                                                                                          \
+                    best[place] = best[place - 1];                                                                     \
+                best[place] = e;                                                                                       \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+
+LARGEST(float, float)
+LARGEST(double, double)
