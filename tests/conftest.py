@@ -14,7 +14,7 @@ from titan_moe.config.tables import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+THREADS = 2
 
 TINY = [
     "--model.dim=32",

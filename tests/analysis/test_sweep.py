@@ -151,7 +151,8 @@ def test_verdicts(values: list[float], word: str) -> None:
 
 
 def started(sweep_file: Path, folder: Path, corpus: Path, *words: str) -> subprocess.Popen[str]:
-    options = [*TINY, f"--data.corpus={corpus}", "--training.dtype=float32", "--model.moe.hidden_dim=24", *words]
+    tiny = [word for word in TINY if "top_k" not in word]  # which the dense arm sets itself
+    options = [*tiny, f"--data.corpus={corpus}", "--training.dtype=float32", "--model.moe.hidden_dim=24", *words]
     command = [sys.executable, "-m", "titan_moe.cli", "sweep", "--config", str(sweep_file), "--output", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TITAN_MOE_CACHE": str(folder.parent / "cache")}
     pipe = subprocess.PIPE
@@ -170,14 +171,14 @@ def finish(process: subprocess.Popen[str]) -> str:
 def test_a_sweep_killed_at_any_moment_ends_with_the_same_tables(
     sweep_file: Path, tmp_path: Path, corpus_dir: Path
 ) -> None:
-    sweep_file.write_text(SWEEP.partition("[grid]")[0])
+    sweep_file.write_text(SWEEP.partition("[grid]")[0].replace("seeds = [0, 1]", "seeds = [0]"))
     out = finish(started(sweep_file, tmp_path / "whole", corpus_dir))
-    assert "6 of 6 runs" in out
+    assert "3 of 3 runs" in out
     rows = list(csv.DictReader((tmp_path / "whole" / "results.csv").open()))
-    assert len(rows) == 6
+    assert len(rows) == 3
     assert {row["arm"] for row in rows} == {"dense", "lb", "lb,sp"}
     text = (tmp_path / "whole" / "results.md").read_text()
-    assert "| lb,sp | 2 |" in text
+    assert "| lb,sp | 1 |" in text
     assert " kappa |" in text
     measures = {row["measure"] for row in csv.DictReader((tmp_path / "whole" / "comparisons.csv").open())}
     assert {"loss", "moe/overlap", "reg/lb", "inspect/kappa", "inspect/persistence_top1"} <= measures
@@ -185,7 +186,7 @@ def test_a_sweep_killed_at_any_moment_ends_with_the_same_tables(
     dice = random.Random(1)
     for number in signal.SIGKILL, signal.SIGTERM, signal.SIGKILL:
         process = started(sweep_file, tmp_path / "broken", corpus_dir)
-        time.sleep(dice.uniform(5, 14))
+        time.sleep(dice.uniform(4, 10))
         process.send_signal(number)
         process.communicate(timeout=120)
         assert process.returncode in (-9, 143, 0)

@@ -34,7 +34,6 @@ def spaces_work() -> bool:
 
 
 pytestmark = [
-    pytest.mark.xdist_group("nodes"),
     pytest.mark.slow,
     pytest.mark.skipif(not spaces_work(), reason="needs root and ip netns, for nodes with their own network"),
 ]

@@ -37,7 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("precision")  # the float32 run is made once
 @pytest.mark.parametrize(
     "words",
     [["--training.dtype=bfloat16"], ["--training.dtype=bfloat16", "--float8.enable=true"]],
