@@ -68,6 +68,8 @@ def main() -> None:
 
     def filled(block: re.Match[str]) -> str:
         opening, kind, name, words, end = block.groups()
+        if not (options.sweeps / name / "results.md").exists():
+            sys.exit(f"{options.sweeps / name}: no results; run `titan-moe sweep --config {name}` first")
         make = sweep_table if kind == "sweep" else placement_table
         parts = [part.strip() for part in words.split(";" if kind == "placement" else ",")]
         return f"{opening}{make(options.sweeps / name, parts)}\n{end}"
