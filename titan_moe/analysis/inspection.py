@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from titan_moe.analysis.tally import PER_TOKEN, Recorder, Sample, Tally, largest, merged, record, unchanged_choices
@@ -26,6 +25,7 @@ from titan_moe.data.prepare import Prepared, cache_root, prepare, prepare_text
 from titan_moe.data.shards import TokenStream
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.errors import UserError
+from titan_moe.model.gemm import whole
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.degrees import micro_batch_size
 from titan_moe.parallel.mesh import Mesh, from_first
@@ -36,15 +36,17 @@ from titan_moe.train.terms import build_terms
 from titan_moe.train.trainer import build_model
 from titan_moe.train.validation import evaluate_batch, labelled_bytes
 from torchtitan_ext.collectives import all_sum
-from torchtitan_ext.losses import coupling_noise_bound
+from torchtitan_ext.losses import chance_overlap, coupling_noise_bound
 from torchtitan_ext.metrics import (
     cluster_agreement,
+    dead_share,
     domain_information,
     expert_response,
     knn_overlap,
     load_variation,
     match_experts,
     max_vio,
+    mean_gate_imbalance,
     routing_silhouette,
 )
 
@@ -126,7 +128,6 @@ class Watched:
         return Tally(
             layers=self.model.moe_layers,
             experts=moe.experts,
-            top_k=moe.top_k,
             domains=len(self.prepared.manifest.domains),
             seq_len=self.windows.seq_len,
             device=self.mesh.device,
@@ -259,13 +260,13 @@ def layer_measures(tally: Tally, layer: int, model: Transformer) -> dict[str, An
         "load": counts.tolist(),
         "load_variation": load_variation(counts).item(),
         "max_vio_global": max_vio(counts).item(),
-        "dead": (counts == 0).double().mean().item(),
+        "dead": dead_share(counts).item(),
         **{name: sums[name] for name in ("entropy", "topk_mass", "margin", "overlap")},
-        "overlap_chance": 1.0 / moe.hidden_dim,
+        "overlap_chance": chance_overlap(moe.hidden_dim),
         "overlap_y": sums["overlap_y"],
-        "overlap_y_chance": 1.0 / model.settings.dim,
+        "overlap_y_chance": chance_overlap(model.settings.dim),
         "routing_variance": (sums["squared_gates"] - mean_gates.square().sum().item()) / moe.experts,
-        "mean_gate_imbalance": (mean_gates - 1.0 / moe.experts).square().mean().item(),
+        "mean_gate_imbalance": mean_gate_imbalance(mean_gates.unsqueeze(0)).item(),
         "domain_load": tally.domain_load[layer].tolist(),
         "domain_information": domain_information(tally.domain_load[layer]),
     }
@@ -295,12 +296,8 @@ def cluster_measures(inputs: Tensor, top1: Tensor) -> dict[str, float]:
 
 def response(router_weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """erc's M, rows divided by their diagonal, and eps, of a layer's whole weights."""
-    router, gate = whole(router_weight), whole(gate_up)[:, 0]
+    router, gate = whole(router_weight).detach(), whole(gate_up).detach()[:, 0]
     return expert_response(router, gate).cpu(), coupling_noise_bound(router).cpu()
-
-
-def whole(weight: Tensor) -> Tensor:
-    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach()
 
 
 def unique_largest(gates: Tensor, places: Tensor, count: int) -> Tensor:

@@ -125,10 +125,9 @@ def place(counts: Counts, joint: npt.NDArray[Any], ranks: int) -> Ranks:
         for _ in range(ROUNDS):
             homes = homes_by_first_router(counts, rank_of)
             share = traffic(counts, rank_of, homes).share
-            if share >= fewest and rank_of is not starts[0]:
+            if share >= fewest:
                 break
-            if share < fewest:
-                best, fewest = rank_of, share
+            best, fewest = rank_of, share
             from_home = np.stack([counts[homes == rank].sum(0) for rank in range(ranks)], axis=2)
             rank_of = np.stack([assign(gain) for gain in from_home])
     return best

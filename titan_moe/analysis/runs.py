@@ -9,7 +9,7 @@ from typing import Any
 import tomli
 
 from titan_moe.errors import UserError
-from titan_moe.train.run_dir import read_row
+from titan_moe.train.run_dir import read_rows
 
 
 class Run:
@@ -20,10 +20,9 @@ class Run:
         self.path, self.name = path, name
         try:
             self.config: dict[str, Any] = tomli.loads((path / "config.toml").read_text(encoding="utf-8"))
-            lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+            self.all_rows = read_rows(path / "metrics.jsonl")
         except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
             raise UserError(f"{path}: not a run directory: {error}") from error
-        self.all_rows = [row for row in map(read_row, lines) if row is not None]
         if not self.rows("train"):
             raise UserError(f"{path}: has no training step yet")
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from titan_moe.analysis.grid import Cell, Sweep
 from titan_moe.analysis.statistics import Paired, holm, paired
-from titan_moe.train.run_dir import read_row
+from titan_moe.train.run_dir import read_rows
 
 TAIL = 0.1  # share of a run's steps, the last ones, over which its training measures are averaged
 SHOWN = (
@@ -41,7 +41,7 @@ class Group(NamedTuple):
 def result_of(run: Path, validations: int) -> dict[str, float]:
     """A finished run's numbers: the mean of its last validations, of the last training steps' measures, and what `inspect`
     found. Raises ValueError for a run with fewer validations than that."""
-    rows = [row for row in map(read_row, (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)) if row]
+    rows = read_rows(run / "metrics.jsonl")
     losses = [row for row in rows if row["kind"] == "validation"][-validations:]
     if len(losses) < validations:
         raise ValueError(f"{run.name} has {len(losses)} validations, not {validations}; lower validation.interval")

@@ -43,7 +43,6 @@ class Tally:
 
     layers: int
     experts: int
-    top_k: int
     domains: int
     seq_len: int
     """Tokens of a whole sequence."""

@@ -45,6 +45,11 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
+def whole(weight: Tensor) -> Tensor:
+    """All of a sharded weight, on every rank. Collective."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
 class Linear(nn.Module):
     """A linear map without bias whose weight keeps its own type."""
 

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from titan_moe.errors import UserError
+from titan_moe.model.gemm import whole
 from titan_moe.model.init import local_part
 from titan_moe.model.transformer import Transformer
 
@@ -33,11 +33,11 @@ def permute_experts(model: Transformer, order: Order) -> None:
 
 def reorder(parameter: Tensor, numbers: Tensor) -> None:
     """The rows of a (sharded) parameter in another order."""
-    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    everything = whole(parameter)
     own, corner = local_part(parameter)
-    rows = numbers.to(whole.device)[corner[0] : corner[0] + own.shape[0]]
+    rows = numbers.to(everything.device)[corner[0] : corner[0] + own.shape[0]]
     rest = tuple(slice(start, end) for start, end in zip(corner[1:], map(add, corner[1:], own.shape[1:]), strict=True))
-    own.copy_(whole[rows][(slice(None), *rest)].clone())
+    own.copy_(everything[rows][(slice(None), *rest)].clone())
 
 
 def write_order(path: Path, order: Order, **facts: Any) -> None:

@@ -129,13 +129,18 @@ class RunDir:
         """Whether metrics.jsonl has the row of the validation at a step."""
         if not self.metrics.exists():
             return False
-        rows = map(read_row, self.metrics.read_bytes().splitlines(keepends=True))
-        return any(row is not None and (row["kind"], row["step"]) == ("validation", step) for row in rows)
+        return any((row["kind"], row["step"]) == ("validation", step) for row in read_rows(self.metrics))
 
     def cut_tensorboard(self, step: int) -> None:
         """Starting over removes TensorBoard's files; a resumed run's writer purges what is past its step."""
         if step == 0:
             shutil.rmtree(self.tensorboard, ignore_errors=True)
+
+
+def read_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl."""
+    found = map(read_row, metrics.read_bytes().splitlines(keepends=True))
+    return [row for row in found if row is not None]
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:
