@@ -91,7 +91,7 @@ def fail(error: Exception, line: str | None, status: int) -> int:
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from titan_moe.parallel.lifesigns import record_failure
 
-        record_failure(error)
+        record_failure(error, status)
     if line is not None:
         print(f"error: {line}", file=sys.stderr)
     log_file.error(line or "unexpected", exc_info=None if line else error)

@@ -198,11 +198,14 @@ def number(name: str, default: int) -> int:
 def first_failure(failures: dict[int, ProcessFailure]) -> int:
     """Says which rank of this node failed first and why; returns its exit status."""
     rank, failure = min(failures.items(), key=lambda item: when(item[1]))
-    status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    if failure.exitcode - 128 in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    found = recorded(failure)
+    # Who wrote its error was leaving; that the signal which ends the others met it on the way out says nothing.
+    code = int(found.get("status", failure.exitcode))
+    status = code if code > 0 else 128 - code
+    if code - 128 in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         return status  # it was told to stop, has saved, and has said so
-    how = f"died of {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"failed, status {status}"
-    reason = recorded(failure).get("message", "")
+    how = f"died of {signal.Signals(-code).name}" if code < 0 else f"failed, status {status}"
+    reason = found.get("message", "")
     print(
         f"error: first to fail on {socket.gethostname()}: rank {rank} {how}{f': {reason}' if reason else ''}",
         file=sys.stderr,

@@ -130,8 +130,10 @@ class Alarm:
         self.file.close()
 
 
-def record_failure(error: BaseException) -> None:
-    """Leaves the error where the process that started this one looks for it (torchrun's file, `titan_moe.launch`'s fields)."""
+def record_failure(error: BaseException, status: int) -> None:
+    """Leaves the error where the process that started this one looks for it (torchrun's file, `titan_moe.launch`'s fields).
+
+    status: the exit status this process is about to leave with; a signal may reach it before it has left."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
@@ -141,6 +143,9 @@ def record_failure(error: BaseException) -> None:
         "message": str(error) or type(error).__name__,
         "extraInfo": details,
         "time": now,
+        "status": status,
         "consequence": isinstance(error, LostRanksError),
     }
-    Path(path).write_text(json.dumps({"message": message}))
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps({"message": message}))
+    part.replace(path)  # whole or not at all: the reader may have sent the signal that ends the writer
