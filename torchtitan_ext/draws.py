@@ -4,10 +4,13 @@ A key is a handful of integers, or integer tensors that broadcast: (seed, purpos
 MurmurHash3's 32-bit finaliser, folded over the key; there is no state.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchtitan_ext import native
 
 MASK = 0xFFFFFFFF
 
@@ -22,6 +25,11 @@ def _finalise(h: Any) -> Any:
     return h ^ (h >> 16)
 
 
+def _fold(h: Any, part: Any) -> Any:
+    """The hash of a key with one more part."""
+    return _finalise((h * 0x9E3779B1 + (part & MASK) + 0x7F4A7C15) & MASK)
+
+
 def keyed_bits(*key: Tensor | int, device: torch.device, start: Tensor | int = 0) -> Tensor:
     """32 random bits per element of the broadcast key, as int64 in [0, 2^32).
 
@@ -34,7 +42,7 @@ def keyed_bits(*key: Tensor | int, device: torch.device, start: Tensor | int = 0
         number = torch.compiler.is_compiling() and not isinstance(part, Tensor)
         value = torch.full((), part, dtype=torch.int64, device=device) if number else part  # type: ignore[arg-type]
         value = value.to(device=device, dtype=torch.int64) if isinstance(value, Tensor) else value
-        h = _finalise((h * 0x9E3779B1 + (value & MASK) + 0x7F4A7C15) & MASK)
+        h = _fold(h, value)
     return torch.as_tensor(h, dtype=torch.int64, device=device)
 
 
@@ -56,11 +64,21 @@ def signs_of(bits: Tensor, width: int, dtype: torch.dtype = torch.float32, first
     return (2 * unpacked.flatten(-2)[..., first % 32 : first % 32 + width] - 1).to(dtype)
 
 
-def drawn(bits_N: Tensor, share: float) -> Tensor:
-    """Places of the elements that are drawn, each with probability `share`; on the meta device as many as expected."""
-    if bits_N.is_meta:
-        return torch.empty(round(share * bits_N.shape[0]), dtype=torch.int64, device=bits_N.device)
-    return (bits_N < share * 2**32).nonzero().squeeze(1)
+def drawn(share: float, *key: Tensor | int, rows_B: Tensor, columns_S: Tensor, device: torch.device) -> Tensor:
+    """Flat places of the elements of (B, S) that are drawn, each with probability `share`.
+
+    key: integers and scalar tensors; a row's number and a column's go on from there. On the meta device as many as expected.
+    """
+    if device.type == "meta":
+        return torch.empty(round(share * len(rows_B) * len(columns_S)), dtype=torch.int64, device=device)
+    limit = math.ceil(share * 2**32)
+    if device.type == "cpu" and not torch.compiler.is_compiling() and native.library() is not None:
+        start = 0
+        for part in key:
+            start = _fold(start, int(part))
+        return native.drawn(rows_B, columns_S, start, limit)
+    bits_BS = keyed_bits(*key, rows_B.unsqueeze(1), columns_S, device=device)
+    return (bits_BS.flatten() < limit).nonzero().squeeze(1)
 
 
 def distinct(keys_N: Tensor) -> tuple[Tensor, Tensor]:

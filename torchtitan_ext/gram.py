@@ -56,8 +56,7 @@ def _symmetric(grad_TKK: Tensor) -> Tensor:
     return grad_TKK + grad_TKK.transpose(1, 2)
 
 
-@torch.library.custom_op("torchtitan_ext::token_gram", mutates_args=())
-def _gram_op(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+def _gram(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
     if not native.handles(z_RF):
         return _products(z_RF, rows_TK)
     tokens, k = rows_TK.shape
@@ -66,19 +65,35 @@ def _gram_op(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
     return out_TKK
 
 
+_gram_op = torch.library.custom_op("torchtitan_ext::token_gram", _gram, mutates_args=())
+
+
 @_gram_op.register_fake
 def _(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
     tokens, k = rows_TK.shape
     return z_RF.new_empty(tokens, k, k, dtype=accumulation_dtype(z_RF.dtype))
 
 
-@torch.library.custom_op("torchtitan_ext::add_gram_gradient", mutates_args={"grad_RF"})
-def _add_gradient_op(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> None:
+def _add_gradient(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> None:
     if native.handles(z_RF) and grad_RF.is_contiguous():
         native.add_gram_gradient(grad_RF, z_RF.contiguous(), rows_TK.contiguous(), coefficients_TKK.contiguous())
         return
     for rows, part in _gradients(z_RF, rows_TK, coefficients_TKK):
         grad_RF.index_add_(0, rows, part)
+
+
+torch.library.custom_op("torchtitan_ext::add_gram_gradient", _add_gradient, mutates_args={"grad_RF"})
+
+
+def _taken(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    """The Gram matrices, by the operator only where something looks on: it costs more than small products do."""
+    return (_gram if native.direct(z_RF) else torch.ops.torchtitan_ext.token_gram)(z_RF, rows_TK)
+
+
+def _give_back(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, grad_TKK: Tensor) -> None:
+    """Adds to z's gradient what the Gram's gives, likewise."""
+    add = _add_gradient if native.direct(z_RF) else torch.ops.torchtitan_ext.add_gram_gradient
+    add(grad_RF, z_RF, rows_TK, _symmetric(grad_TKK))
 
 
 class _TokenGram(torch.autograd.Function):
@@ -88,9 +103,7 @@ class _TokenGram(torch.autograd.Function):
 
     @staticmethod
     def forward(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
-        return (
-            _products(z_RF, rows_TK) if native.transformed(z_RF) else torch.ops.torchtitan_ext.token_gram(z_RF, rows_TK)
-        )
+        return _products(z_RF, rows_TK) if native.transformed(z_RF) else _taken(z_RF, rows_TK)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004 - torch's signature
@@ -99,12 +112,11 @@ class _TokenGram(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TKK: Tensor) -> tuple[Tensor, None]:
         z_RF, rows_TK = ctx.saved_tensors
-        coefficients = _symmetric(grad_TKK)
         grad_RF = torch.zeros_like(z_RF, memory_format=torch.contiguous_format)
         if torch.is_grad_enabled() or native.transformed(z_RF):
-            parts = [part for _, part in _gradients(z_RF, rows_TK, coefficients)]
+            parts = [part for _, part in _gradients(z_RF, rows_TK, _symmetric(grad_TKK))]
             return grad_RF.index_copy(0, rows_TK.reshape(-1), torch.cat(parts)), None
-        torch.ops.torchtitan_ext.add_gram_gradient(grad_RF, z_RF, rows_TK, coefficients)
+        _give_back(grad_RF, z_RF, rows_TK, grad_TKK)
         return grad_RF, None
 
 
@@ -129,7 +141,7 @@ class _GramThrough(torch.autograd.Function):
     def forward(ctx: Any, z_RF: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(z_RF, rows_TK)
         ctx.set_materialize_grads(False)
-        return z_RF.view_as(z_RF), torch.ops.torchtitan_ext.token_gram(z_RF, rows_TK)
+        return z_RF.view_as(z_RF), _taken(z_RF, rows_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_RF: Tensor | None, grad_TKK: Tensor | None) -> tuple[Tensor | None, None]:
@@ -138,7 +150,7 @@ class _GramThrough(torch.autograd.Function):
             return grad_RF, None
         if grad_RF is None:
             grad_RF = torch.zeros_like(z_RF)
-        torch.ops.torchtitan_ext.add_gram_gradient(grad_RF, z_RF, rows_TK, _symmetric(grad_TKK))
+        _give_back(grad_RF, z_RF, rows_TK, grad_TKK)
         return grad_RF, None
 
 
@@ -163,6 +175,34 @@ def squared_cosines(gram_TKK: Tensor, floor: float = 0.0) -> Tensor:
 
     A zero vector has cosine 0 with everything, and gradient 0.
     """
+    if native.direct(gram_TKK) and gram_TKK.dtype != torch.bfloat16:
+        result: Tensor = _SquaredCosines.apply(gram_TKK, floor)
+        return result
+    return _squared_cosines(gram_TKK, floor)
+
+
+class _SquaredCosines(torch.autograd.Function):
+    """Value and gradient at once, by the kernel; a derivative of the gradient is PyTorch's."""
+
+    @staticmethod
+    def forward(ctx: Any, gram_TKK: Tensor, floor: float) -> Tensor:
+        values_T, gradient_TKK = gram_TKK.new_empty(gram_TKK.shape[0]), torch.empty_like(gram_TKK).contiguous()
+        native.squared_cosines(gram_TKK.contiguous(), floor, values_T, gradient_TKK)
+        ctx.save_for_backward(gram_TKK, gradient_TKK)
+        ctx.floor = floor
+        return values_T
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
+        gram_TKK, gradient_TKK = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            values_T = _squared_cosines(gram_TKK, ctx.floor)
+            return torch.autograd.grad(values_T, gram_TKK, grad_T, create_graph=True)[0], None
+        return gradient_TKK * grad_T[:, None, None], None
+
+
+def _squared_cosines(gram_TKK: Tensor, floor: float) -> Tensor:
+    """By PyTorch's operations."""
     norms_TK = squared_norms(gram_TKK)
     positive = norms_TK > 0
     inverse_TK = torch.where(positive, norms_TK, 1.0).rsqrt() * positive

@@ -193,8 +193,7 @@ def coupling_target_mass(scores: Tensor, top_k: int) -> Tensor:
 
 def largest_ids(scores: Tensor, count: int) -> Tensor:
     """The places of the `count` largest of each row: (T, E) -> (T, count) int64. On a CPU four times as fast as `topk`."""
-    plain = not torch.compiler.is_compiling() and not native.transformed(scores)
-    if not plain or scores.dim() != 2 or scores.is_meta or not native.handles(scores):
+    if scores.dim() != 2 or not native.direct(scores):
         return scores.topk(count, dim=-1).indices
     if not 0 < count <= scores.shape[1]:
         raise ValueError(f"{count} of {scores.shape[1]} scores can't be chosen")

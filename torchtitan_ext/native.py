@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
 # OpenMP's runtime is the one that PyTorch has loaded already, so both share their threads.
@@ -47,6 +48,11 @@ def handles(z: Tensor) -> bool:
     return z.device.type == "cpu" and z.dtype in SUFFIX and library() is not None
 
 
+def direct(x: Tensor) -> bool:
+    """Whether a kernel may be called here and now, with no operator around it for a compiler or a transform to see."""
+    return not torch.compiler.is_compiling() and type(x) in (Tensor, Parameter) and handles(x) and not transformed(x)
+
+
 def transformed(x: Tensor) -> bool:
     """Whether a transform of torch.func (vmap, grad) wraps this tensor, which no kernel sees through."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -70,14 +76,34 @@ def largest(scores_TE: Tensor, ids_TK: Tensor) -> None:
     _call("largest", scores_TE.dtype, (scores_TE, ids_TK), (tokens, scores_TE.shape[1], k))
 
 
-def _call(name: str, dtype: torch.dtype, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
+def squared_cosines(gram_TKK: Tensor, floor: float, values_T: Tensor, gradient_TKK: Tensor) -> None:
+    """`gram.squared_cosines` and its gradient by every entry; all contiguous, of one type, float32 or float64."""
+    tokens, k, _ = gram_TKK.shape
+    _call("squared_cosines", gram_TKK.dtype, (gram_TKK, values_T, gradient_TKK), (tokens, k), ctypes.c_double(floor))
+
+
+def drawn(rows_B: Tensor, columns_S: Tensor, start: int, limit: int) -> Tensor:
+    """Flat places, of (B, S), of the elements whose `draws.keyed_bits` from `start` on are below `limit`; all int64."""
+    found = library()
+    assert found is not None
+    rows_B, columns_S = rows_B.contiguous(), columns_S.contiguous()
+    height, width = len(rows_B), len(columns_S)
+    places = torch.empty(height * width, dtype=torch.int64)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (rows_B, columns_S, places)]
+    found.drawn.restype = ctypes.c_int64
+    return places[: found.drawn(*pointers, *map(ctypes.c_int64, (height, width, start, limit)))]
+
+
+def _call(
+    name: str, dtype: torch.dtype, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], *numbers: ctypes.c_double
+) -> None:
     found = library()
     assert found is not None
     for tensor in tensors:
         assert tensor.is_contiguous()
     function = getattr(found, f"{name}_{SUFFIX[dtype]}")
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    function(*pointers, *(ctypes.c_int64(size) for size in sizes), ctypes.c_int(torch.get_num_threads()))
+    function(*pointers, *map(ctypes.c_int64, sizes), *numbers, ctypes.c_int(torch.get_num_threads()))
 
 
 def _built() -> Path:

@@ -198,8 +198,9 @@ class Terms:
         weights_T = tokens.weights.flatten()
         if self.sp_method == "exact":
             return GramRows(rows_TK, weights_T, whole=True)
-        bits = draws.keyed_bits(draws.SP_SAMPLE, self.seed, layer, tokens.step, *_places(tokens), device=rows_TK.device)
-        drawn = draws.drawn(bits.flatten(), self.sp_sample_fraction)
+        key = (draws.SP_SAMPLE, self.seed, layer, tokens.step)
+        places = {"rows_B": tokens.sequences, "columns_S": tokens.places}
+        drawn = draws.drawn(self.sp_sample_fraction, *key, **places, device=rows_TK.device)
         return GramRows(
             rows_TK.index_select(0, drawn), weights_T.index_select(0, drawn) / self.sp_sample_fraction, False
         )

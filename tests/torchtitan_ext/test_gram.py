@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchtitan_ext import gram, native
+from torchtitan_ext import draws, gram, native
 from torchtitan_ext.gram import accumulation_dtype, squared_cosines, token_gram
 
 
@@ -73,6 +73,48 @@ def test_kernels_equal_pytorch(tokens: int, k: int, width: int, dtype: torch.dty
     torch.ops.torchtitan_ext.add_gram_gradient(grad, z, rows, coefficients)
     tolerance = max(16 * k * torch.finfo(wide).eps, torch.finfo(dtype).eps / 2)  # one rounding to the type of z
     torch.testing.assert_close(grad.to(wide), wanted, rtol=tolerance, atol=tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_kernel_of_squared_cosines_equals_pytorch(k: int, floor: float, dtype: torch.dtype) -> None:
+    """With rows of zero, and with matrices that are not symmetric: the gradient is by each entry."""
+    z, rows = make(40, k, 6)
+    z[rows[3, 0]] = 0.0
+    grams = gram._products(z, rows).to(dtype)
+    grams[5] += torch.rand(k, k, dtype=dtype, generator=torch.Generator().manual_seed(4))
+    for layout in (grams, grams.transpose(1, 2)):
+        found, wanted = (layout.detach().requires_grad_() for _ in range(2))
+        value = squared_cosines(found, floor)
+        assert value.grad_fn is not None
+        assert "_SquaredCosines" in value.grad_fn.name()
+        reference = gram._squared_cosines(wanted, floor)
+        tolerance = 16 * k * torch.finfo(dtype).eps
+        torch.testing.assert_close(value, reference, rtol=tolerance, atol=tolerance)
+        weights = torch.randn(40, dtype=dtype, generator=torch.Generator().manual_seed(5))
+        (gradient,) = torch.autograd.grad((value * weights).sum(), found)
+        (expected,) = torch.autograd.grad((reference * weights).sum(), wanted)
+        torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
+        assert not gradient[3].any() or k > 2
+
+
+@needs_compiler
+def test_a_number_that_is_none_is_not_hidden() -> None:
+    grams = torch.full((2, 3, 3), float("nan")).requires_grad_()
+    assert squared_cosines(grams, 0.1).isnan().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.125, 1.0])
+def test_the_kernel_draws_what_the_hash_says(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, rows, columns = torch.tensor(7), torch.tensor([5, 2**40, 0]), torch.arange(100, 1100)
+    draw = lambda: draws.drawn(share, 3, -1, step, rows_B=rows, columns_S=columns, device=torch.device("cpu"))  # noqa: E731
+    found = draw()
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert torch.equal(found, draw())
+    assert abs(len(found) / 3000 - share) < 5 * (share * (1 - share) / 3000) ** 0.5 + 1e-12
 
 
 @needs_compiler

@@ -1,4 +1,5 @@
-// Gram matrices of each token's k rows of z, and their gradient: one pass over the rows each; and the k largest of each row.
+// Gram matrices of each token's k rows of z, and their gradient: one pass over the rows each; squared cosines from them; the k
+// largest of each row; a draw of tokens.
 //
 // KERNELS makes the first two for one element type; bfloat16 (as uint16_t) is accumulated in float.
 
@@ -127,3 +128,55 @@ KERNELS(bfloat16, uint16_t, float, float_lanes)
 
 LARGEST(float, float)
 LARGEST(double, double)
+
+// From Gram matrices g (tokens, k, k): value[t], the sum over a != b of what g_ab^2 / (g_aa g_bb) has above `floor`, and its
+// gradient (tokens, k, k) by every entry of g[t], g_ab and g_ba apart. A zero diagonal entry: cosine 0, gradient 0.
+#define SQUARED_COSINES(NAME, ELEMENT)                                                                                 \
+    void squared_cosines_##NAME(const ELEMENT *grams, ELEMENT *values, ELEMENT *gradients, int64_t tokens, int64_t k,  \
+                                double floor, int threads) {                                                           \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
+        for (int64_t t = 0; t < tokens; t++) {                                                                         \
+            const ELEMENT *g = grams + t * k * k;                                                                      \
+            ELEMENT *d = gradients + t * k * k, inverse[k], value = 0;                                                 \
+            for (int64_t a = 0; a < k; a++) {                                                                          \
+                inverse[a] = g[a * k + a] > 0 ? 1 / g[a * k + a] : 0;                                                  \
+                d[a * k + a] = 0;                                                                                      \
+            }                                                                                                          \
+            for (int64_t a = 0; a < k; a++)                                                                            \
+                for (int64_t b = 0; b < k; b++) {                                                                      \
+                    if (a == b) continue;                                                                              \
+                    ELEMENT x = g[a * k + b], slope = x * inverse[a] * inverse[b], square = x * slope;                 \
+                    int over = !(square <= (ELEMENT)floor); /* NaN is */                                               \
+                    value += over ? square - (ELEMENT)floor : 0;                                                       \
+                    d[a * k + b] = over ? 2 * slope : 0;                                                               \
+                    d[a * k + a] -= over ? square * inverse[a] : 0;                                                    \
+                    d[b * k + b] -= over ? square * inverse[b] : 0;                                                    \
+                }                                                                                                      \
+            values[t] = value;                                                                                         \
+        }                                                                                                              \
+    }
+
+SQUARED_COSINES(float, float)
+SQUARED_COSINES(double, double)
+
+// draws.py's hash: one more part of a key.
+static inline uint32_t folded(uint32_t h, int64_t part) {
+    h = h * 0x9E3779B1u + (uint32_t)part + 0x7F4A7C15u;
+    h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
+    h = (h ^ (h >> 13)) * 0xC2B2AE35u;
+    return h ^ (h >> 16);
+}
+
+// Flat places of the elements (a row's part, a column's part) whose bits, folded on from `start`, are below `limit`; how many.
+int64_t drawn(const int64_t *rows, const int64_t *columns, int64_t *places, int64_t height, int64_t width, int64_t start,
+              int64_t limit) {
+    int64_t count = 0;
+    for (int64_t r = 0; r < height; r++) {
+        uint32_t h = folded((uint32_t)start, rows[r]);
+        for (int64_t c = 0; c < width; c++) {
+            places[count] = r * width + c;
+            count += (int64_t)folded(h, columns[c]) < limit;
+        }
+    }
+    return count;
+}
