@@ -1,11 +1,13 @@
-"""Two kernels on their own: sp against the textbook version, and cp against the number of experts.
+"""Three kernels on their own: sp against the textbook version, cp against the number of experts, erc against the experts.
 
     python scripts/bench_kernels.py
 
 sp: medium geometry, 2,048 tokens, k = 4, F = 672, forward and backward. Textbook: gather the activations to (T, k, F),
 normalise, batched product, square, mean, and let autograd do the rest. Ours: Gram matrices taken on the way, their gradient
 added to the one that the down projection gives anyway. Both get and return that gradient. cp: closed form, forward and
-backward, E = 64 and 4,096. Medians of alternating runs; extra memory is the peak of bytes allocated during the work.
+backward, E = 64 and 4,096. erc: all of it in one layer, over the experts' own products for 2,048 tokens, forward and backward,
+and that over the share of multiplications, E^2 / (3 T k). Medians of alternating runs; extra memory is the peak of bytes
+allocated during the work.
 """
 
 import statistics
@@ -13,14 +15,16 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from benchmarking import seconds
-from torch import Tensor
+from benchmarking import GEOMETRY, inputs_of, interval, seconds
+from torch import Tensor, nn
 
 from titan_moe.allocator import keep_freed_memory
-from titan_moe.model.moe import plan_dispatch
+from titan_moe.model.moe import Experts, plan_dispatch
 from titan_moe.train.device import peak_allocated
 from torchtitan_ext.gram import gram_through, squared_cosines
-from torchtitan_ext.losses import coupling_loss
+from torchtitan_ext.losses import coupling_excess, coupling_loss
+from torchtitan_ext.response import lengths, response_through
+from torchtitan_ext.terms import Terms, Tokens
 
 TOKENS, K, WIDTH, EXPERTS = 2048, 4, 672, 64
 COMPARISONS = 25
@@ -71,7 +75,46 @@ def coupling() -> None:
     print(f"cp, E = 4,096 / E = 64: time {ratio:.1f} (64 is linear), memory {memory:.1f} x (T, E) floats")
 
 
+def expert_router_coupling(geometry: str) -> None:
+    settings = GEOMETRY[geometry]
+    dim, moe = settings.dim, settings.moe
+    source = torch.Generator().manual_seed(0)
+    experts = Experts(dim, moe)
+    router = (torch.randn(moe.experts, dim, generator=source) / dim**0.5).requires_grad_()
+    for weight in experts.parameters():
+        nn.init.normal_(weight, std=0.02, generator=source)
+    ids = torch.rand(TOKENS, moe.experts, generator=source).topk(moe.top_k).indices
+    offsets = plan_dispatch(ids, moe.experts).offsets_E
+    x = torch.randn(TOKENS * moe.top_k, dim, generator=source).requires_grad_()
+    incoming = torch.randn(TOKENS * moe.top_k, dim, generator=source)
+    terms, inputs = Terms({"erc": 1.0}, moe.top_k), inputs_of(2, TOKENS // 2)
+    tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.places)
+    returned = torch.zeros_like(experts.gate_up.flatten(1, 2))
+
+    def erc() -> None:
+        proxies = terms.proxies(router, 0, tokens)
+        assert proxies is not None
+        through, squares = response_through(experts.gate_up.flatten(1, 2), proxies, moe.hidden_dim)
+        value = coupling_excess(lengths(squares), terms.erc_alpha)
+        torch.autograd.grad([value, through], [experts.gate_up, router], [torch.ones_like(value), returned])
+
+    def products() -> None:
+        out = experts(x, offsets, None, lambda z: (z, None))[0]
+        torch.autograd.grad(out, [x, *experts.parameters()], incoming)
+
+    erc()
+    products()
+    share = moe.experts**2 / (3 * TOKENS * moe.top_k)
+    ratios = [seconds(erc) / seconds(products) / share for _ in range(COMPARISONS)]
+    low, high = interval(ratios)
+    print(
+        f"erc, {geometry}: {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f}) times its share of the experts' products"
+    )
+
+
 if __name__ == "__main__":
     keep_freed_memory()
     specialization()
     coupling()
+    for geometry in GEOMETRY:
+        expert_router_coupling(geometry)

@@ -19,12 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.functional import pad
 
 SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
 # OpenMP's runtime is the one that PyTorch has loaded already, so both share their threads.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 COMPILE_SECONDS = 120
+PANEL = 16  # of kernels.c
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,29 @@ def squared_cosines(gram_TKK: Tensor, floor: float, values_T: Tensor, gradient_T
     _call("squared_cosines", gram_TKK.dtype, (gram_TKK, values_T, gradient_TKK), (tokens, k), ctypes.c_double(floor))
 
 
+def responses(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> Tensor:
+    """`answers[j, f, e] = <weight[j, f], proxies[e]>` for the first `width` f; D a multiple of PANEL. (J, width, E)."""
+    experts, rows, dim = weight_JGD.shape
+    vectors = len(proxies_ED)
+    packed = pad(proxies_ED, (0, 0, 0, -vectors % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+    answers_JFE = proxies_ED.new_empty(experts, width, vectors)
+    _call("responses", weight_JGD.dtype, (weight_JGD, packed, answers_JFE), (experts, rows, width, dim, vectors))
+    return answers_JFE
+
+
+def add_response_gradients(
+    grad_JGD: Tensor, weight_JGD: Tensor, proxies_ED: Tensor, slopes_JFE: Tensor, of_proxies: bool
+) -> Tensor | None:
+    """From the gradient of `responses`: adds that of the weight to grad, returns the proxies' (E, D), if asked for it."""
+    experts, rows, dim = weight_JGD.shape
+    vectors, width = len(proxies_ED), slopes_JFE.shape[1]
+    packed = proxies_ED.unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
+    parts = packed.new_zeros(torch.get_num_threads(), *packed.shape) if of_proxies else None
+    tensors = (grad_JGD, weight_JGD, packed, slopes_JFE.contiguous(), parts)
+    _call("add_response_gradients", weight_JGD.dtype, tensors, (experts, rows, width, dim, vectors))
+    return None if parts is None else parts.sum(0).transpose(0, 1).flatten(1)
+
+
 def drawn(rows_B: Tensor, columns_S: Tensor, start: int, limit: int) -> Tensor:
     """Flat places, of (B, S), of the elements whose `draws.keyed_bits` from `start` on are below `limit`; all int64."""
     found = library()
@@ -95,14 +120,14 @@ def drawn(rows_B: Tensor, columns_S: Tensor, start: int, limit: int) -> Tensor:
 
 
 def _call(
-    name: str, dtype: torch.dtype, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], *numbers: ctypes.c_double
+    name: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], *numbers: ctypes.c_double
 ) -> None:
     found = library()
     assert found is not None
     for tensor in tensors:
-        assert tensor.is_contiguous()
+        assert tensor is None or tensor.is_contiguous()
     function = getattr(found, f"{name}_{SUFFIX[dtype]}")
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
     function(*pointers, *map(ctypes.c_int64, sizes), *numbers, ctypes.c_int(torch.get_num_threads()))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchtitan_ext import native
 from torchtitan_ext.gram import accumulation_dtype
 
 
@@ -17,32 +18,41 @@ class _ResponseThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        gate_JFD = weight_JGD[:, :width].to(proxies_ED.dtype)
-        answers_JEF = torch.matmul(proxies_ED, gate_JFD.transpose(1, 2))
-        ctx.save_for_backward(weight_JGD, proxies_ED, answers_JEF)
+        ctx.by_kernel = native.direct(weight_JGD) and proxies_ED.shape[1] % native.PANEL == 0
+        if ctx.by_kernel:
+            answers_JFE = native.responses(weight_JGD.contiguous(), proxies_ED.contiguous(), width)
+        else:
+            gate_JFD = weight_JGD[:, :width].to(proxies_ED.dtype)
+            answers_JFE = torch.matmul(proxies_ED, gate_JFD.transpose(1, 2)).transpose(1, 2)
+        ctx.save_for_backward(weight_JGD, proxies_ED, answers_JFE)
         ctx.width = width
         ctx.set_materialize_grads(False)
-        return weight_JGD.view_as(weight_JGD), answers_JEF.square().sum(-1).t()
+        return weight_JGD.view_as(weight_JGD), answers_JFE.square().sum(1).t()
 
     @staticmethod
     def backward(
         ctx: Any, grad_JGD: Tensor | None, grad_EJ: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        weight_JGD, proxies_ED, answers_JEF = ctx.saved_tensors
+        weight_JGD, proxies_ED, answers_JFE = ctx.saved_tensors
         if grad_EJ is None:
             return grad_JGD, None, None
         if grad_JGD is None:
             grad_JGD = torch.zeros_like(weight_JGD)
-        grad_JEF = answers_JEF * (2.0 * grad_EJ.t()).unsqueeze(2)
+        slopes_JFE = answers_JFE * (2.0 * grad_EJ.t()).unsqueeze(1)
+        if ctx.by_kernel and grad_JGD.is_contiguous() and grad_JGD.dtype == weight_JGD.dtype:
+            tensors = (weight_JGD.contiguous(), proxies_ED.contiguous(), slopes_JFE)
+            return grad_JGD, native.add_response_gradients(grad_JGD, *tensors, ctx.needs_input_grad[1]), None
         grad_gate_JFD = grad_JGD[:, : ctx.width]
         proxies_JED = proxies_ED.expand(weight_JGD.shape[0], *proxies_ED.shape)
         if grad_JGD.dtype == proxies_ED.dtype:
-            grad_gate_JFD.baddbmm_(grad_JEF.transpose(1, 2), proxies_JED)
+            grad_gate_JFD.baddbmm_(slopes_JFE, proxies_JED)
         else:
-            grad_gate_JFD += torch.bmm(grad_JEF.transpose(1, 2), proxies_JED)
+            grad_gate_JFD += torch.bmm(slopes_JFE, proxies_JED)
         grad_proxies_ED = None
         if ctx.needs_input_grad[1]:
-            grad_proxies_ED = torch.bmm(grad_JEF, weight_JGD[:, : ctx.width].to(grad_JEF.dtype)).sum(0)
+            grad_proxies_ED = torch.bmm(
+                slopes_JFE.transpose(1, 2), weight_JGD[:, : ctx.width].to(slopes_JFE.dtype)
+            ).sum(0)
         return grad_JGD, grad_proxies_ED, None
 
 

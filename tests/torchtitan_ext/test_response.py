@@ -3,23 +3,66 @@
 import pytest
 import torch
 
+from torchtitan_ext import native
 from torchtitan_ext.losses import coupling_excess, coupling_matrix, expert_router_coupling_loss
 from torchtitan_ext.response import lengths, response_through
 
-EXPERTS, WIDTH, DIM = 5, 4, 3
+EXPERTS, WIDTH = 5, 4
+DIM, KERNEL_DIM = 3, 48  # the kernels take multiples of 16
 
 
-def make(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+def make(
+    dtype: torch.dtype = torch.float64, experts: int = EXPERTS, width: int = WIDTH, dim: int = DIM
+) -> tuple[torch.Tensor, torch.Tensor]:
     source = torch.Generator().manual_seed(0)
-    weight = torch.randn(EXPERTS, 2 * WIDTH, DIM, dtype=torch.float64, generator=source)
-    weight[3, :WIDTH] = 0.0  # an expert that answers nothing
-    router = torch.randn(EXPERTS, DIM, dtype=torch.float64, generator=source)
+    weight = torch.randn(experts, 2 * width, dim, dtype=torch.float64, generator=source)
+    weight[3, :width] = 0.0  # an expert that answers nothing
+    router = torch.randn(experts, dim, dtype=torch.float64, generator=source)
     return weight.to(dtype).requires_grad_(), router.requires_grad_()
 
 
+@pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("vectors", "experts", "width", "dim"), [(16, 4, 24, 16), (5, 4, 7, 48), (35, 4, 61, 32), (1, 5, 1, 64)]
+)
+def test_kernels_equal_pytorch(
+    vectors: int, experts: int, width: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors, rows and widths that fill tiles, and that don't; experts of one rank, and vectors of all."""
+    source = torch.Generator().manual_seed(1)
+    wide = torch.promote_types(dtype, torch.float32)
+    proxies = torch.randn(vectors, dim, dtype=wide, generator=source).requires_grad_()
+    weight = make(dtype, experts, width, dim)[0]
+    other = torch.randn(weight.shape, dtype=wide, generator=source).to(dtype)
+    pull = torch.randn(vectors, experts, dtype=wide, generator=source)
+
+    def both() -> list[torch.Tensor]:
+        through, squares = response_through(weight, proxies, width)
+        kernels.append(squares.grad_fn.by_kernel)  # type: ignore[union-attr]
+        gradients = torch.autograd.grad([through, squares], [weight, proxies], [other.clone(), pull])
+        return [squares, *gradients]
+
+    kernels: list[bool] = []
+    found = both()
+    monkeypatch.setattr(native, "direct", lambda _: False)
+    wanted = both()
+    assert kernels == [True, False]
+    # Sums of dim, vectors, or experts x width products: n roundings of at most 16 n eps in all, relative to the largest sum.
+    terms = max(dim, vectors, experts * width)
+    for name, got, want in zip(("squares", "weight", "proxies"), found, wanted, strict=True):
+        tolerance = 16 * terms * torch.finfo(wide).eps
+        if name == "weight":
+            tolerance = max(tolerance, torch.finfo(dtype).eps)
+        assert got.dtype == want.dtype
+        largest = float(want.detach().abs().max())
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("dim", [DIM, KERNEL_DIM])
 @pytest.mark.parametrize("used", ["both", "matrix", "weight"])
-def test_equals_the_library_function(used: str) -> None:
-    weight, router = make()
+def test_equals_the_library_function(used: str, dim: int) -> None:
+    weight, router = make(dim=dim)
     other = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     through, squares = response_through(weight, router, WIDTH)
     matrix = lengths(squares)
@@ -28,7 +71,7 @@ def test_equals_the_library_function(used: str) -> None:
     value = uses[0] * coupling_excess(matrix, 0.9) if uses[0] else 0.0
     value = value + (uses[1] * (through * other).sum() if uses[1] else 0.0)
     got = torch.autograd.grad(value, [weight, router], allow_unused=True)
-    weight, router = make()
+    weight, router = make(dim=dim)
     noise = torch.ones_like(router)
     plain = (
         uses[0] * expert_router_coupling_loss(router, weight[:, :WIDTH], 0.9, noise) + uses[1] * (weight * other).sum()
@@ -54,8 +97,9 @@ def test_bfloat16_weights() -> None:
     torch.testing.assert_close(got[1], wanted[1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_detached_router_gets_no_gradient() -> None:
-    weight, router = make()
+@pytest.mark.parametrize("dim", [DIM, KERNEL_DIM])
+def test_a_detached_router_gets_no_gradient(dim: int) -> None:
+    weight, router = make(dim=dim)
     _, squares = response_through(weight, router.detach(), WIDTH)
     matrix = lengths(squares)
     coupling_excess(matrix, 0.9).backward()

@@ -1,8 +1,9 @@
 // Gram matrices of each token's k rows of z, and their gradient: one pass over the rows each; squared cosines from them; the k
-// largest of each row; a draw of tokens.
+// largest of each row; a draw of tokens; every expert's answers to every routing vector, and their gradients.
 //
 // KERNELS makes the first two for one element type; bfloat16 (as uint16_t) is accumulated in float.
 
+#include <omp.h>
 #include <stdint.h>
 #include <stddef.h>
 
@@ -180,3 +181,120 @@ int64_t drawn(const int64_t *rows, const int64_t *columns, int64_t *places, int6
     }
     return count;
 }
+
+// Products of a weight's first rows with a few vectors, for which a library's matrix product is slow: each weight is used once per
+// vector, and there are fewer vectors than its tiles are long. Tiles of ROWS x 2 lanes stay in registers; `dim` is a multiple of
+// 2 * LANES of every type, PANEL; the vectors come packed by the caller.
+#define ROWS 6
+#define STRIP 48 // rows of a weight that are used for both gradients while they are in the cache
+#define PANEL 16
+#define AHEAD 32 // columns from now: where the caches should be by then
+
+#define RESPONSES(NAME, ELEMENT, SUM, LANES)                                                                           \
+    /* answers[j, f, e] = <weight[j, f], vector e>; weight (experts, rows, dim) of which the first `width` rows count, */\
+    /* packed (ceil(vectors / PANEL), dim, PANEL), zero where there is no vector; answers (experts, width, vectors). */\
+    void responses_##NAME(const ELEMENT *weight, const SUM *packed, SUM *answers, int64_t experts, int64_t rows,       \
+                          int64_t width, int64_t dim, int64_t vectors, int threads) {                                  \
+        enum { LANE = LANES_##NAME, PARTS = PANEL / (2 * LANE) };                                                      \
+        int64_t tiles = (width + ROWS - 1) / ROWS, panels = (vectors + PANEL - 1) / PANEL;                             \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
+        for (int64_t tile = 0; tile < experts * tiles; tile++) {                                                       \
+            int64_t j = tile / tiles, first = tile % tiles * ROWS, count = width - first < ROWS ? width - first : ROWS;\
+            const ELEMENT *w[ROWS];                                                                                    \
+            for (int i = 0; i < ROWS; i++) w[i] = weight + (j * rows + first + (i < count ? i : 0)) * dim;             \
+            for (int64_t panel = 0; panel < panels; panel++)                                                           \
+                for (int part = 0; part < PARTS; part++) {                                                             \
+                    const SUM *p = packed + panel * dim * PANEL + part * 2 * LANE;                                     \
+                    LANES sum[ROWS][2] = {{{0}}};                                                                      \
+                    for (int64_t d = 0; d < dim; d++) {                                                                \
+                        LANES left = *(const LANES *)(p + d * PANEL), right = *(const LANES *)(p + d * PANEL + LANE);  \
+                        _Pragma("GCC unroll 6")                                                                        \
+                        for (int i = 0; i < ROWS; i++) {                                                               \
+                            SUM x = one_##NAME(w[i] + d);                                                              \
+                            sum[i][0] += x * left;                                                                     \
+                            sum[i][1] += x * right;                                                                    \
+                        }                                                                                              \
+                    }                                                                                                  \
+                    int64_t at = panel * PANEL + part * 2 * LANE;                                                      \
+                    for (int64_t i = 0; i < count; i++)                                                                \
+                        for (int64_t e = 0; e < 2 * LANE && at + e < vectors; e++)                                     \
+                            answers[((j * width) + first + i) * vectors + at + e] = sum[i][e / LANE][e % LANE];        \
+                }                                                                                                      \
+        }                                                                                                              \
+    }                                                                                                                  \
+    /* From the gradient of answers, slopes (experts, width, vectors): grad[j, f] += sum_e slopes[j, f, e] vector e, and */\
+    /* for every thread, parts (threads, dim / PANEL, vectors, PANEL), all 0 before: its share of sum_jf slopes[j, f, e] */\
+    /* weight[j, f], if parts is not NULL. packed: (dim / PANEL, vectors, PANEL). */                                   \
+    void add_response_gradients_##NAME(ELEMENT *grad, const ELEMENT *weight, const SUM *packed, const SUM *slopes,     \
+                                       SUM *parts, int64_t experts, int64_t rows, int64_t width, int64_t dim,          \
+                                       int64_t vectors, int threads) {                                                 \
+        enum { LANE = LANES_##NAME };                                                                                  \
+        int64_t strips = (width + STRIP - 1) / STRIP;                                                                  \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
+        for (int64_t strip = 0; strip < experts * strips; strip++) {                                                   \
+            int64_t j = strip / strips, first = strip % strips * STRIP;                                                \
+            int64_t count = width - first < STRIP ? width - first : STRIP;                                             \
+            const SUM *slope = slopes + (j * width + first) * vectors;                                                 \
+            SUM *own = parts ? parts + omp_get_thread_num() * vectors * dim : NULL;                                    \
+            for (int64_t d = 0; d < dim; d += 2 * LANE) {                                                              \
+                int64_t at = d / PANEL * vectors * PANEL + d % PANEL;                                                  \
+                const ELEMENT *w = weight + (j * rows + first) * dim + d;                                              \
+                ELEMENT *g = grad + (j * rows + first) * dim + d;                                                      \
+                for (int64_t f = 0; f < count; f += ROWS) {                                                            \
+                    int64_t of[ROWS];                                                                                  \
+                    LANES sum[ROWS][2];                                                                                \
+                    _Pragma("GCC unroll 6")                                                                            \
+                    for (int i = 0; i < ROWS; i++) {                                                                   \
+                        of[i] = f + i < count ? f + i : f;                                                             \
+                        sum[i][0] = load_##NAME(g + of[i] * dim);                                                      \
+                        sum[i][1] = load_##NAME(g + of[i] * dim + LANE);                                               \
+                        __builtin_prefetch(g + of[i] * dim + AHEAD, 1);                                                \
+                        __builtin_prefetch(w + of[i] * dim + AHEAD);                                                   \
+                    }                                                                                                  \
+                    for (int64_t e = 0; e < vectors; e++) {                                                            \
+                        LANES left = *(const LANES *)(packed + at + e * PANEL);                                        \
+                        LANES right = *(const LANES *)(packed + at + e * PANEL + LANE);                                \
+                        _Pragma("GCC unroll 6")                                                                        \
+                        for (int i = 0; i < ROWS; i++) {                                                               \
+                            SUM x = slope[of[i] * vectors + e];                                                        \
+                            sum[i][0] += x * left;                                                                     \
+                            sum[i][1] += x * right;                                                                    \
+                        }                                                                                              \
+                    }                                                                                                  \
+                    _Pragma("GCC unroll 6")                                                                            \
+                    for (int i = 0; i < ROWS; i++) {                                                                   \
+                        store_##NAME(g + of[i] * dim, sum[i][0]);                                                      \
+                        store_##NAME(g + of[i] * dim + LANE, sum[i][1]);                                               \
+                    }                                                                                                  \
+                }                                                                                                      \
+                for (int64_t e = 0; parts && e < vectors; e += ROWS) {                                                 \
+                    int64_t of[ROWS];                                                                                  \
+                    LANES sum[ROWS][2];                                                                                \
+                    _Pragma("GCC unroll 6")                                                                            \
+                    for (int i = 0; i < ROWS; i++) {                                                                   \
+                        of[i] = e + i < vectors ? e + i : e;                                                           \
+                        sum[i][0] = *(const LANES *)(own + at + of[i] * PANEL);                                        \
+                        sum[i][1] = *(const LANES *)(own + at + of[i] * PANEL + LANE);                                 \
+                    }                                                                                                  \
+                    for (int64_t f = 0; f < count; f++) {                                                              \
+                        LANES left = load_##NAME(w + f * dim), right = load_##NAME(w + f * dim + LANE);                \
+                        _Pragma("GCC unroll 6")                                                                        \
+                        for (int i = 0; i < ROWS; i++) {                                                               \
+                            SUM x = slope[f * vectors + of[i]];                                                        \
+                            sum[i][0] += x * left;                                                                     \
+                            sum[i][1] += x * right;                                                                    \
+                        }                                                                                              \
+                    }                                                                                                  \
+                    _Pragma("GCC unroll 6")                                                                            \
+                    for (int i = 0; i < ROWS; i++) {                                                                   \
+                        *(LANES *)(own + at + of[i] * PANEL) = sum[i][0];                                              \
+                        *(LANES *)(own + at + of[i] * PANEL + LANE) = sum[i][1];                                       \
+                    }                                                                                                  \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+
+RESPONSES(float, float, float, float_lanes)
+RESPONSES(double, double, double, double_lanes)
+RESPONSES(bfloat16, uint16_t, float, float_lanes)
