@@ -1,12 +1,17 @@
 """Fills the tables of docs/results.md from the sweeps that it tells of. The prose between them is written by hand.
 
-    for sweep in nano_lr nano_weights nano nano_upcycled_weights nano_upcycled; do
+    for sweep in nano_lr nano_weights nano nano_lr_check nano_upcycled_weights nano_upcycled; do
         titan-moe sweep --config $sweep --processes 2
     done
     python scripts/results.py [--sweeps runs/sweeps]
 
-A table stands between `<!-- sweep NAME: column, ... -->` and `<!-- end -->`; `<!-- placement NAME: arm; ... -->` holds the
-traffic of experts placed on eight ranks, for the first seed of those arms.
+A table stands between an opening comment and `<!-- end -->`. The comments:
+
+    <!-- sweep NAME: column; ... -->            the sweep's own tables, with these columns
+    <!-- differences NAME: measure; ... -->     of every arm to the baseline, paired by seed, with 95% intervals
+    <!-- together NAME: a; b; both; measure ... -->   whether a and b together do more than the sum of each: (both - baseline)
+                                                - (a - baseline) - (b - baseline), paired by seed
+    <!-- placement NAME: arm; ... -->           traffic of experts placed on eight ranks, for the first seed of those arms
 """
 
 import argparse
@@ -18,10 +23,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from titan_moe.analysis.statistics import paired
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
 RANKS = 8
-BLOCK = re.compile(r"(<!-- (sweep|placement) (\w+): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (sweep|differences|together|placement) (\w+): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def sweep_table(folder: Path, columns: Sequence[str]) -> str:
@@ -40,6 +47,48 @@ def sweep_table(folder: Path, columns: Sequence[str]) -> str:
             places = [cells.index(column) for column in columns]
         lines.append(f"| {' | '.join(cells[place] for place in places)} |")
     return "\n".join(lines).strip()
+
+
+def differences_table(folder: Path, measures: Sequence[str]) -> str:
+    """What every arm changes in these measures."""
+    found: dict[str, dict[str, str]] = {}
+    with (folder / "comparisons.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["arm"], {})[row["measure"]] = spanned(
+                *(float(row[k]) for k in ("difference", "low", "high"))
+            )
+    rows = [[arm, *(values[measure] for measure in measures)] for arm, values in found.items()]
+    return table(["arm", *map(short, measures)], rows)
+
+
+def together_table(folder: Path, words: Sequence[str]) -> str:
+    """What two arms do together beyond the sum of what each does."""
+    first, second, both, *measures = words
+    with (folder / "results.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    of = {(row["arm"], row["seed"]): row for row in rows}
+    baseline = rows[0]["arm"]
+    seeds = [row["seed"] for row in rows if row["arm"] == both]
+    lines = []
+    for measure in measures:
+        parts = [[float(of[arm, seed][measure]) for seed in seeds] for arm in (baseline, first, second, both)]
+        own = [[b - a for a, b in zip(parts[0], part, strict=True)] for part in parts[1:]]
+        beyond = [c - a - b for a, b, c in zip(*own, strict=True)]
+        cells = [paired(values, 0.005) for values in (*own, beyond)]
+        lines.append([short(measure), *(spanned(cell.mean, cell.low, cell.high) for cell in cells)])
+    return table(["measure", first, second, both, "beyond the sum"], lines)
+
+
+def short(measure: str) -> str:
+    return measure.partition("/")[2] if measure.startswith(("moe/", "inspect/")) else measure
+
+
+def spanned(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def placement_table(folder: Path, arms: Sequence[str]) -> str:
@@ -61,6 +110,14 @@ def placement_table(folder: Path, arms: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+TABLES = {
+    "sweep": sweep_table,
+    "differences": differences_table,
+    "together": together_table,
+    "placement": placement_table,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweeps", type=Path, default=Path("runs") / "sweeps")
@@ -70,9 +127,8 @@ def main() -> None:
         opening, kind, name, words, end = block.groups()
         if not (options.sweeps / name / "results.md").exists():
             sys.exit(f"{options.sweeps / name}: no results; run `titan-moe sweep --config {name}` first")
-        make = sweep_table if kind == "sweep" else placement_table
-        parts = [part.strip() for part in words.split(";" if kind == "placement" else ",")]
-        return f"{opening}{make(options.sweeps / name, parts)}\n{end}"
+        parts = [part.strip() for part in words.split(";")]
+        return f"{opening}{TABLES[kind](options.sweeps / name, parts)}\n{end}"
 
     PAGE.write_text(BLOCK.sub(filled, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(PAGE)
