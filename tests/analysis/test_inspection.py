@@ -31,7 +31,13 @@ from torchtitan_ext.terms import LayerView, Terms
 
 RESET = ("parallelism",)
 OPTIONS = Options(sequences=0, cluster_tokens=100, examples=3)
-WORDS = ["--training.dtype=float64", "--balancer.rate=0.05", "--model.moe.first_dense_layers=1", "--model.layers=4"]
+WORDS = [
+    "--training.dtype=float64",
+    "--model.tie_embeddings=false",
+    "--balancer.rate=0.05",
+    "--model.moe.first_dense_layers=1",
+    "--model.layers=4",
+]
 
 
 def look(run: Path, words: list[str], options: Options = OPTIONS, world: int = 1) -> list[dict[str, Any]]:
@@ -97,6 +103,7 @@ LAYOUTS = {
     "ep2": (2, ["--parallelism.ep=2"]),
     "tp2": (2, ["--parallelism.tp=2"]),
     "cp2": (2, ["--parallelism.cp=2"]),
+    "pp2": (2, ["--parallelism.pp=2"]),
 }
 
 
