@@ -119,23 +119,32 @@ def curve(values: Sequence[tuple[int, float]]) -> tuple[npt.NDArray[Any], npt.ND
 
 
 def over_steps(
-    runs: Sequence[Run], keys: dict[str, str], kind: str = "train", chance: dict[str, float] | None = None
+    runs: Sequence[Run],
+    keys: dict[str, str],
+    rows_of: Callable[[Run], Sequence[Row]] = lambda run: run.rows("train"),
+    chance: dict[str, float] | None = None,
 ) -> tuple[Figure, list[Row]]:
     """A panel for every field of the rows that any run has, a line for every run."""
-    present = {key: title for key, title in keys.items() if any(key in row for run in runs for row in run.rows(kind))}
+    found = [rows_of(run) for run in runs]
+    present = {key: title for key, title in keys.items() if any(key in row for rows in found for row in rows)}
     figure, axes = panels(len(present))
-    rows: list[Row] = []
+    written: list[Row] = []
     for (key, title), axis in zip(present.items(), axes, strict=True):
-        for number, run in enumerate(runs):
-            values = [(row["step"], row[key]) for row in run.rows(kind) if key in row]
+        for number, (run, rows) in enumerate(zip(runs, found, strict=True)):
+            values = [(row["step"], row[key]) for row in rows if key in row]
             axis.plot(*curve(values), label=run.name, color=colour(number), marker="." if len(values) < 40 else "")
-            rows += [{"run": run.name, "measure": key, "step": step, "value": value} for step, value in values]
+            written += [{"run": run.name, "measure": key, "step": step, "value": value} for step, value in values]
         if chance and key in chance:
             axis.axhline(chance[key], color=INK, linestyle=":", linewidth=1)
         axis.set_title(title)
         axis.set_xlabel("step")
     legend(figure, axes, runs)
-    return figure, rows
+    return figure, written
+
+
+def of_checkpoints(run: Run) -> list[Row]:
+    """The means that its inspections have, as rows."""
+    return [{"step": one["step"], **one["summary"]} for one in run.inspections]
 
 
 def over_layers(
@@ -161,25 +170,6 @@ def over_layers(
         axis.set_title(title)
         axis.set_xlabel("MoE layer" if part == "layers" else "from layer")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(figure, axes, runs)
-    return figure, rows
-
-
-def over_checkpoints(runs: Sequence[Run], keys: dict[str, str]) -> tuple[Figure, list[Row]]:
-    """A panel for every mean measure that inspections of several checkpoints have."""
-    present = {
-        key: title for key, title in keys.items() if any(key in i["summary"] for run in runs for i in run.inspections)
-    }
-    figure, axes = panels(len(present))
-    rows: list[Row] = []
-    for (key, title), axis in zip(present.items(), axes, strict=True):
-        for number, run in enumerate(runs):
-            values = [(i["step"], i["summary"][key]) for i in run.inspections if key in i["summary"]]
-            steps = [step for step, _ in values]
-            axis.plot(steps, [v for _, v in values], marker="o", markersize=3.5, color=colour(number), label=run.name)
-            rows += [{"run": run.name, "measure": key, "step": step, "value": value} for step, value in values]
-        axis.set_title(title)
-        axis.set_xlabel("step")
     legend(figure, axes, runs)
     return figure, rows
 
@@ -371,7 +361,10 @@ def pictures(runs: Sequence[Run]) -> Iterator[tuple[str, list[Picture]]]:
             ],
         )
     if any("persistence_top1" in one["summary"] for run in inspected for one in run.inspections):
-        yield "Persistence", [picture("persistence", inspected, lambda runs: over_checkpoints(runs, OVER_TIME))]
+        yield (
+            "Persistence",
+            [picture("persistence", inspected, lambda runs: over_steps(runs, OVER_TIME, of_checkpoints))],
+        )
     if any("knn_overlap" in layer for run in inspected for layer in run.newest["layers"]):
         yield "Router inputs", [picture("clusters", inspected, lambda runs: over_layers(runs, OF_INPUTS))]
     mixed = [run for run in inspected if len(run.newest["domains"]) > 1]
