@@ -1,6 +1,7 @@
 """The report: one page that needs nothing else, whatever the runs hold, small enough, with all numbers beside it."""
 
 import csv
+import html
 import html.parser
 import json
 import re
@@ -165,16 +166,43 @@ def test_the_size_of_a_medium_run_with_twenty_checkpoints(tmp_path: Path) -> Non
     assert page.stat().st_size < 5e6
 
 
+def browsed(page: Path, profile: Path) -> subprocess.CompletedProcess[str]:
+    """The page as a browser at the width of a phone leaves it, and what it logs."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,844", "--enable-logging=stderr"]
+    command = [str(BROWSER), *options, f"--user-data-dir={profile}", "--dump-dom", f"file://{page}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+REACHED = """<script>
+document.querySelectorAll("details").forEach(e => e.open = true);
+const reach = e => { e.focus(); return document.activeElement === e; };
+const all = [...document.querySelectorAll("*")];
+const scrolls = all.filter(e => e.scrollWidth > e.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(e).overflowX));
+const controls = all.filter(e => e.matches("a[href], summary"));
+const lost = [...scrolls, ...controls].filter(e => !reach(e)).map(e => e.outerHTML.slice(0, 80));
+const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+document.title = JSON.stringify({scrolls: scrolls.length, controls: controls.length, lost, wide});
+</script>"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_in_a_browser(tmp_path: Path) -> None:
-    """No error on the console, at the width of a phone."""
+    """No error on the console; all that can be opened or scrolled can be reached from the keyboard; the page itself is not
+    wider than the screen."""
     page = write_report([made_run(tmp_path, "one", [])], tmp_path / "out")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,844", "--enable-logging=stderr"]
-    command = [str(BROWSER), *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{page}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = browsed(page, tmp_path / "profile")
     assert "how the experts specialise" in done.stdout
     assert "CONSOLE" not in done.stderr
+    probe = page.with_name("probe.html")
+    probe.write_text(page.read_text().replace("</body>", f"{REACHED}</body>"))
+    found = re.search(r"<title>(.*?)</title>", browsed(probe, tmp_path / "profile").stdout)
+    assert found is not None
+    seen = json.loads(html.unescape(found[1]))
+    assert seen["lost"] == []
+    assert not seen["wide"]
+    assert seen["scrolls"] > 3
+    assert seen["controls"] > 20
 
 
 def test_mistakes(tmp_path: Path) -> None:
