@@ -21,7 +21,7 @@ from torch import nn
 
 from titan_moe.allocator import keep_freed_memory
 from titan_moe.config.load import load_config
-from titan_moe.config.tables import Optimizer
+from titan_moe.config.tables import Checkpoint, Optimizer
 from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import single
@@ -102,8 +102,8 @@ def main() -> None:
     try:
         bench = Bench(folder, options.dim, options.layers)
         quiet = [seconds(bench.train) for _ in range(options.repeats + 2)][2:]
-        now = Saver(bench.run_dir, bench.model, bench.optimizer, keep=2, background=False)
-        later = Saver(bench.run_dir, bench.model, bench.optimizer, keep=2, background=True)
+        now = Saver(bench.run_dir, bench.model, bench.optimizer, Checkpoint(keep=2, interval=1))
+        later = Saver(bench.run_dir, bench.model, bench.optimizer, Checkpoint(keep=2, interval=1, async_save=True))
         bench.behind(later)  # makes the copies' memory
         held, whole, during = [], [], []
         for _ in range(options.repeats):

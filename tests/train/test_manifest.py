@@ -17,6 +17,7 @@ from titan_moe.parallel.mesh import single
 from titan_moe.train.manifest import BLOCK_BYTES, DamageError, entry_of, read_manifest, verify, write_manifest
 from titan_moe.train.resume import newest_good
 from titan_moe.train.run_dir import RunDir, read_state
+from titan_moe.train.saver import superfluous
 
 MESH = single(torch.device("cpu"))
 FILES = ("__0_0.distcp", ".metadata", "state.json", "manifest.json")
@@ -214,3 +215,19 @@ def test_mangled_toml(tmp_path: Path, text: bytes) -> None:
         load_config(str(path))
     except UserError as error:
         check_line(error)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_what_a_signal_made_does_not_displace_others(keep: int) -> None:
+    """With stops at 13, 14 and 21 the same are left as without, and never more than `keep`."""
+
+    def left(saves: list[int]) -> list[int]:
+        steps: list[int] = []
+        for step in saves:
+            steps.append(step)
+            steps = [old for old in steps if old not in superfluous(steps, keep, interval=5)]
+            assert len(steps) <= keep
+            assert step in steps
+        return steps
+
+    assert left([5, 10, 13, 14, 15, 20, 21, 23]) == left([5, 10, 15, 20, 23])

@@ -334,7 +334,7 @@ class Checkpoint(Table):
     interval: NaturalInt = 500
     """Steps between checkpoints; 0: only at the end."""
     keep: PositiveInt = 3
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept. One that a signal made between two intervals goes when a newer one is there."""
     async_save: bool = False
     """Write in the background, from a copy in the CPU's memory; training goes on meanwhile."""
     allow_new_data: bool = False

@@ -7,6 +7,7 @@ renamed. In the background the same happens on copies, in a thread, over a proce
 import errno
 import json
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titan_moe.config.tables import Checkpoint
 from titan_moe.errors import TrainingError
 from titan_moe.train.checkpoint import tensors, write_tensors
 from titan_moe.train.manifest import Entry, entry_of, write_manifest
@@ -26,10 +28,9 @@ class Saver:
     """Saves one model and its optimizer."""
 
     def __init__(
-        self, run_dir: RunDir, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int, background: bool
+        self, run_dir: RunDir, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Checkpoint
     ) -> None:
-        self.run_dir, self.model, self.optimizer, self.keep = run_dir, model, optimizer, keep
-        self.background = background
+        self.run_dir, self.model, self.optimizer, self.settings = run_dir, model, optimizer, settings
         # Of its own, so that a thread's collectives never meet the training's; and for the CPU, where the files are written.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.copies: dict[str, Tensor] = {}
@@ -47,7 +48,7 @@ class Saver:
         self.finish()
         text = json.dumps({"step": step, **facts}, indent=1)
         state = tensors(self.model, self.optimizer)
-        if not self.background:
+        if not self.settings.async_save:
             self.write(step, state, text)
             return
         self.copies = copied(state, self.copies)
@@ -108,7 +109,7 @@ class Saver:
             self.run_dir.set_aside(final, "it was made again")
         fresh.rename(final)
         fsync_folder(self.run_dir.checkpoints)
-        for old in self.run_dir.saved_steps()[: -self.keep]:
+        for old in superfluous(self.run_dir.saved_steps(), self.settings.keep, self.settings.interval):
             shutil.rmtree(self.run_dir.checkpoint(old))
 
     def agree(self, problem: OSError | None) -> None:
@@ -125,6 +126,19 @@ class Saver:
     def barrier(self) -> None:
         if self.group is not None:
             dist.barrier(self.group)
+
+
+def due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def superfluous(steps: Sequence[int], keep: int, interval: int) -> list[int]:
+    """Of saved steps, in order, those to delete: all but the newest, and the `keep` - 1 newest before it that lie on the
+    interval. What a signal made between them goes as soon as there is a newer one, so that a run which was stopped and went on
+    ends with the checkpoints of one that was not."""
+    regular = [step for step in steps[:-1] if due(step, interval)]
+    kept = regular[max(0, len(regular) - keep + 1) :]
+    return [step for step in steps[:-1] if step not in kept]
 
 
 def copied(state: dict[str, Tensor], copies: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ from titan_moe.train.run_dir import (
     check_unchanged,
     read_state,
 )
-from titan_moe.train.saver import Saver
+from titan_moe.train.saver import Saver, due
 from titan_moe.train.terms import build_terms, lb_scales, weight_factors
 from titan_moe.train.validation import validate
 from titan_moe.train.watch import RoutingWatch, Spikes
@@ -216,8 +216,7 @@ class Trainer:
         self.epoch_sequences = len(train)
         self.model = build_model(config, prepared.tokenizer.vocab_size, mesh)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        checkpoint = config.checkpoint
-        self.saver = Saver(run_dir, self.model, self.optimizer, checkpoint.keep, checkpoint.async_save)
+        self.saver = Saver(run_dir, self.model, self.optimizer, config.checkpoint)
         self.counts = count(meta_model(self.model.settings, self.model.dtype), config.training.seq_len)
         self.peak = peak_flops(self.device, self.model.dtype)
         self.scales: dict[str, float] | None = None
@@ -463,10 +462,6 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
 
 
 def build_model(config: Config, tokenizer_vocab: int, mesh: Mesh) -> Transformer:
