@@ -175,19 +175,22 @@ def squared_cosines(gram_TKK: Tensor, floor: float = 0.0) -> Tensor:
 
     A zero vector has cosine 0 with everything, and gradient 0.
     """
-    if native.direct(gram_TKK) and gram_TKK.dtype != torch.bfloat16:
-        result: Tensor = _SquaredCosines.apply(gram_TKK, floor)
-        return result
-    return _squared_cosines(gram_TKK, floor)
+    if torch.compiler.is_compiling() or native.transformed(gram_TKK):
+        return _squared_cosines(gram_TKK, floor)
+    result: Tensor = _SquaredCosines.apply(gram_TKK, floor)
+    return result
 
 
 class _SquaredCosines(torch.autograd.Function):
-    """Value and gradient at once, by the kernel; a derivative of the gradient is PyTorch's."""
+    """Value and gradient at once, nothing else is kept; a derivative of the gradient is autograd's."""
 
     @staticmethod
     def forward(ctx: Any, gram_TKK: Tensor, floor: float) -> Tensor:
-        values_T, gradient_TKK = gram_TKK.new_empty(gram_TKK.shape[0]), torch.empty_like(gram_TKK).contiguous()
-        native.squared_cosines(gram_TKK.contiguous(), floor, values_T, gradient_TKK)
+        if native.direct(gram_TKK) and gram_TKK.dtype != torch.bfloat16:
+            values_T, gradient_TKK = gram_TKK.new_empty(gram_TKK.shape[0]), torch.empty_like(gram_TKK).contiguous()
+            native.squared_cosines(gram_TKK.contiguous(), floor, values_T, gradient_TKK)
+        else:
+            values_T, gradient_TKK = _value_and_gradient(gram_TKK, floor)
         ctx.save_for_backward(gram_TKK, gradient_TKK)
         ctx.floor = floor
         return values_T
@@ -201,8 +204,24 @@ class _SquaredCosines(torch.autograd.Function):
         return gradient_TKK * grad_T[:, None, None], None
 
 
+def _value_and_gradient(gram_TKK: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Squared cosines (T,) and their gradient by every entry (T, k, k), as the kernel has them."""
+    norms_TK = squared_norms(gram_TKK)
+    positive = norms_TK > 0
+    inverse_TK = positive / torch.where(positive, norms_TK, 1.0)
+    slopes_TKK = gram_TKK * inverse_TK.unsqueeze(2) * inverse_TK.unsqueeze(1)
+    squares_TKK = gram_TKK * slopes_TKK
+    identity = torch.eye(gram_TKK.shape[1], dtype=torch.bool, device=gram_TKK.device)
+    counted = ~((squares_TKK <= floor) | identity)  # a NaN is
+    values_T = torch.where(counted, squares_TKK - floor, 0.0).sum((1, 2))
+    squares_TKK = torch.where(counted, squares_TKK, 0.0)
+    diagonal_TK = -inverse_TK * (squares_TKK.sum(2) + squares_TKK.sum(1))
+    off_diagonal_TKK = torch.where(counted, 2.0 * slopes_TKK, 0.0)
+    return values_T, torch.where(identity, diagonal_TK.unsqueeze(2), off_diagonal_TKK)
+
+
 def _squared_cosines(gram_TKK: Tensor, floor: float) -> Tensor:
-    """By PyTorch's operations."""
+    """By operations that autograd sees through."""
     norms_TK = squared_norms(gram_TKK)
     positive = norms_TK > 0
     inverse_TK = torch.where(positive, norms_TK, 1.0).rsqrt() * positive

@@ -75,12 +75,15 @@ def test_kernels_equal_pytorch(tokens: int, k: int, width: int, dtype: torch.dty
     torch.testing.assert_close(grad.to(wide), wanted, rtol=tolerance, atol=tolerance)
 
 
-@needs_compiler
+@pytest.mark.parametrize("by_kernel", [pytest.param(True, marks=needs_compiler), False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_the_kernel_of_squared_cosines_equals_pytorch(k: int, floor: float, dtype: torch.dtype) -> None:
+def test_squared_cosines_and_their_gradient_at_once_equal_autograd(
+    k: int, floor: float, dtype: torch.dtype, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With rows of zero, and with matrices that are not symmetric: the gradient is by each entry."""
+    monkeypatch.setattr(native, "direct", lambda _: by_kernel)
     z, rows = make(40, k, 6)
     z[rows[3, 0]] = 0.0
     grams = gram._products(z, rows).to(dtype)
@@ -100,8 +103,9 @@ def test_the_kernel_of_squared_cosines_equals_pytorch(k: int, floor: float, dtyp
         assert not gradient[3].any() or k > 2
 
 
-@needs_compiler
-def test_a_number_that_is_none_is_not_hidden() -> None:
+@pytest.mark.parametrize("by_kernel", [pytest.param(True, marks=needs_compiler), False])
+def test_a_number_that_is_none_is_not_hidden(by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "direct", lambda _: by_kernel)
     grams = torch.full((2, 3, 3), float("nan")).requires_grad_()
     assert squared_cosines(grams, 0.1).isnan().all()
 
