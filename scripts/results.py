@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titan_moe.analysis.statistics import paired
+from titan_moe.analysis.tables import interval, line
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -34,10 +35,10 @@ BLOCK = re.compile(r"(<!-- (sweep|differences|together|placement) (\w+): (.*?) -
 def sweep_table(folder: Path, columns: Sequence[str]) -> str:
     """The sweep's own tables, with these columns only."""
     lines, places = [], None
-    for line in (folder / "results.md").read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else None
+    for row in (folder / "results.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in row.strip("|").split("|")] if row.startswith("|") else None
         if cells is None:
-            lines.append(line)
+            lines.append(row)
             places = None
             continue
         if places is None:
@@ -45,7 +46,7 @@ def sweep_table(folder: Path, columns: Sequence[str]) -> str:
             if missing:
                 sys.exit(f"{folder / 'results.md'} has no column {missing[0]!r}; it has {', '.join(cells)}")
             places = [cells.index(column) for column in columns]
-        lines.append(f"| {' | '.join(cells[place] for place in places)} |")
+        lines.append(line([cells[place] for place in places]))
     return "\n".join(lines).strip()
 
 
@@ -54,9 +55,8 @@ def differences_table(folder: Path, measures: Sequence[str]) -> str:
     found: dict[str, dict[str, str]] = {}
     with (folder / "comparisons.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            found.setdefault(row["arm"], {})[row["measure"]] = spanned(
-                *(float(row[k]) for k in ("difference", "low", "high"))
-            )
+            numbers = {key: float(row[key]) for key in ("difference", "low", "high")}
+            found.setdefault(row["arm"], {})[row["measure"]] = interval(numbers)
     rows = [[arm, *(values[measure] for measure in measures)] for arm, values in found.items()]
     return table(["arm", *map(short, measures)], rows)
 
@@ -75,7 +75,8 @@ def together_table(folder: Path, words: Sequence[str]) -> str:
         own = [[b - a for a, b in zip(parts[0], part, strict=True)] for part in parts[1:]]
         beyond = [c - a - b for a, b, c in zip(*own, strict=True)]
         cells = [paired(values, 0.005) for values in (*own, beyond)]
-        lines.append([short(measure), *(spanned(cell.mean, cell.low, cell.high) for cell in cells)])
+        spans = [interval({"difference": cell.mean, "low": cell.low, "high": cell.high}) for cell in cells]
+        lines.append([short(measure), *spans])
     return table(["measure", first, second, both, "beyond the sum"], lines)
 
 
@@ -83,19 +84,15 @@ def short(measure: str) -> str:
     return measure.partition("/")[2] if measure.startswith(("moe/", "inspect/")) else measure
 
 
-def spanned(mean: float, low: float, high: float) -> str:
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
-
-
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return "\n".join(map(line, (head, ["---"] * len(head), *rows)))
 
 
 def placement_table(folder: Path, arms: Sequence[str]) -> str:
     """Share of routed rows that cross ranks, on text that the placement was not fitted on."""
     with (folder / "results.csv").open(encoding="utf-8") as file:
         seed = next(csv.DictReader(file))["seed"]
-    lines: list[str] = []
+    head, rows = [], []
     for arm in arms:
         run = folder / "runs" / f"{arm.replace(' ', '_')}--seed{seed}"
         order = run / f"order-{RANKS}-ranks.json"
@@ -103,11 +100,10 @@ def placement_table(folder: Path, arms: Sequence[str]) -> str:
             command = [sys.executable, "-m", "titan_moe.cli", "place", str(run), f"--ranks={RANKS}"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         traffic = json.loads(order.read_text(encoding="utf-8"))["traffic"]
-        if not lines:
-            lines = [f"| arm | {' | '.join(traffic)} |", f"|{'---|' * (len(traffic) + 1)}"]
+        head = ["arm", *traffic]
         shares = [f"{one['other']['share']:.3f} (load {one['other']['load']:.2f})" for one in traffic.values()]
-        lines.append(f"| {arm} | {' | '.join(shares)} |")
-    return "\n".join(lines)
+        rows.append([arm, *shares])
+    return table(head, rows)
 
 
 TABLES = {
