@@ -11,7 +11,10 @@ import pytest
 
 from tests.conftest import TINY, titan_moe
 from tests.test_cli import start
-from tests.train.test_training import untimed
+from tests.train.test_training import train, untimed
+from titan_moe.config.tables import Config
+from titan_moe.train import trainer
+from titan_moe.train.trainer import Trainer
 
 WORDS = ["--training.steps=120", "--checkpoint.interval=5", "--validation.interval=8", "--validation.sequences=40"]
 
@@ -67,6 +70,37 @@ def test_sigterm_in(
     again = titan_moe("train", *words, "--job.name=cut")
     assert again.returncode == 0, again.stderr
     assert untimed(rows(run)) == whole
+
+
+@pytest.mark.parametrize("signals", [(0,), (0, 0), (3,), (3, 3)], ids=str)
+def test_sigterm_within_a_validation(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, signals: tuple[int, ...]
+) -> None:
+    """signals: the step of the validation that each run is stopped in, one after the other; no row may be lost."""
+    options = ["--validation.sequences=8", "--training.deterministic=true", "--checkpoint.interval=2"]
+    wanted = untimed(train(tiny_config("--job.name=undisturbed", *options)))
+    waiting = list(signals)
+    at: list[int] = []  # the step of the validation under way
+    whole, parts = Trainer.validate, trainer.validate
+
+    def remember_step(self: Trainer, step: int, *others: Any, **named: Any) -> bool:
+        at[:] = [step]
+        return whole(self, step, *others, **named)
+
+    def with_signal(*others: Any) -> Any:
+        *rest, broken_off = others
+        if at == waiting[:1]:
+            signal.raise_signal(signal.SIGTERM)
+            waiting.pop(0)
+        return parts(*rest, broken_off)
+
+    monkeypatch.setattr(Trainer, "validate", remember_step)
+    monkeypatch.setattr(trainer, "validate", with_signal)
+    for _ in signals:
+        found = untimed(train(tiny_config("--job.name=cut", *options)))
+        assert len(found) < len(wanted)
+    assert not waiting
+    assert untimed(train(tiny_config("--job.name=cut", *options))) == wanted
 
 
 def test_sigterm_while_data_is_prepared(tiny_options: list[str], tmp_path: Path) -> None:

@@ -245,9 +245,11 @@ class Trainer:
             trackers += [extend.trackers[name](config, self.run_dir.path) for name in config.metrics.trackers]
         try:
             with self.signals(), profiler(config.profiling, self.run_dir.profile) as profile:
-                if start == 0 or self.validation_is_missing(start):
-                    self.validate(start, trackers, tensorboard)
-                stopped_at = self.loop(start, trackers, tensorboard, profile)
+                first = start == 0 or self.validation_is_missing(start)
+                if first and not self.validate(start, trackers, tensorboard):
+                    stopped_at = start  # a step more, and nobody would know that this row is missing
+                else:
+                    stopped_at = self.loop(start, trackers, tensorboard, profile)
                 self.saver.finish()
         finally:
             for tracker in trackers:
@@ -349,8 +351,8 @@ class Trainer:
 
     def validate(
         self, step: int, trackers: list[extend.Tracker], tensorboard: TensorBoard | None, to_the_end: bool = False
-    ) -> None:
-        """A signal breaks it off, unless `to_the_end`; the run that goes on makes up for it."""
+    ) -> bool:
+        """A signal breaks it off, unless `to_the_end`; the run that goes on makes up for it. Returns whether it is done."""
 
         def broken_off() -> bool:
             self.progress()
@@ -361,7 +363,7 @@ class Trainer:
         count = config.validation.sequences
         found = validate(self.model, self.validation_windows, self.tokenizer, count, size, self.mesh, broken_off)
         if found is None:
-            return
+            return False
         row = {
             "kind": "validation",
             "step": step,
@@ -373,6 +375,7 @@ class Trainer:
             tracker.log(row)
         if tensorboard is not None:
             tensorboard.routing(step, found)
+        return True
 
     def save(self, step: int) -> None:
         self.progress()
