@@ -46,9 +46,29 @@ def keyed_bits(*key: Tensor | int, device: torch.device, start: Tensor | int = 0
     return torch.as_tensor(h, dtype=torch.int64, device=device)
 
 
-def keyed_uniform(*key: Tensor | int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uniform numbers in [0, 1), multiples of 2^-24, of the shape of the broadcast key."""
-    return (keyed_bits(*key, device=device) >> 8).to(dtype) * 2.0**-24
+def keyed_uniform(
+    *key: Tensor | int, rows_B: Tensor, columns_S: Tensor, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Uniform numbers in [0, 1), multiples of 2^-24, (B, S).
+
+    key: integers and scalar tensors; a row's number and a column's go on from there.
+    """
+    if by_kernel(device):
+        return native.uniform(rows_B, columns_S, folded(key), dtype)
+    return (keyed_bits(*key, rows_B.unsqueeze(1), columns_S, device=device) >> 8).to(dtype) * 2.0**-24
+
+
+def by_kernel(device: torch.device) -> bool:
+    """Whether a draw may be made in C."""
+    return device.type == "cpu" and not torch.compiler.is_compiling() and native.library() is not None
+
+
+def folded(key: tuple[Tensor | int, ...]) -> int:
+    """The bits of a key of integers and scalar tensors."""
+    h = 0
+    for part in key:
+        h = _fold(h, int(part))
+    return h
 
 
 def keyed_signs(*key: Tensor | int, width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,11 +92,8 @@ def drawn(share: float, *key: Tensor | int, rows_B: Tensor, columns_S: Tensor, d
     if device.type == "meta":
         return torch.empty(round(share * len(rows_B) * len(columns_S)), dtype=torch.int64, device=device)
     limit = math.ceil(share * 2**32)
-    if device.type == "cpu" and not torch.compiler.is_compiling() and native.library() is not None:
-        start = 0
-        for part in key:
-            start = _fold(start, int(part))
-        return native.drawn(rows_B, columns_S, start, limit)
+    if by_kernel(device):
+        return native.drawn(rows_B, columns_S, folded(key), limit)
     bits_BS = keyed_bits(*key, rows_B.unsqueeze(1), columns_S, device=device)
     return (bits_BS.flatten() < limit).nonzero().squeeze(1)
 

@@ -312,6 +312,8 @@ def weighted_mean(values: Tensor, weights: Tensor, group: Group | None) -> Tenso
 @torch.no_grad()
 def coupling_noise_bound(router_weight: Tensor) -> Tensor:
     """eps_i of erc: half the distance to the nearest other routing vector over the own length, (E, D) -> (E,)."""
+    if native.direct(router_weight) and router_weight.dtype != torch.bfloat16:
+        return native.coupling_bounds(router_weight)
     distances = torch.cdist(router_weight, router_weight, compute_mode="donot_use_mm_for_euclid_dist")
     distances.fill_diagonal_(torch.inf)
     return distances.amin(1) / (2.0 * router_weight.norm(dim=1)).clamp(min=torch.finfo(router_weight.dtype).tiny)
@@ -352,6 +354,8 @@ def expert_router_coupling_loss(
 
 def coupling_excess(matrix: Tensor, alpha: float) -> Tensor:
     """erc from its activation matrix M (E, E): `(1/E^2) sum_{i != j} max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0)`."""
+    if native.direct(matrix) and matrix.dtype != torch.bfloat16:
+        return (native.excess_slopes(matrix.detach(), alpha) * matrix).sum()
     experts = matrix.shape[0]
     identity = torch.eye(experts, dtype=torch.bool, device=matrix.device)
     diagonal = alpha * torch.where(identity, matrix, 0.0).sum(1, keepdim=True)  # as squared_norms, and for its reason

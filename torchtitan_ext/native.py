@@ -23,10 +23,10 @@ from torch.nn.functional import pad
 
 SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
 # OpenMP's runtime is the one that PyTorch has loaded already, so both share their threads.
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 COMPILE_SECONDS = 120
-PANEL = 16  # of kernels.c
+PANEL, STRIP = 16, 48  # of kernels.c
 
 log = logging.getLogger(__name__)
 
@@ -84,27 +84,55 @@ def squared_cosines(gram_TKK: Tensor, floor: float, values_T: Tensor, gradient_T
     _call("squared_cosines", gram_TKK.dtype, (gram_TKK, values_T, gradient_TKK), (tokens, k), ctypes.c_double(floor))
 
 
-def responses(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> Tensor:
-    """`answers[j, f, e] = <weight[j, f], proxies[e]>` for the first `width` f; D a multiple of PANEL. (J, width, E)."""
+def responses(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`answers[j, f, e] = <weight[j, f], proxies[e]>`, (J, width, E), for the first f, and `answers.square().sum(1).t()`.
+
+    D must be a multiple of PANEL.
+    """
     experts, rows, dim = weight_JGD.shape
     vectors = len(proxies_ED)
     packed = pad(proxies_ED, (0, 0, 0, -vectors % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
     answers_JFE = proxies_ED.new_empty(experts, width, vectors)
-    _call("responses", weight_JGD.dtype, (weight_JGD, packed, answers_JFE), (experts, rows, width, dim, vectors))
-    return answers_JFE
+    squares_JSE = proxies_ED.new_empty(experts, -(-width // STRIP), vectors)
+    tensors = (weight_JGD, packed, answers_JFE, squares_JSE)
+    _call("responses", weight_JGD.dtype, tensors, (experts, rows, width, dim, vectors))
+    return answers_JFE, squares_JSE.sum(1).t()
 
 
 def add_response_gradients(
-    grad_JGD: Tensor, weight_JGD: Tensor, proxies_ED: Tensor, slopes_JFE: Tensor, of_proxies: bool
+    grad_JGD: Tensor, weight_JGD: Tensor, proxies_ED: Tensor, answers_JFE: Tensor, grad_EJ: Tensor, of_proxies: bool
 ) -> Tensor | None:
-    """From the gradient of `responses`: adds that of the weight to grad, returns the proxies' (E, D), if asked for it."""
+    """From the gradient of `answers.square().sum(1).t()`: adds the weight's to grad, returns the proxies' (E, D), if wanted."""
     experts, rows, dim = weight_JGD.shape
-    vectors, width = len(proxies_ED), slopes_JFE.shape[1]
+    vectors, width = len(proxies_ED), answers_JFE.shape[1]
     packed = proxies_ED.unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
     parts = packed.new_zeros(torch.get_num_threads(), *packed.shape) if of_proxies else None
-    tensors = (grad_JGD, weight_JGD, packed, slopes_JFE.contiguous(), parts)
+    tensors = (grad_JGD, weight_JGD, packed, answers_JFE, (2.0 * grad_EJ.t()).contiguous(), parts)
     _call("add_response_gradients", weight_JGD.dtype, tensors, (experts, rows, width, dim, vectors))
     return None if parts is None else parts.sum(0).transpose(0, 1).flatten(1)
+
+
+def coupling_bounds(router_ED: Tensor) -> Tensor:
+    """`losses.coupling_noise_bound`, of float32 or float64."""
+    bounds_E = router_ED.new_empty(len(router_ED))
+    _call("coupling_bounds", router_ED.dtype, (router_ED.contiguous(), bounds_E), tuple(router_ED.shape))
+    return bounds_E
+
+
+def excess_slopes(matrix_EE: Tensor, alpha: float) -> Tensor:
+    """The gradient of `losses.coupling_excess`, of float32 or float64."""
+    slopes_EE = torch.empty_like(matrix_EE, memory_format=torch.contiguous_format)
+    tensors = (matrix_EE.contiguous(), slopes_EE)
+    _call("excess_slopes", matrix_EE.dtype, tensors, (len(matrix_EE),), ctypes.c_double(alpha))
+    return slopes_EE
+
+
+def uniform(rows_B: Tensor, columns_S: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+    """`draws.keyed_uniform`, (B, S), with `start` the bits of its first parts; int64 in, float32 or float64 out."""
+    values = torch.empty(len(rows_B), len(columns_S), dtype=dtype)
+    sizes = (len(rows_B), len(columns_S), start)
+    _call("uniform", dtype, (rows_B.contiguous(), columns_S.contiguous(), values), sizes)
+    return values
 
 
 def drawn(rows_B: Tensor, columns_S: Tensor, start: int, limit: int) -> Tensor:

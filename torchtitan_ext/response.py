@@ -20,14 +20,15 @@ class _ResponseThrough(torch.autograd.Function):
     def forward(ctx: Any, weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
         ctx.by_kernel = native.direct(weight_JGD) and proxies_ED.shape[1] % native.PANEL == 0
         if ctx.by_kernel:
-            answers_JFE = native.responses(weight_JGD.contiguous(), proxies_ED.contiguous(), width)
+            answers_JFE, squares_EJ = native.responses(weight_JGD.contiguous(), proxies_ED.contiguous(), width)
         else:
             gate_JFD = weight_JGD[:, :width].to(proxies_ED.dtype)
             answers_JFE = torch.matmul(proxies_ED, gate_JFD.transpose(1, 2)).transpose(1, 2)
+            squares_EJ = answers_JFE.square().sum(1).t()
         ctx.save_for_backward(weight_JGD, proxies_ED, answers_JFE)
         ctx.width = width
         ctx.set_materialize_grads(False)
-        return weight_JGD.view_as(weight_JGD), answers_JFE.square().sum(1).t()
+        return weight_JGD.view_as(weight_JGD), squares_EJ
 
     @staticmethod
     def backward(
@@ -38,10 +39,10 @@ class _ResponseThrough(torch.autograd.Function):
             return grad_JGD, None, None
         if grad_JGD is None:
             grad_JGD = torch.zeros_like(weight_JGD)
-        slopes_JFE = answers_JFE * (2.0 * grad_EJ.t()).unsqueeze(1)
         if ctx.by_kernel and grad_JGD.is_contiguous() and grad_JGD.dtype == weight_JGD.dtype:
-            tensors = (weight_JGD.contiguous(), proxies_ED.contiguous(), slopes_JFE)
+            tensors = (weight_JGD.contiguous(), proxies_ED.contiguous(), answers_JFE, grad_EJ)
             return grad_JGD, native.add_response_gradients(grad_JGD, *tensors, ctx.needs_input_grad[1]), None
+        slopes_JFE = answers_JFE * (2.0 * grad_EJ.t()).unsqueeze(1)
         grad_gate_JFD = grad_JGD[:, : ctx.width]
         proxies_JED = proxies_ED.expand(weight_JGD.shape[0], *proxies_ED.shape)
         if grad_JGD.dtype == proxies_ED.dtype:
@@ -71,5 +72,5 @@ def response_through(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tupl
 
 def lengths(squares: Tensor) -> Tensor:
     """M from its squares; the gradient of a zero answer is 0."""
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+    zero = squares == 0
+    return (squares + zero).sqrt() * ~zero

@@ -190,8 +190,8 @@ class Terms:
         dtype, device = accumulation_dtype(router_weight_ED.dtype), router_weight_ED.device
         router_weight_ED = router_weight_ED.to(dtype)
         experts, dim = (torch.arange(size, device=device) for size in router_weight_ED.shape)
-        key = (draws.ERC_NOISE, self.seed, layer, tokens.step, experts.unsqueeze(1), dim)
-        uniform = draws.keyed_uniform(*key, device=device, dtype=dtype)
+        key = (draws.ERC_NOISE, self.seed, layer, tokens.step)
+        uniform = draws.keyed_uniform(*key, rows_B=experts, columns_S=dim, device=device, dtype=dtype)
         return router_weight_ED * coupling_noise(router_weight_ED.detach(), uniform)
 
     def _sp_rows(self, rows_TK: Tensor, layer: int, tokens: Tokens) -> GramRows:

@@ -128,8 +128,8 @@ def test_terms_in_the_carry_are_the_library_functions(source: str, form: str, ab
     coupled = []
     for layer, moe in enumerate(model.moe_modules()):
         router, gate = moe.router.weight, moe.experts.gate_up[:, 0]
-        key = (draws.ERC_NOISE, 0, layer, 7, torch.arange(6).unsqueeze(1), torch.arange(16))
-        uniform = draws.keyed_uniform(*key, device=router.device, dtype=torch.float64)
+        key, ranges = (draws.ERC_NOISE, 0, layer, 7), {"rows_B": torch.arange(6), "columns_S": torch.arange(16)}
+        uniform = draws.keyed_uniform(*key, **ranges, device=router.device, dtype=torch.float64)
         coupled.append(expert_router_coupling_loss(router, gate, 1.0, coupling_noise(router.detach(), uniform)))
     wanted = torch.stack(
         [

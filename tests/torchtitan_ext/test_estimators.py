@@ -12,18 +12,19 @@ DRAWS, TOKENS, K, WIDTH, SKETCH = 100, 128, 4, 48, 64
 
 
 def test_draws_depend_on_their_key_alone() -> None:
-    rows, columns = torch.arange(5).unsqueeze(1), torch.arange(7)
-    whole = draws.keyed_uniform(1, 2, rows, columns, device=CPU)
-    assert torch.equal(whole[3:4], draws.keyed_uniform(1, 2, rows[3:4], columns, device=CPU))
-    assert not torch.equal(whole, draws.keyed_uniform(1, 3, rows, columns, device=CPU))
-    signs = draws.keyed_signs(1, 2, rows.squeeze(1), width=40, device=CPU)
-    assert torch.equal(signs[3:4], draws.keyed_signs(1, 2, rows[3:4].squeeze(1), width=40, device=CPU))
+    rows, columns = torch.arange(5), torch.arange(7)
+    whole = draws.keyed_uniform(1, 2, rows_B=rows, columns_S=columns, device=CPU)
+    assert torch.equal(whole[3:4], draws.keyed_uniform(1, 2, rows_B=rows[3:4], columns_S=columns, device=CPU))
+    assert not torch.equal(whole, draws.keyed_uniform(1, 3, rows_B=rows, columns_S=columns, device=CPU))
+    signs = draws.keyed_signs(1, 2, rows, width=40, device=CPU)
+    assert torch.equal(signs[3:4], draws.keyed_signs(1, 2, rows[3:4], width=40, device=CPU))
 
 
 def test_draws_are_uniform_and_uncorrelated() -> None:
     """n = 100,000: means within four standard errors, 4 / sqrt(12 n) and 4 / sqrt(n)."""
     n = 100_000
-    u = draws.keyed_uniform(0, torch.arange(n), device=CPU, dtype=torch.float64)
+    rows, columns = torch.arange(n // 100), torch.arange(100)
+    u = draws.keyed_uniform(0, rows_B=rows, columns_S=columns, device=CPU, dtype=torch.float64).flatten()
     assert 0.0 <= u.min().item() < u.max().item() < 1.0
     assert u.mean().item() == pytest.approx(0.5, abs=4 / (12 * n) ** 0.5)
     assert ((u - 0.5) ** 2).mean().item() == pytest.approx(1 / 12, abs=4 * (1 / 180 / n) ** 0.5)
@@ -49,7 +50,7 @@ def sketched(z: Tensor, draw: int) -> Tensor:
 
 
 def sampled(z: Tensor, draw: int) -> Tensor:
-    drawn = (draws.keyed_uniform(draw, torch.arange(TOKENS), device=CPU) < 1 / 8).nonzero().squeeze(1)
+    drawn = draws.drawn(1 / 8, draw, rows_B=torch.tensor([0]), columns_S=torch.arange(TOKENS), device=CPU)
     return specialization_loss(z[drawn], weights=torch.full(drawn.shape, 8 / TOKENS, dtype=torch.float64))
 
 

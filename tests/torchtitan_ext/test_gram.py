@@ -122,6 +122,16 @@ def test_the_kernel_draws_what_the_hash_says(share: float, monkeypatch: pytest.M
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernels_uniform_numbers_are_those_of_the_hash(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges = {"rows_B": torch.tensor([5, 2**40, 0, -1]), "columns_S": torch.arange(0, 3000, 3)}
+    draw = lambda: draws.keyed_uniform(3, torch.tensor(7), **ranges, device=torch.device("cpu"), dtype=dtype)  # noqa: E731
+    found = draw()
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert torch.equal(found, draw())
+
+
+@needs_compiler
 def test_the_kernels_round_to_bfloat16_as_pytorch_does() -> None:
     bits = torch.arange(0, 2**32, 65537 // 8, dtype=torch.int64)
     values = bits.to(torch.int32).view(torch.float32)

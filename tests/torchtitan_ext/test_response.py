@@ -1,10 +1,17 @@
 """erc's matrix taken on the way: the library function's values and gradients, and what else comes back untouched."""
 
+import itertools
+
 import pytest
 import torch
 
 from torchtitan_ext import native
-from torchtitan_ext.losses import coupling_excess, coupling_matrix, expert_router_coupling_loss
+from torchtitan_ext.losses import (
+    coupling_excess,
+    coupling_matrix,
+    coupling_noise_bound,
+    expert_router_coupling_loss,
+)
 from torchtitan_ext.response import lengths, response_through
 
 EXPERTS, WIDTH = 5, 4
@@ -57,6 +64,39 @@ def test_kernels_equal_pytorch(
         assert got.dtype == want.dtype
         largest = float(want.detach().abs().max())
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * largest)
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("experts", "dim"), [(2, 1), (5, 7), (16, 48), (33, 20)])
+def test_the_small_kernels_equal_pytorch(
+    experts: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also equal routing vectors, zero ones, answers that are equal, none, or not a number."""
+    source = torch.Generator().manual_seed(2)
+    router = torch.randn(experts, dim, dtype=dtype, generator=source)
+    same, zero, broken = router.clone(), router.clone(), router.clone()
+    same[1], zero[0], broken[0, -1] = same[0], 0.0, float("nan")
+    matrix = torch.rand(experts, experts, dtype=dtype, generator=source)
+    flat, none, bad = torch.ones_like(matrix), torch.zeros_like(matrix), matrix.clone()
+    bad[0, 1] = float("nan")
+
+    def all_of_it() -> list[torch.Tensor]:
+        found = [coupling_noise_bound(weight) for weight in (router, router.t().contiguous().t(), same, zero, broken)]
+        for answers, alpha in itertools.product((matrix, matrix.t(), flat, none), (0.0, 0.7, 1.0, 1.3)):
+            leaf = answers.clone().requires_grad_()
+            value = coupling_excess(leaf, alpha)
+            found += [value, *torch.autograd.grad(value, leaf)]
+        return [*found, coupling_excess(bad, 0.9)]
+
+    found = all_of_it()
+    monkeypatch.setattr(native, "direct", lambda _: False)
+    wanted = all_of_it()
+    eps = torch.finfo(dtype).eps
+    for got, want in zip(found, wanted, strict=True):  # sums of dim squares, or of twice E (E - 1) numbers of one sign
+        torch.testing.assert_close(
+            got, want, rtol=2 * max(dim, 2 * experts**2) * eps, atol=4 * experts * eps, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("dim", [DIM, KERNEL_DIM])

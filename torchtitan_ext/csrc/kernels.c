@@ -1,8 +1,10 @@
 // Gram matrices of each token's k rows of z, and their gradient: one pass over the rows each; squared cosines from them; the k
-// largest of each row; a draw of tokens; every expert's answers to every routing vector, and their gradients.
+// largest of each row; draws keyed by integers; the pieces of erc.
 //
 // KERNELS makes the first two for one element type; bfloat16 (as uint16_t) is accumulated in float.
 
+#include <float.h>
+#include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <stddef.h>
@@ -182,114 +184,215 @@ int64_t drawn(const int64_t *rows, const int64_t *columns, int64_t *places, int6
     return count;
 }
 
-// Products of a weight's first rows with a few vectors, for which a library's matrix product is slow: each weight is used once per
-// vector, and there are fewer vectors than its tiles are long. Tiles of ROWS x 2 lanes stay in registers; `dim` is a multiple of
-// 2 * LANES of every type, PANEL; the vectors come packed by the caller.
-#define ROWS 6
-#define STRIP 48 // rows of a weight that are used for both gradients while they are in the cache
-#define PANEL 16
-#define AHEAD 32 // columns from now: where the caches should be by then
-
-#define RESPONSES(NAME, ELEMENT, SUM, LANES)                                                                           \
-    /* answers[j, f, e] = <weight[j, f], vector e>; weight (experts, rows, dim) of which the first `width` rows count, */\
-    /* packed (ceil(vectors / PANEL), dim, PANEL), zero where there is no vector; answers (experts, width, vectors). */\
-    void responses_##NAME(const ELEMENT *weight, const SUM *packed, SUM *answers, int64_t experts, int64_t rows,       \
-                          int64_t width, int64_t dim, int64_t vectors, int threads) {                                  \
-        enum { LANE = LANES_##NAME, PARTS = PANEL / (2 * LANE) };                                                      \
-        int64_t tiles = (width + ROWS - 1) / ROWS, panels = (vectors + PANEL - 1) / PANEL;                             \
+// Uniform numbers in [0, 1) from the upper 24 of those bits, (height, width).
+#define UNIFORM(NAME, ELEMENT)                                                                                         \
+    void uniform_##NAME(const int64_t *rows, const int64_t *columns, ELEMENT *values, int64_t height, int64_t width,   \
+                        int64_t start, int threads) {                                                                  \
         _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
-        for (int64_t tile = 0; tile < experts * tiles; tile++) {                                                       \
-            int64_t j = tile / tiles, first = tile % tiles * ROWS, count = width - first < ROWS ? width - first : ROWS;\
-            const ELEMENT *w[ROWS];                                                                                    \
-            for (int i = 0; i < ROWS; i++) w[i] = weight + (j * rows + first + (i < count ? i : 0)) * dim;             \
-            for (int64_t panel = 0; panel < panels; panel++)                                                           \
-                for (int part = 0; part < PARTS; part++) {                                                             \
-                    const SUM *p = packed + panel * dim * PANEL + part * 2 * LANE;                                     \
-                    LANES sum[ROWS][2] = {{{0}}};                                                                      \
-                    for (int64_t d = 0; d < dim; d++) {                                                                \
-                        LANES left = *(const LANES *)(p + d * PANEL), right = *(const LANES *)(p + d * PANEL + LANE);  \
-                        _Pragma("GCC unroll 6")                                                                        \
-                        for (int i = 0; i < ROWS; i++) {                                                               \
-                            SUM x = one_##NAME(w[i] + d);                                                              \
-                            sum[i][0] += x * left;                                                                     \
-                            sum[i][1] += x * right;                                                                    \
-                        }                                                                                              \
-                    }                                                                                                  \
-                    int64_t at = panel * PANEL + part * 2 * LANE;                                                      \
-                    for (int64_t i = 0; i < count; i++)                                                                \
-                        for (int64_t e = 0; e < 2 * LANE && at + e < vectors; e++)                                     \
-                            answers[((j * width) + first + i) * vectors + at + e] = sum[i][e / LANE][e % LANE];        \
-                }                                                                                                      \
+        for (int64_t r = 0; r < height; r++) {                                                                         \
+            uint32_t h = folded((uint32_t)start, rows[r]);                                                             \
+            for (int64_t c = 0; c < width; c++)                                                                        \
+                values[r * width + c] = (ELEMENT)(folded(h, columns[c]) >> 8) * (ELEMENT)0x1p-24;                      \
+        }                                                                                                              \
+    }
+
+UNIFORM(float, float)
+UNIFORM(double, double)
+
+// Of erc, from few numbers, for which a library takes longer to be called than to work. bounds[i]: half the distance of row i of
+// router (experts, dim) to the nearest other one, over its own length. slopes (experts, experts): the gradient of 1 / experts^2
+// sum_{i != j} max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0) by M, in which it is piecewise linear.
+#define COUPLING(NAME, ELEMENT, LANES, ROOT, LEAST)                                                                    \
+    static ELEMENT distance_##NAME(const ELEMENT *x, const ELEMENT *y, int64_t dim) {                                  \
+        int64_t whole = dim - dim % LANES_##NAME;                                                                      \
+        LANES sums = {0};                                                                                              \
+        for (int64_t d = 0; d < whole; d += LANES_##NAME) {                                                            \
+            LANES apart = load_##NAME(x + d) - load_##NAME(y + d);                                                     \
+            sums += apart * apart;                                                                                     \
+        }                                                                                                              \
+        ELEMENT square = total_##NAME(sums);                                                                           \
+        for (int64_t d = whole; d < dim; d++) square += (x[d] - y[d]) * (x[d] - y[d]);                                 \
+        return ROOT(square);                                                                                           \
+    }                                                                                                                  \
+    void coupling_bounds_##NAME(const ELEMENT *router, ELEMENT *bounds, int64_t experts, int64_t dim, int threads) {   \
+        ELEMENT origin[dim];                                                                                           \
+        for (int64_t d = 0; d < dim; d++) origin[d] = 0;                                                               \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
+        for (int64_t i = 0; i < experts; i++) {                                                                        \
+            ELEMENT nearest = INFINITY, length = 2 * distance_##NAME(router + i * dim, origin, dim);                   \
+            for (int64_t j = 0; j < experts; j++) {                                                                    \
+                if (i == j) continue;                                                                                  \
+                ELEMENT apart = distance_##NAME(router + i * dim, router + j * dim, dim);                              \
+                if (!(apart >= nearest) && nearest == nearest) nearest = apart; /* NaN comes in and stays */           \
+            }                                                                                                          \
+            bounds[i] = nearest / (length < LEAST ? LEAST : length);                                                   \
         }                                                                                                              \
     }                                                                                                                  \
-    /* From the gradient of answers, slopes (experts, width, vectors): grad[j, f] += sum_e slopes[j, f, e] vector e, and */\
-    /* for every thread, parts (threads, dim / PANEL, vectors, PANEL), all 0 before: its share of sum_jf slopes[j, f, e] */\
-    /* weight[j, f], if parts is not NULL. packed: (dim / PANEL, vectors, PANEL). */                                   \
-    void add_response_gradients_##NAME(ELEMENT *grad, const ELEMENT *weight, const SUM *packed, const SUM *slopes,     \
-                                       SUM *parts, int64_t experts, int64_t rows, int64_t width, int64_t dim,          \
-                                       int64_t vectors, int threads) {                                                 \
+    void excess_slopes_##NAME(const ELEMENT *matrix, ELEMENT *slopes, int64_t experts, double alpha, int threads) {    \
+        (void)threads;                                                                                                 \
+        ELEMENT unit = (ELEMENT)1 / (experts * experts);                                                               \
+        for (int64_t i = 0; i < experts * experts; i++) slopes[i] = 0;                                                 \
+        for (int64_t i = 0; i < experts; i++) {                                                                        \
+            ELEMENT own = (ELEMENT)alpha * matrix[i * experts + i];                                                    \
+            int64_t over = 0;                                                                                          \
+            for (int64_t j = 0; j < experts; j++) {                                                                    \
+                if (i == j) continue;                                                                                  \
+                int by_others = matrix[i * experts + j] > own, of_others = matrix[j * experts + i] > own;              \
+                slopes[i * experts + j] += by_others ? unit : 0;                                                       \
+                slopes[j * experts + i] += of_others ? unit : 0;                                                       \
+                over += by_others + of_others;                                                                         \
+            }                                                                                                          \
+            slopes[i * experts + i] -= (ELEMENT)alpha * over * unit;                                                   \
+        }                                                                                                              \
+    }
+
+COUPLING(float, float, float_lanes, __builtin_sqrtf, FLT_MIN)
+COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
+
+// Products of a weight's first rows with a few vectors, for which a library's matrix product is slow: each weight is used once per
+// vector, and there are fewer vectors than its tiles are long. Tiles of up to HEIGHT x 2 lanes stay in registers, and while one is
+// computed the memory that the next one needs is on its way. `dim` is a multiple of PANEL, 2 lanes of every type or more; the
+// vectors come packed by the caller.
+#define HEIGHT 6
+#define STRIP 48 // rows of a weight that stay in the cache from one use to the next
+#define PANEL 16
+
+#define FOR_ROWS _Pragma("GCC unroll 6") for (int i = 0; i < height; i++)
+#define INLINE static inline __attribute__((always_inline))
+
+// sum[i] += x * (left, right) over `steps` values of s, for all rows i of a tile; x depends on i and s, the lanes on s.
+#define ADD_PRODUCTS(steps, SUM, LANES, x, left, right)                                                                \
+    for (int64_t s = 0; s < steps; s++) {                                                                              \
+        LANES lanes0 = left, lanes1 = right;                                                                           \
+        FOR_ROWS {                                                                                                     \
+            SUM factor = x;                                                                                            \
+            sum[i][0] += factor * lanes0;                                                                              \
+            sum[i][1] += factor * lanes1;                                                                              \
+        }                                                                                                              \
+    }
+
+// A tile's function with its height known to the compiler.
+#define WITH_HEIGHT(height, function, ...)                                                                             \
+    switch (height) {                                                                                                  \
+    case 1: function(1, __VA_ARGS__); break;                                                                           \
+    case 2: function(2, __VA_ARGS__); break;                                                                           \
+    case 3: function(3, __VA_ARGS__); break;                                                                           \
+    case 4: function(4, __VA_ARGS__); break;                                                                           \
+    case 5: function(5, __VA_ARGS__); break;                                                                           \
+    case 6: function(6, __VA_ARGS__); break;                                                                           \
+    }
+
+#define RESPONSES(NAME, ELEMENT, SUM, LANES)                                                                           \
+    enum { PAIR_##NAME = 2 * LANES_##NAME };                                                                           \
+    INLINE void response_tile_##NAME(const int height, const ELEMENT *w, int64_t dim, const SUM *packed, SUM *answers, \
+                                     int64_t vectors, int64_t columns) {                                               \
         enum { LANE = LANES_##NAME };                                                                                  \
+        LANES sum[HEIGHT][2] = {{{0}}};                                                                                \
+        for (int64_t d = 0; d < dim; d += PANEL) {                                                                     \
+            FOR_ROWS __builtin_prefetch(w + (height + i) * dim + d);                                                   \
+            const SUM *p = packed + d * PANEL;                                                                         \
+            ADD_PRODUCTS(PANEL, SUM, LANES, one_##NAME(w + i * dim + d + s), *(const LANES *)(p + s * PANEL),          \
+                         *(const LANES *)(p + s * PANEL + LANE))                                                       \
+        }                                                                                                              \
+        FOR_ROWS {                                                                                                     \
+            SUM line[2 * LANE]; /* indexing `sum` by a variable would keep it in memory */                             \
+            *(LANES *)line = sum[i][0];                                                                                \
+            *(LANES *)(line + LANE) = sum[i][1];                                                                       \
+            for (int64_t e = 0; e < columns; e++) answers[i * vectors + e] = line[e];                                  \
+        }                                                                                                              \
+    }                                                                                                                  \
+    /* answers[j, f, e] = <weight[j, f], vector e>, and the sums of their squares over the f of a strip; weight        \
+       (experts, rows, dim) of which the first `width` rows count, packed (ceil(vectors / PANEL), dim, PANEL), zero    \
+       where there is no vector; answers (experts, width, vectors), squares (experts, ceil(width / STRIP), vectors). */\
+    void responses_##NAME(const ELEMENT *weight, const SUM *packed, SUM *answers, SUM *squares, int64_t experts,       \
+                          int64_t rows, int64_t width, int64_t dim, int64_t vectors, int threads) {                    \
         int64_t strips = (width + STRIP - 1) / STRIP;                                                                  \
         _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
         for (int64_t strip = 0; strip < experts * strips; strip++) {                                                   \
             int64_t j = strip / strips, first = strip % strips * STRIP;                                                \
             int64_t count = width - first < STRIP ? width - first : STRIP;                                             \
-            const SUM *slope = slopes + (j * width + first) * vectors;                                                 \
-            SUM *own = parts ? parts + omp_get_thread_num() * vectors * dim : NULL;                                    \
-            for (int64_t d = 0; d < dim; d += 2 * LANE) {                                                              \
-                int64_t at = d / PANEL * vectors * PANEL + d % PANEL;                                                  \
-                const ELEMENT *w = weight + (j * rows + first) * dim + d;                                              \
-                ELEMENT *g = grad + (j * rows + first) * dim + d;                                                      \
-                for (int64_t f = 0; f < count; f += ROWS) {                                                            \
-                    int64_t of[ROWS];                                                                                  \
-                    LANES sum[ROWS][2];                                                                                \
-                    _Pragma("GCC unroll 6")                                                                            \
-                    for (int i = 0; i < ROWS; i++) {                                                                   \
-                        of[i] = f + i < count ? f + i : f;                                                             \
-                        sum[i][0] = load_##NAME(g + of[i] * dim);                                                      \
-                        sum[i][1] = load_##NAME(g + of[i] * dim + LANE);                                               \
-                        __builtin_prefetch(g + of[i] * dim + AHEAD, 1);                                                \
-                        __builtin_prefetch(w + of[i] * dim + AHEAD);                                                   \
-                    }                                                                                                  \
-                    for (int64_t e = 0; e < vectors; e++) {                                                            \
-                        LANES left = *(const LANES *)(packed + at + e * PANEL);                                        \
-                        LANES right = *(const LANES *)(packed + at + e * PANEL + LANE);                                \
-                        _Pragma("GCC unroll 6")                                                                        \
-                        for (int i = 0; i < ROWS; i++) {                                                               \
-                            SUM x = slope[of[i] * vectors + e];                                                        \
-                            sum[i][0] += x * left;                                                                     \
-                            sum[i][1] += x * right;                                                                    \
-                        }                                                                                              \
-                    }                                                                                                  \
-                    _Pragma("GCC unroll 6")                                                                            \
-                    for (int i = 0; i < ROWS; i++) {                                                                   \
-                        store_##NAME(g + of[i] * dim, sum[i][0]);                                                      \
-                        store_##NAME(g + of[i] * dim + LANE, sum[i][1]);                                               \
-                    }                                                                                                  \
+            const ELEMENT *w = weight + (j * rows + first) * dim;                                                      \
+            SUM *answer = answers + (j * width + first) * vectors, *square = squares + strip * vectors;                \
+            for (int64_t f = 0; f < count; f += HEIGHT)                                                                \
+                for (int64_t e = 0; e < vectors; e += PAIR_##NAME) {                                                   \
+                    int64_t height = count - f < HEIGHT ? count - f : HEIGHT;                                          \
+                    int64_t columns = vectors - e < PAIR_##NAME ? vectors - e : PAIR_##NAME;                           \
+                    const SUM *p = packed + e / PANEL * dim * PANEL + e % PANEL;                                       \
+                    WITH_HEIGHT(height, response_tile_##NAME, w + f * dim, dim, p, answer + f * vectors + e, vectors,  \
+                                columns)                                                                               \
                 }                                                                                                      \
-                for (int64_t e = 0; parts && e < vectors; e += ROWS) {                                                 \
-                    int64_t of[ROWS];                                                                                  \
-                    LANES sum[ROWS][2];                                                                                \
-                    _Pragma("GCC unroll 6")                                                                            \
-                    for (int i = 0; i < ROWS; i++) {                                                                   \
-                        of[i] = e + i < vectors ? e + i : e;                                                           \
-                        sum[i][0] = *(const LANES *)(own + at + of[i] * PANEL);                                        \
-                        sum[i][1] = *(const LANES *)(own + at + of[i] * PANEL + LANE);                                 \
-                    }                                                                                                  \
-                    for (int64_t f = 0; f < count; f++) {                                                              \
-                        LANES left = load_##NAME(w + f * dim), right = load_##NAME(w + f * dim + LANE);                \
-                        _Pragma("GCC unroll 6")                                                                        \
-                        for (int i = 0; i < ROWS; i++) {                                                               \
-                            SUM x = slope[f * vectors + of[i]];                                                        \
-                            sum[i][0] += x * left;                                                                     \
-                            sum[i][1] += x * right;                                                                    \
-                        }                                                                                              \
-                    }                                                                                                  \
-                    _Pragma("GCC unroll 6")                                                                            \
-                    for (int i = 0; i < ROWS; i++) {                                                                   \
-                        *(LANES *)(own + at + of[i] * PANEL) = sum[i][0];                                              \
-                        *(LANES *)(own + at + of[i] * PANEL + LANE) = sum[i][1];                                       \
-                    }                                                                                                  \
+            for (int64_t e = 0; e < vectors; e++) square[e] = 0;                                                       \
+            for (int64_t f = 0; f < count; f++)                                                                        \
+                for (int64_t e = 0; e < vectors; e++)                                                                  \
+                    square[e] += answer[f * vectors + e] * answer[f * vectors + e];                                    \
+        }                                                                                                              \
+    }                                                                                                                  \
+    INLINE void weight_tile_##NAME(const int height, ELEMENT *grad, const ELEMENT *weight, int64_t dim,                \
+                                   const SUM *packed, const SUM *slopes, int64_t vectors) {                            \
+        enum { LANE = LANES_##NAME };                                                                                  \
+        for (int64_t d = 0; d < dim; d += 2 * LANE) {                                                                  \
+            const SUM *p = packed + d / PANEL * vectors * PANEL + d % PANEL;                                           \
+            ELEMENT *g = grad + d;                                                                                     \
+            LANES sum[HEIGHT][2];                                                                                      \
+            FOR_ROWS {                                                                                                 \
+                sum[i][0] = load_##NAME(g + i * dim);                                                                  \
+                sum[i][1] = load_##NAME(g + i * dim + LANE);                                                           \
+                __builtin_prefetch(g + (height + i) * dim, 1);                                                         \
+                __builtin_prefetch(weight + d + i * dim, 0, 2);                                                        \
+            }                                                                                                          \
+            ADD_PRODUCTS(vectors, SUM, LANES, slopes[i * vectors + s], *(const LANES *)(p + s * PANEL),                \
+                         *(const LANES *)(p + s * PANEL + LANE))                                                       \
+            FOR_ROWS {                                                                                                 \
+                store_##NAME(g + i * dim, sum[i][0]);                                                                  \
+                store_##NAME(g + i * dim + LANE, sum[i][1]);                                                           \
+            }                                                                                                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+    INLINE void vector_tile_##NAME(const int height, SUM *grad, const ELEMENT *w, int64_t dim, const SUM *slopes,      \
+                                   int64_t vectors, int64_t count) {                                                   \
+        enum { LANE = LANES_##NAME };                                                                                  \
+        LANES sum[HEIGHT][2];                                                                                          \
+        FOR_ROWS {                                                                                                     \
+            sum[i][0] = *(const LANES *)(grad + i * PANEL);                                                            \
+            sum[i][1] = *(const LANES *)(grad + i * PANEL + LANE);                                                     \
+        }                                                                                                              \
+        ADD_PRODUCTS(count, SUM, LANES, slopes[s * vectors + i], load_##NAME(w + s * dim),                             \
+                     load_##NAME(w + s * dim + LANE))                                                                  \
+        FOR_ROWS {                                                                                                     \
+            *(LANES *)(grad + i * PANEL) = sum[i][0];                                                                  \
+            *(LANES *)(grad + i * PANEL + LANE) = sum[i][1];                                                           \
+        }                                                                                                              \
+    }                                                                                                                  \
+    /* From twice the gradient of sum_f answers[j, f, e]^2, pulls (experts, vectors): with slopes = answers * pulls,   \
+       grad[j, f] += sum_e slopes[j, f, e] vector e, and if parts is not NULL, for every thread, parts (threads,       \
+       dim / PANEL, vectors, PANEL), all 0 before: its share of sum_jf slopes[j, f, e] weight[j, f].                   \
+       packed: (dim / PANEL, vectors, PANEL). */                                                                       \
+    void add_response_gradients_##NAME(ELEMENT *grad, const ELEMENT *weight, const SUM *packed, const SUM *answers,    \
+                                       const SUM *pulls, SUM *parts, int64_t experts, int64_t rows, int64_t width,     \
+                                       int64_t dim, int64_t vectors, int threads) {                                    \
+        int64_t strips = (width + STRIP - 1) / STRIP, groups = (vectors + HEIGHT - 1) / HEIGHT;                        \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
+        for (int64_t strip = 0; strip < experts * strips; strip++) {                                                   \
+            int64_t j = strip / strips, first = strip % strips * STRIP;                                                \
+            int64_t count = width - first < STRIP ? width - first : STRIP;                                             \
+            const SUM *answer = answers + (j * width + first) * vectors;                                               \
+            SUM slope[STRIP * vectors];                                                                                \
+            for (int64_t f = 0; f < count; f++)                                                                        \
+                for (int64_t e = 0; e < vectors; e++)                                                                  \
+                    slope[f * vectors + e] = answer[f * vectors + e] * pulls[j * vectors + e];                         \
+            const ELEMENT *w = weight + (j * rows + first) * dim;                                                      \
+            ELEMENT *g = grad + (j * rows + first) * dim;                                                              \
+            for (int64_t f = 0; f < count; f += HEIGHT) {                                                              \
+                int64_t height = count - f < HEIGHT ? count - f : HEIGHT;                                              \
+                WITH_HEIGHT(height, weight_tile_##NAME, g + f * dim, w + f * dim, dim, packed, slope + f * vectors,    \
+                            vectors)                                                                                   \
+            }                                                                                                          \
+            for (int64_t d = 0; parts && d < dim; d += PAIR_##NAME) {                                                  \
+                SUM *own = parts + omp_get_thread_num() * vectors * dim + d / PANEL * vectors * PANEL + d % PANEL;     \
+                for (int64_t group = 0, e = 0; group < groups; group++) {                                              \
+                    int64_t height = vectors / groups + (group < vectors % groups); /* as equal as can be */           \
+                    WITH_HEIGHT(height, vector_tile_##NAME, own + e * PANEL, w + d, dim, slope + e, vectors, count)    \
+                    e += height;                                                                                       \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
