@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import TINY, titan_moe
 from tests.test_cli import start
 from tests.train.test_training import train, untimed
 from titan_moe.config.tables import Config
+from titan_moe.data.prepare import prepare
+from titan_moe.parallel.mesh import single
 from titan_moe.train import trainer
+from titan_moe.train.run_dir import RunDir
 from titan_moe.train.trainer import Trainer
+from torchtitan_ext.collectives import Group, all_sum
 
 WORDS = ["--training.steps=120", "--checkpoint.interval=5", "--validation.interval=8", "--validation.sequences=40"]
 
@@ -101,6 +106,25 @@ def test_sigterm_within_a_validation(
         assert len(found) < len(wanted)
     assert not waiting
     assert untimed(train(tiny_config("--job.name=cut", *options))) == wanted
+
+
+def test_a_signal_that_comes_while_ranks_agree_is_not_lost(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    run = Trainer(config, prepare(config), RunDir(config), single(torch.device("cpu")))
+
+    def meanwhile(x: torch.Tensor, group: Group) -> torch.Tensor:
+        signal.raise_signal(signal.SIGUSR1)
+        return all_sum(x, group)
+
+    with run.signals():
+        assert not run.agreed_to_stop()
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "all_sum", meanwhile)
+            assert not run.agreed_to_stop()
+        assert run.agreed_to_stop()
+    assert run.signal == signal.SIGUSR1
 
 
 def test_sigterm_while_data_is_prepared(tiny_options: list[str], tmp_path: Path) -> None:

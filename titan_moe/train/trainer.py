@@ -311,11 +311,13 @@ class Trainer:
 
     def agreed_to_stop(self) -> bool:
         """Whether any rank got a signal by now; the same answer on all, and the same signal."""
-        numbers = STOPPING
-        seen = torch.tensor([float(self.signal == number) for number in numbers], device=self.device)
+        seen = torch.tensor([float(self.signal == number) for number in STOPPING], device=self.device)
         counts = all_sum(seen, self.mesh.everyone).tolist()
-        self.signal = next((number for number, count in zip(numbers, counts, strict=True) if count), None)
-        return self.signal is not None
+        agreed = next((number for number, count in zip(STOPPING, counts, strict=True) if count), None)
+        if agreed is None:
+            return False  # and a signal that came meanwhile stays for the next time
+        self.signal = agreed
+        return True
 
     def scales_to_lb(self, batch: Batch, step: int) -> dict[str, float]:
         """The scaling of terms with `match_lb`, measured on the first batch of the run and kept in its checkpoints."""
