@@ -11,6 +11,7 @@ A table stands between an opening comment and `<!-- end -->`. The comments:
     <!-- differences NAME: measure; ... -->     of every arm to the baseline, paired by seed, with 95% intervals
     <!-- together NAME: a; b; both; measure ... -->   whether a and b together do more than the sum of each: (both - baseline)
                                                 - (a - baseline) - (b - baseline), paired by seed
+    <!-- between NAME: a; b; measure ... -->    arm b less arm a, paired by seed
     <!-- placement NAME: arm; ... -->           traffic of experts placed on eight ranks, for the first seed of those arms
 """
 
@@ -29,7 +30,9 @@ from titan_moe.analysis.tables import interval, line
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
 RANKS = 8
-BLOCK = re.compile(r"(<!-- (sweep|differences|together|placement) (\w+): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (sweep|differences|together|between|placement) (\w+): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def sweep_table(folder: Path, columns: Sequence[str]) -> str:
@@ -64,20 +67,38 @@ def differences_table(folder: Path, measures: Sequence[str]) -> str:
 def together_table(folder: Path, words: Sequence[str]) -> str:
     """What two arms do together beyond the sum of what each does."""
     first, second, both, *measures = words
+    rows = []
+    for measure in measures:
+        values = values_of(folder, measure, [first, second, both])
+        own = [[b - a for a, b in zip(values[0], arm, strict=True)] for arm in values[1:]]
+        beyond = [c - a - b for a, b, c in zip(*own, strict=True)]
+        rows.append([short(measure), *map(spread, (*own, beyond))])
+    return table(["measure", first, second, both, "beyond the sum"], rows)
+
+
+def between_table(folder: Path, words: Sequence[str]) -> str:
+    """How two arms differ, neither of them the baseline."""
+    first, second, *measures = words
+    rows = []
+    for measure in measures:
+        _, before, after = values_of(folder, measure, [first, second])
+        means = [f"{sum(values) / len(values):.4g}" for values in (before, after)]
+        rows.append([short(measure), *means, spread([b - a for a, b in zip(before, after, strict=True)])])
+    return table(["measure", first, second, "difference"], rows)
+
+
+def values_of(folder: Path, measure: str, arms: Sequence[str]) -> list[list[float]]:
+    """A measure of the baseline and of these arms, for the seeds of the last of them."""
     with (folder / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    of = {(row["arm"], row["seed"]): row for row in rows}
-    baseline = rows[0]["arm"]
-    seeds = [row["seed"] for row in rows if row["arm"] == both]
-    lines = []
-    for measure in measures:
-        parts = [[float(of[arm, seed][measure]) for seed in seeds] for arm in (baseline, first, second, both)]
-        own = [[b - a for a, b in zip(parts[0], part, strict=True)] for part in parts[1:]]
-        beyond = [c - a - b for a, b, c in zip(*own, strict=True)]
-        cells = [paired(values, 0.005) for values in (*own, beyond)]
-        spans = [interval({"difference": cell.mean, "low": cell.low, "high": cell.high}) for cell in cells]
-        lines.append([short(measure), *spans])
-    return table(["measure", first, second, both, "beyond the sum"], lines)
+    of = {(row["arm"], row["seed"]): float(row[measure]) for row in rows if row[measure]}
+    seeds = [row["seed"] for row in rows if row["arm"] == arms[-1]]
+    return [[of[arm, seed] for seed in seeds] for arm in (rows[0]["arm"], *arms)]
+
+
+def spread(differences: Sequence[float]) -> str:
+    found = paired(list(differences), 0.005)
+    return interval({"difference": found.mean, "low": found.low, "high": found.high})
 
 
 def short(measure: str) -> str:
@@ -110,6 +131,7 @@ TABLES = {
     "sweep": sweep_table,
     "differences": differences_table,
     "together": together_table,
+    "between": between_table,
     "placement": placement_table,
 }
 
