@@ -321,7 +321,8 @@ def coupling_noise_bound(router_weight: Tensor) -> Tensor:
 
 def coupling_noise(router_weight: Tensor, uniform: Tensor) -> Tensor:
     """erc's delta ~ U(1 - eps_i, 1 + eps_i) from uniform numbers in [0, 1): (E, D), (E, D) -> (E, D)."""
-    return 1.0 + (2.0 * uniform - 1.0) * coupling_noise_bound(router_weight).unsqueeze(1)
+    bound = coupling_noise_bound(router_weight).unsqueeze(1)
+    return torch.addcmul(1.0 - bound, uniform, 2.0 * bound)
 
 
 def expert_router_coupling_loss(

@@ -91,7 +91,8 @@ def responses(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tenso
     """
     experts, rows, dim = weight_JGD.shape
     vectors = len(proxies_ED)
-    packed = pad(proxies_ED, (0, 0, 0, -vectors % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+    whole = pad(proxies_ED, (0, 0, 0, -vectors % PANEL)) if vectors % PANEL else proxies_ED
+    packed = whole.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
     answers_JFE = proxies_ED.new_empty(experts, width, vectors)
     squares_JSE = proxies_ED.new_empty(experts, -(-width // STRIP), vectors)
     tensors = (weight_JGD, packed, answers_JFE, squares_JSE)
@@ -107,7 +108,7 @@ def add_response_gradients(
     vectors, width = len(proxies_ED), answers_JFE.shape[1]
     packed = proxies_ED.unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
     parts = packed.new_zeros(torch.get_num_threads(), *packed.shape) if of_proxies else None
-    tensors = (grad_JGD, weight_JGD, packed, answers_JFE, (2.0 * grad_EJ.t()).contiguous(), parts)
+    tensors = (grad_JGD, weight_JGD, packed, answers_JFE, grad_EJ.t().contiguous(), parts)
     _call("add_response_gradients", weight_JGD.dtype, tensors, (experts, rows, width, dim, vectors))
     return None if parts is None else parts.sum(0).transpose(0, 1).flatten(1)
 

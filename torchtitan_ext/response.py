@@ -57,7 +57,10 @@ class _ResponseThrough(torch.autograd.Function):
         return grad_JGD, grad_proxies_ED, None
 
 
-@torch.compiler.disable  # torch 2.13's compiler refuses a sharded weight here: a view of it leaves an autograd.Function
+# torch 2.13's compiler refuses a sharded weight here: a view of it leaves an autograd.Function.
+_outside_of_graphs = torch.compiler.disable(_ResponseThrough.apply)
+
+
 def response_through(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The weights again, and `|| W_gate^j proxy_i ||^2` of the experts j in them, (E, J): sums over hidden units, so that ranks
     with parts of them add up.
@@ -66,7 +69,10 @@ def response_through(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tupl
     since the backward writes into it. proxies: in at least float32. First derivatives only.
     """
     assert proxies_ED.dtype == accumulation_dtype(weight_JGD.dtype)
-    through: tuple[Tensor, Tensor] = _ResponseThrough.apply(weight_JGD, proxies_ED, width)
+    apply = (
+        _outside_of_graphs if torch.compiler.is_compiling() else _ResponseThrough.apply
+    )  # the wrapper takes its time
+    through: tuple[Tensor, Tensor] = apply(weight_JGD, proxies_ED, width)
     return through
 
 

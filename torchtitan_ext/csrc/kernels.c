@@ -338,7 +338,7 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
                 sum[i][0] = load_##NAME(g + i * dim);                                                                  \
                 sum[i][1] = load_##NAME(g + i * dim + LANE);                                                           \
                 __builtin_prefetch(g + (height + i) * dim, 1);                                                         \
-                __builtin_prefetch(weight + d + i * dim, 0, 2);                                                        \
+                __builtin_prefetch(weight + d + i * dim);                                                              \
             }                                                                                                          \
             ADD_PRODUCTS(vectors, SUM, LANES, slopes[i * vectors + s], *(const LANES *)(p + s * PANEL),                \
                          *(const LANES *)(p + s * PANEL + LANE))                                                       \
@@ -363,7 +363,7 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
             *(LANES *)(grad + i * PANEL + LANE) = sum[i][1];                                                           \
         }                                                                                                              \
     }                                                                                                                  \
-    /* From twice the gradient of sum_f answers[j, f, e]^2, pulls (experts, vectors): with slopes = answers * pulls,   \
+    /* From the gradient of sum_f answers[j, f, e]^2, pulls (experts, vectors): with slopes = 2 answers * pulls,       \
        grad[j, f] += sum_e slopes[j, f, e] vector e, and if parts is not NULL, for every thread, parts (threads,       \
        dim / PANEL, vectors, PANEL), all 0 before: its share of sum_jf slopes[j, f, e] weight[j, f].                   \
        packed: (dim / PANEL, vectors, PANEL). */                                                                       \
@@ -379,7 +379,7 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
             SUM slope[STRIP * vectors];                                                                                \
             for (int64_t f = 0; f < count; f++)                                                                        \
                 for (int64_t e = 0; e < vectors; e++)                                                                  \
-                    slope[f * vectors + e] = answer[f * vectors + e] * pulls[j * vectors + e];                         \
+                    slope[f * vectors + e] = 2 * answer[f * vectors + e] * pulls[j * vectors + e];                     \
             const ELEMENT *w = weight + (j * rows + first) * dim;                                                      \
             ELEMENT *g = grad + (j * rows + first) * dim;                                                              \
             for (int64_t f = 0; f < count; f += HEIGHT) {                                                              \
