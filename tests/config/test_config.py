@@ -110,6 +110,8 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str) -> None:
     [
         (["--training.stepz=3"], r"command line: unknown key training\.stepz; did you mean training\.steps\?"),
         (["--steps=3"], r"unknown option --steps; did you mean --training\.steps\?"),
+        (["--training.lr=3"], r"unknown key training\.lr; did you mean optimizer\.lr\?"),
+        (["--moe.top_k=3"], r"command line: unknown key moe\.top_k; did you mean model\.moe\.top_k\?"),
         (["--training.steps"], r"--training\.steps needs a value"),
         (["train"], r"'train' is not an option"),
         (["--training.steps=3.5"], r"command line: training\.steps = 3\.5"),

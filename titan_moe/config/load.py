@@ -180,9 +180,12 @@ def all_keys(table: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]
 
 
 def nearest_key(key: str) -> str | None:
-    """The valid key that `key` most resembles, as a whole or by its last part."""
+    """The valid key that `key` most resembles: one of the same name in another table, else as a whole or by its last part."""
     keys = list(all_keys())
-    whole = difflib.get_close_matches(key, keys, 1, cutoff=0.6)
+    namesakes = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    whole = difflib.get_close_matches(key, namesakes, 1, cutoff=0.0) or difflib.get_close_matches(
+        key, keys, 1, cutoff=0.6
+    )
     if whole:
         return whole[0]
     last = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
@@ -200,6 +203,9 @@ def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) 
     # Inside a list or a union the location goes deeper than the key; name the key, the deepest that has an origin.
     key = ".".join(parts)
     known = [".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in origins]
+    below = next((name for name in origins if name.startswith(f"{key}.")), None)
+    if not known and below is not None:  # an override names no table on its way
+        key, known = below, [below]
     origin = origins[known[0]] if known else default_origin
     if mistake["type"] == "extra_forbidden":
         near = nearest_key(key)
