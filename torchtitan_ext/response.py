@@ -69,9 +69,8 @@ def response_through(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tupl
     since the backward writes into it. proxies: in at least float32. First derivatives only.
     """
     assert proxies_ED.dtype == accumulation_dtype(weight_JGD.dtype)
-    apply = (
-        _outside_of_graphs if torch.compiler.is_compiling() else _ResponseThrough.apply
-    )  # the wrapper takes its time
+    # Only where it is needed: the wrapper takes its time.
+    apply = _outside_of_graphs if torch.compiler.is_compiling() else _ResponseThrough.apply
     through: tuple[Tensor, Tensor] = apply(weight_JGD, proxies_ED, width)
     return through
 
