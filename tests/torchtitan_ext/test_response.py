@@ -33,16 +33,19 @@ def make(
 @pytest.mark.parametrize(
     ("vectors", "experts", "width", "dim"), [(16, 4, 24, 16), (5, 4, 7, 48), (35, 4, 61, 32), (1, 5, 1, 64)]
 )
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 def test_kernels_equal_pytorch(
-    vectors: int, experts: int, width: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    vectors: int, experts: int, width: int, dim: int, share: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Vectors, rows and widths that fill tiles, and that don't; experts of one rank, and vectors of all."""
+    """Vectors, rows and widths that fill tiles, and that don't; experts of one rank, and vectors of all; a share of the answers
+    with a gradient, since the kernels pass over those without."""
     source = torch.Generator().manual_seed(1)
     wide = torch.promote_types(dtype, torch.float32)
     proxies = torch.randn(vectors, dim, dtype=wide, generator=source).requires_grad_()
     weight = make(dtype, experts, width, dim)[0]
     other = torch.randn(weight.shape, dtype=wide, generator=source).to(dtype)
     pull = torch.randn(vectors, experts, dtype=wide, generator=source)
+    pull *= torch.rand(vectors, experts, generator=source) < share
 
     def both() -> list[torch.Tensor]:
         through, squares = response_through(weight, proxies, width)
@@ -64,6 +67,17 @@ def test_kernels_equal_pytorch(
         assert got.dtype == want.dtype
         largest = float(want.detach().abs().max())
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * largest)
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+def test_a_gradient_that_is_not_a_number_is_not_passed_over() -> None:
+    weight, router = make(dim=KERNEL_DIM)
+    through, squares = response_through(weight, router, WIDTH)
+    pull = torch.zeros_like(squares)
+    pull[1, 2] = torch.nan
+    of_weight, of_router = torch.autograd.grad([through, squares], [weight, router], [torch.zeros_like(weight), pull])
+    assert of_weight.isnan().any(2).any(1).tolist() == [expert == 2 for expert in range(EXPERTS)]
+    assert of_router.isnan().any(1).tolist() == [vector == 1 for vector in range(EXPERTS)]
 
 
 @pytest.mark.skipif(native.library() is None, reason="no C compiler here")

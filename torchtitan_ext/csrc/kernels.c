@@ -328,7 +328,8 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
         }                                                                                                              \
     }                                                                                                                  \
     INLINE void weight_tile_##NAME(const int height, ELEMENT *grad, const ELEMENT *weight, int64_t dim,                \
-                                   const SUM *packed, const SUM *slopes, int64_t vectors) {                            \
+                                   const SUM *packed, const SUM *slopes, const int64_t *pulled, int64_t pulls,         \
+                                   int64_t vectors) {                                                                  \
         enum { LANE = LANES_##NAME };                                                                                  \
         for (int64_t d = 0; d < dim; d += 2 * LANE) {                                                                  \
             const SUM *p = packed + d / PANEL * vectors * PANEL + d % PANEL;                                           \
@@ -340,8 +341,8 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
                 __builtin_prefetch(g + (height + i) * dim, 1);                                                         \
                 __builtin_prefetch(weight + d + i * dim);                                                              \
             }                                                                                                          \
-            ADD_PRODUCTS(vectors, SUM, LANES, slopes[i * vectors + s], *(const LANES *)(p + s * PANEL),                \
-                         *(const LANES *)(p + s * PANEL + LANE))                                                       \
+            ADD_PRODUCTS(pulls, SUM, LANES, slopes[i * vectors + s], *(const LANES *)(p + pulled[s] * PANEL),          \
+                         *(const LANES *)(p + pulled[s] * PANEL + LANE))                                               \
             FOR_ROWS {                                                                                                 \
                 store_##NAME(g + i * dim, sum[i][0]);                                                                  \
                 store_##NAME(g + i * dim + LANE, sum[i][1]);                                                           \
@@ -349,54 +350,60 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
         }                                                                                                              \
     }                                                                                                                  \
     INLINE void vector_tile_##NAME(const int height, SUM *grad, const ELEMENT *w, int64_t dim, const SUM *slopes,      \
-                                   int64_t vectors, int64_t count) {                                                   \
+                                   const int64_t *pulled, int64_t vectors, int64_t count) {                            \
         enum { LANE = LANES_##NAME };                                                                                  \
         LANES sum[HEIGHT][2];                                                                                          \
         FOR_ROWS {                                                                                                     \
-            sum[i][0] = *(const LANES *)(grad + i * PANEL);                                                            \
-            sum[i][1] = *(const LANES *)(grad + i * PANEL + LANE);                                                     \
+            sum[i][0] = *(const LANES *)(grad + pulled[i] * PANEL);                                                    \
+            sum[i][1] = *(const LANES *)(grad + pulled[i] * PANEL + LANE);                                             \
         }                                                                                                              \
         ADD_PRODUCTS(count, SUM, LANES, slopes[s * vectors + i], load_##NAME(w + s * dim),                             \
                      load_##NAME(w + s * dim + LANE))                                                                  \
         FOR_ROWS {                                                                                                     \
-            *(LANES *)(grad + i * PANEL) = sum[i][0];                                                                  \
-            *(LANES *)(grad + i * PANEL + LANE) = sum[i][1];                                                           \
+            *(LANES *)(grad + pulled[i] * PANEL) = sum[i][0];                                                          \
+            *(LANES *)(grad + pulled[i] * PANEL + LANE) = sum[i][1];                                                   \
         }                                                                                                              \
     }                                                                                                                  \
     /* From the gradient of sum_f answers[j, f, e]^2, pulls (experts, vectors): with slopes = 2 answers * pulls,       \
        grad[j, f] += sum_e slopes[j, f, e] vector e, and if parts is not NULL, for every thread, parts (threads,       \
-       dim / PANEL, vectors, PANEL), all 0 before: its share of sum_jf slopes[j, f, e] weight[j, f].                   \
-       packed: (dim / PANEL, vectors, PANEL). */                                                                       \
+       dim / PANEL, vectors, PANEL), all 0 before: its share of sum_jf slopes[j, f, e] weight[j, f]. Only vectors      \
+       whose pull is not 0 take time. packed: (dim / PANEL, vectors, PANEL). */                                        \
     void add_response_gradients_##NAME(ELEMENT *grad, const ELEMENT *weight, const SUM *packed, const SUM *answers,    \
                                        const SUM *pulls, SUM *parts, int64_t experts, int64_t rows, int64_t width,     \
                                        int64_t dim, int64_t vectors, int threads) {                                    \
-        int64_t strips = (width + STRIP - 1) / STRIP, groups = (vectors + HEIGHT - 1) / HEIGHT;                        \
+        int64_t strips = (width + STRIP - 1) / STRIP;                                                                  \
         _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
         for (int64_t strip = 0; strip < experts * strips; strip++) {                                                   \
             int64_t j = strip / strips, first = strip % strips * STRIP;                                                \
             int64_t count = width - first < STRIP ? width - first : STRIP;                                             \
+            int64_t pulled[vectors], some = 0;                                                                         \
+            for (int64_t e = 0; e < vectors; e++) {                                                                    \
+                pulled[some] = e;                                                                                      \
+                some += pulls[j * vectors + e] != 0; /* NaN is */                                                      \
+            }                                                                                                          \
             const SUM *answer = answers + (j * width + first) * vectors;                                               \
             SUM slope[STRIP * vectors];                                                                                \
             for (int64_t f = 0; f < count; f++)                                                                        \
-                for (int64_t e = 0; e < vectors; e++)                                                                  \
-                    slope[f * vectors + e] = 2 * answer[f * vectors + e] * pulls[j * vectors + e];                     \
+                for (int64_t s = 0; s < some; s++)                                                                     \
+                    slope[f * vectors + s] = 2 * answer[f * vectors + pulled[s]] * pulls[j * vectors + pulled[s]];     \
             const ELEMENT *w = weight + (j * rows + first) * dim;                                                      \
             ELEMENT *g = grad + (j * rows + first) * dim;                                                              \
-            for (int64_t f = 0; f < count; f += HEIGHT) {                                                              \
+            for (int64_t f = 0; f < count && some; f += HEIGHT) {                                                      \
                 int64_t height = count - f < HEIGHT ? count - f : HEIGHT;                                              \
                 WITH_HEIGHT(height, weight_tile_##NAME, g + f * dim, w + f * dim, dim, packed, slope + f * vectors,    \
-                            vectors)                                                                                   \
+                            pulled, some, vectors)                                                                     \
             }                                                                                                          \
+            int64_t groups = (some + HEIGHT - 1) / HEIGHT;                                                             \
             for (int64_t d = 0; parts && d < dim; d += PAIR_##NAME) {                                                  \
                 SUM *own = parts + omp_get_thread_num() * vectors * dim + d / PANEL * vectors * PANEL + d % PANEL;     \
-                for (int64_t group = 0, e = 0; group < groups; group++) {                                              \
-                    int64_t height = vectors / groups + (group < vectors % groups); /* as equal as can be */           \
-                    WITH_HEIGHT(height, vector_tile_##NAME, own + e * PANEL, w + d, dim, slope + e, vectors, count)    \
-                    e += height;                                                                                       \
+                for (int64_t group = 0, s = 0; group < groups; group++) {                                              \
+                    int64_t height = some / groups + (group < some % groups); /* as equal as can be */                 \
+                    WITH_HEIGHT(height, vector_tile_##NAME, own, w + d, dim, slope + s, pulled + s, vectors, count)    \
+                    s += height;                                                                                       \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
-    }
+    }                                                                                                                  \
 
 RESPONSES(float, float, float, float_lanes)
 RESPONSES(double, double, double, double_lanes)
