@@ -9,8 +9,8 @@ import pytest
 from tests.conftest import ROOT
 from titan_moe import extend
 from titan_moe.analysis.grid import cell_config, cells_of, read_sweep
-from titan_moe.cli import take_flag, take_number, take_option
 from titan_moe.config.load import load_config
+from titan_moe.words import take_flag, take_number, take_option
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 

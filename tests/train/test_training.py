@@ -10,11 +10,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from titan_moe.cli import start_log
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
 from titan_moe.data.prepare import prepare
 from titan_moe.errors import TrainingError, UserError
+from titan_moe.log import start_log
 from titan_moe.parallel.mesh import single
 from titan_moe.train.checkpoint import _MetadataUnpickler, load_checkpoint
 from titan_moe.train.run_dir import RunDir
