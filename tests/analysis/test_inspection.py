@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: P
     folder = tmp_path_factory.mktemp("inspected")
     for domain in ("code", "poems"):
         (folder / domain).mkdir()
-    for source in sorted(corpus_dir.iterdir())[:30]:
+    for source in sorted(corpus_dir.iterdir())[:10]:
         (folder / "code" / source.name).write_bytes(source.read_bytes()[:1500])
         (folder / "poems" / source.name).write_text(f"{source.stem}: roses are red, violets are blue and so on\n" * 30)
     words = [
