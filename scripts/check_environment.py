@@ -16,6 +16,7 @@ MODULE_OF = {
     "tomli-w": "tomli_w",
     "scikit-learn": "sklearn",
     "pytest-timeout": "pytest_timeout",
+    "pytest-xdist": "xdist",
     "types-tqdm": None,
 }
 

@@ -162,7 +162,7 @@ def started(sweep_file: Path, folder: Path, corpus: Path, *words: str) -> subpro
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    out, errors = process.communicate(timeout=250)
+    out, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     return out
 

@@ -16,7 +16,7 @@ PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "titan
 
 
 def launch(
-    world: int, function: Callable[..., Any], *arguments: Any, seconds: float = 120.0, group: bool = True
+    world: int, function: Callable[..., Any], *arguments: Any, seconds: float = 240.0, group: bool = True
 ) -> list[Any]:
     """`function(*arguments)` on `world` ranks at once; their results, rank by rank. Fails with the first rank's traceback.
     group: with a process group of them all."""
