@@ -186,7 +186,7 @@ class _SquaredCosines(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gram_TKK: Tensor, floor: float) -> Tensor:
-        if native.direct(gram_TKK) and gram_TKK.dtype != torch.bfloat16:
+        if native.direct(gram_TKK, half=False):
             values_T, gradient_TKK = gram_TKK.new_empty(gram_TKK.shape[0]), torch.empty_like(gram_TKK).contiguous()
             native.squared_cosines(gram_TKK.contiguous(), floor, values_T, gradient_TKK)
         else:

@@ -193,7 +193,7 @@ def coupling_target_mass(scores: Tensor, top_k: int) -> Tensor:
 
 def largest_ids(scores: Tensor, count: int) -> Tensor:
     """The places of the `count` largest of each row: (T, E) -> (T, count) int64. On a CPU four times as fast as `topk`."""
-    if scores.dim() != 2 or not native.direct(scores):
+    if scores.dim() != 2 or not native.direct(scores, half=False):
         return scores.topk(count, dim=-1).indices
     if not 0 < count <= scores.shape[1]:
         raise ValueError(f"{count} of {scores.shape[1]} scores can't be chosen")
@@ -312,7 +312,7 @@ def weighted_mean(values: Tensor, weights: Tensor, group: Group | None) -> Tenso
 @torch.no_grad()
 def coupling_noise_bound(router_weight: Tensor) -> Tensor:
     """eps_i of erc: half the distance to the nearest other routing vector over the own length, (E, D) -> (E,)."""
-    if native.direct(router_weight) and router_weight.dtype != torch.bfloat16:
+    if native.direct(router_weight, half=False):
         return native.coupling_bounds(router_weight)
     distances = torch.cdist(router_weight, router_weight, compute_mode="donot_use_mm_for_euclid_dist")
     distances.fill_diagonal_(torch.inf)
@@ -355,7 +355,7 @@ def expert_router_coupling_loss(
 
 def coupling_excess(matrix: Tensor, alpha: float) -> Tensor:
     """erc from its activation matrix M (E, E): `(1/E^2) sum_{i != j} max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0)`."""
-    if native.direct(matrix) and matrix.dtype != torch.bfloat16:
+    if native.direct(matrix, half=False):
         return (native.excess_slopes(matrix.detach(), alpha) * matrix).sum()
     experts = matrix.shape[0]
     identity = torch.eye(experts, dtype=torch.bool, device=matrix.device)

@@ -50,9 +50,12 @@ def handles(z: Tensor) -> bool:
     return z.device.type == "cpu" and z.dtype in SUFFIX and library() is not None
 
 
-def direct(x: Tensor) -> bool:
-    """Whether a kernel may be called here and now, with no operator around it for a compiler or a transform to see."""
-    return not torch.compiler.is_compiling() and type(x) in (Tensor, Parameter) and handles(x) and not transformed(x)
+def direct(x: Tensor, half: bool = True) -> bool:
+    """Whether a kernel may be called here and now, with no operator around it for a compiler or a transform to see. half: it
+    takes bfloat16 too."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter):
+        return False
+    return handles(x) and (half or x.dtype != torch.bfloat16) and not transformed(x)
 
 
 def transformed(x: Tensor) -> bool:

@@ -232,6 +232,8 @@ def test_the_largest_scores(dtype: torch.dtype, experts: int, count: int) -> Non
     broken = scores.clone()
     broken[3, experts // 2] = torch.nan
     assert largest_ids(broken, count)[3, 0] == experts // 2
+    half = scores.bfloat16()
+    assert torch.equal(half.gather(1, largest_ids(half, count)), half.topk(count, dim=-1).values)
     with pytest.raises((ValueError, RuntimeError)):
         largest_ids(scores, experts + 1)
 
