@@ -1,6 +1,6 @@
 """Fills the tables of docs/results.md from the sweeps that it tells of. The prose between them is written by hand.
 
-    for sweep in nano_lr nano_weights nano nano_lr_check nano_upcycled_weights nano_upcycled; do
+    for sweep in nano_lr nano_weights nano nano_lr_check nano_upcycled_lr nano_upcycled_weights nano_upcycled; do
         titan-moe sweep --config $sweep --processes 2
     done
     python scripts/results.py [--sweeps runs/sweeps]
@@ -24,6 +24,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from titan_moe.analysis.grid import read_sweep
 from titan_moe.analysis.statistics import paired
 from titan_moe.analysis.tables import interval, line
 
@@ -69,7 +70,7 @@ def together_table(folder: Path, words: Sequence[str]) -> str:
     first, second, both, *measures = words
     rows = []
     for measure in measures:
-        values = values_of(folder, measure, [first, second, both])
+        values = values_of(folder, measure, [read_sweep(folder.name)[1].baseline, first, second, both])
         own = [[b - a for a, b in zip(values[0], arm, strict=True)] for arm in values[1:]]
         beyond = [c - a - b for a, b, c in zip(*own, strict=True)]
         rows.append([short(measure), *map(spread, (*own, beyond))])
@@ -81,19 +82,19 @@ def between_table(folder: Path, words: Sequence[str]) -> str:
     first, second, *measures = words
     rows = []
     for measure in measures:
-        _, before, after = values_of(folder, measure, [first, second])
+        before, after = values_of(folder, measure, [first, second])
         means = [f"{sum(values) / len(values):.4g}" for values in (before, after)]
         rows.append([short(measure), *means, spread([b - a for a, b in zip(before, after, strict=True)])])
     return table(["measure", first, second, "difference"], rows)
 
 
 def values_of(folder: Path, measure: str, arms: Sequence[str]) -> list[list[float]]:
-    """A measure of the baseline and of these arms, for the seeds of the last of them."""
+    """A measure of these arms, for the seeds of the last of them."""
     with (folder / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     of = {(row["arm"], row["seed"]): float(row[measure]) for row in rows if row[measure]}
     seeds = [row["seed"] for row in rows if row["arm"] == arms[-1]]
-    return [[of[arm, seed] for seed in seeds] for arm in (rows[0]["arm"], *arms)]
+    return [[of[arm, seed] for seed in seeds] for arm in arms]
 
 
 def spread(differences: Sequence[float]) -> str:

@@ -83,7 +83,7 @@ def test_squared_cosines_and_their_gradient_at_once_equal_autograd(
     k: int, floor: float, dtype: torch.dtype, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With rows of zero, and with matrices that are not symmetric: the gradient is by each entry."""
-    monkeypatch.setattr(native, "direct", lambda _: by_kernel)
+    monkeypatch.setattr(native, "direct", lambda *_, **__: by_kernel)
     z, rows = make(40, k, 6)
     z[rows[3, 0]] = 0.0
     grams = gram._products(z, rows).to(dtype)
@@ -105,7 +105,7 @@ def test_squared_cosines_and_their_gradient_at_once_equal_autograd(
 
 @pytest.mark.parametrize("by_kernel", [pytest.param(True, marks=needs_compiler), False])
 def test_a_number_that_is_none_is_not_hidden(by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "direct", lambda _: by_kernel)
+    monkeypatch.setattr(native, "direct", lambda *_, **__: by_kernel)
     grams = torch.full((2, 3, 3), float("nan")).requires_grad_()
     assert squared_cosines(grams, 0.1).isnan().all()
 

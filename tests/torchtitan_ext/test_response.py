@@ -55,7 +55,7 @@ def test_kernels_equal_pytorch(
 
     kernels: list[bool] = []
     found = both()
-    monkeypatch.setattr(native, "direct", lambda _: False)
+    monkeypatch.setattr(native, "direct", lambda *_, **__: False)
     wanted = both()
     assert kernels == [True, False]
     # Sums of dim, vectors, or experts x width products: n roundings of at most 16 n eps in all, relative to the largest sum.
@@ -104,7 +104,7 @@ def test_the_small_kernels_equal_pytorch(
         return [*found, coupling_excess(bad, 0.9)]
 
     found = all_of_it()
-    monkeypatch.setattr(native, "direct", lambda _: False)
+    monkeypatch.setattr(native, "direct", lambda *_, **__: False)
     wanted = all_of_it()
     eps = torch.finfo(dtype).eps
     for got, want in zip(found, wanted, strict=True):  # sums of dim squares, or of twice E (E - 1) numbers of one sign
