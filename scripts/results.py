@@ -1,9 +1,6 @@
 """Fills the tables of docs/results.md from the sweeps that it tells of. The prose between them is written by hand.
 
-    for sweep in nano_lr nano_weights nano nano_lr_check nano_upcycled_lr nano_upcycled_weights nano_upcycled; do
-        titan-moe sweep --config $sweep --processes 2
-    done
-    python scripts/results.py [--sweeps runs/sweeps]
+    python scripts/results.py [--sweeps runs/sweeps]     # after the sweeps; the page has the command
 
 A table stands between an opening comment and `<!-- end -->`. The comments:
 
@@ -68,9 +65,10 @@ def differences_table(folder: Path, measures: Sequence[str]) -> str:
 def together_table(folder: Path, words: Sequence[str]) -> str:
     """What two arms do together beyond the sum of what each does."""
     first, second, both, *measures = words
+    baseline = read_sweep(folder.name)[1].baseline
     rows = []
     for measure in measures:
-        values = values_of(folder, measure, [read_sweep(folder.name)[1].baseline, first, second, both])
+        values = values_of(folder, measure, [baseline, first, second, both])
         own = [[b - a for a, b in zip(values[0], arm, strict=True)] for arm in values[1:]]
         beyond = [c - a - b for a, b, c in zip(*own, strict=True)]
         rows.append([short(measure), *map(spread, (*own, beyond))])

@@ -381,6 +381,7 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
                 pulled[some] = e;                                                                                      \
                 some += pulls[j * vectors + e] != 0; /* NaN is */                                                      \
             }                                                                                                          \
+            if (some == 0) continue;                                                                                   \
             const SUM *answer = answers + (j * width + first) * vectors;                                               \
             SUM slope[STRIP * vectors];                                                                                \
             for (int64_t f = 0; f < count; f++)                                                                        \
@@ -388,7 +389,7 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
                     slope[f * vectors + s] = 2 * answer[f * vectors + pulled[s]] * pulls[j * vectors + pulled[s]];     \
             const ELEMENT *w = weight + (j * rows + first) * dim;                                                      \
             ELEMENT *g = grad + (j * rows + first) * dim;                                                              \
-            for (int64_t f = 0; f < count && some; f += HEIGHT) {                                                      \
+            for (int64_t f = 0; f < count; f += HEIGHT) {                                                              \
                 int64_t height = count - f < HEIGHT ? count - f : HEIGHT;                                              \
                 WITH_HEIGHT(height, weight_tile_##NAME, g + f * dim, w + f * dim, dim, packed, slope + f * vectors,    \
                             pulled, some, vectors)                                                                     \
@@ -403,7 +404,7 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
-    }                                                                                                                  \
+    }
 
 RESPONSES(float, float, float, float_lanes)
 RESPONSES(double, double, double, double_lanes)
