@@ -17,7 +17,7 @@ from titan_moe.analysis.inspection import Options, Watched
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Regularizers
 from titan_moe.parallel.mesh import single
-from titan_moe.train.trainer import build_model
+from titan_moe.train.build import build_model
 from titan_moe.train.validation import validate
 
 

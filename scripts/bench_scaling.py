@@ -24,8 +24,9 @@ from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch
 from titan_moe.parallel.degrees import resolve
 from titan_moe.parallel.mesh import Mesh
+from titan_moe.train.build import build_model
 from titan_moe.train.optimizer import build_optimizer
-from titan_moe.train.trainer import build_model, train_step
+from titan_moe.train.step import train_step
 
 VOCABULARY, WARM_UP = 4096, 3
 LAYOUTS = {

@@ -22,9 +22,9 @@ from titan_moe.data.shards import TokenStream
 from titan_moe.errors import UserError
 from titan_moe.parallel.degrees import resolve
 from titan_moe.parallel.mesh import Mesh, single
+from titan_moe.train.build import build_model
 from titan_moe.train.checkpoint import load_checkpoint
 from titan_moe.train.run_dir import RunDir, read_state
-from titan_moe.train.trainer import build_model
 from torchtitan_ext import metrics
 from torchtitan_ext.losses import routing_variance_loss
 from torchtitan_ext.terms import LayerView, Terms

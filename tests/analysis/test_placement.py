@@ -29,8 +29,8 @@ from titan_moe.errors import UserError
 from titan_moe.model.gemm import local
 from titan_moe.model.permute import permute_experts, read_order, write_order
 from titan_moe.parallel.mesh import single
+from titan_moe.train.build import build_model
 from titan_moe.train.run_dir import RunDir
-from titan_moe.train.trainer import build_model
 
 N, L, E, R = 24, 3, 8, 4
 

@@ -15,8 +15,9 @@ from titan_moe.parallel.degrees import resolve
 from titan_moe.parallel.fsdp import sum_router_gradients
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.tensor import sum_norm_gradients
+from titan_moe.train.build import build_model
 from titan_moe.train.optimizer import build_optimizer, set_lr
-from titan_moe.train.trainer import build_model, micro_batches, model_inputs, train_step
+from titan_moe.train.step import micro_batches, model_inputs, train_step
 
 VOCABULARY, SEQ, BATCH = 62, 16, 8
 TERMS = ("lb", "z", "sp", "cp", "o", "v", "erc")

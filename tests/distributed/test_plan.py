@@ -10,9 +10,10 @@ from titan_moe.config.tables import Config
 from titan_moe.model.gemm import local
 from titan_moe.parallel.degrees import resolve
 from titan_moe.parallel.traffic import traffic
+from titan_moe.train.build import build_model
 from titan_moe.train.optimizer import build_optimizer
 from titan_moe.train.plan import memory, sharded_model
-from titan_moe.train.trainer import build_model, train_step
+from titan_moe.train.step import train_step
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,9 @@ import pytest
 from tests.distributed.counting import counted
 from tests.distributed.launch import launch
 from tests.distributed.steps import BATCH, SEQ, VOCABULARY, batch_of, config_of, mesh_of, train
+from titan_moe.train.build import build_model
 from titan_moe.train.optimizer import build_optimizer
-from titan_moe.train.trainer import build_model, train_step
+from titan_moe.train.step import train_step
 
 OFF = [f"--regularizers.{name}.weight=0" for name in ("z", "sp", "cp", "o", "v", "erc")]
 WORLD, LAYERS, TOP_K, HIDDEN, DIM = 2, 3, 3, 8, 16

@@ -14,10 +14,9 @@ from tests.conftest import TINY, titan_moe
 from tests.test_cli import start
 from tests.train.test_training import train, untimed
 from titan_moe.config.tables import Config
-from titan_moe.data.prepare import prepare
 from titan_moe.parallel.mesh import single
-from titan_moe.train import trainer
-from titan_moe.train.run_dir import RunDir
+from titan_moe.train import stopping, trainer
+from titan_moe.train.stopping import Stopping
 from titan_moe.train.trainer import Trainer
 from torchtitan_ext.collectives import Group, all_sum
 
@@ -108,22 +107,19 @@ def test_sigterm_within_a_validation(
     assert untimed(train(tiny_config("--job.name=cut", *options))) == wanted
 
 
-def test_a_signal_that_comes_while_ranks_agree_is_not_lost(
-    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny_config()
-    run = Trainer(config, prepare(config), RunDir(config), single(torch.device("cpu")))
+def test_a_signal_that_comes_while_ranks_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Stopping(single(torch.device("cpu")))
 
     def meanwhile(x: torch.Tensor, group: Group) -> torch.Tensor:
         signal.raise_signal(signal.SIGUSR1)
         return all_sum(x, group)
 
     with run.signals():
-        assert not run.agreed_to_stop()
+        assert not run.agreed()
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "all_sum", meanwhile)
-            assert not run.agreed_to_stop()
-        assert run.agreed_to_stop()
+            patch.setattr(stopping, "all_sum", meanwhile)
+            assert not run.agreed()
+        assert run.agreed()
     assert run.signal == signal.SIGUSR1
 
 

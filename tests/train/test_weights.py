@@ -10,8 +10,8 @@ from tests.train.test_training import Make, train
 from titan_moe.errors import UserError
 from titan_moe.model.moe import MoELayer
 from titan_moe.parallel.mesh import single
+from titan_moe.train.build import build_model
 from titan_moe.train.run_dir import RunDir
-from titan_moe.train.trainer import build_model
 from titan_moe.train.weights import start_from
 
 DENSE = ["--model.moe.first_dense_layers=3", "--model.moe.top_k=1", "--model.moe.hidden_dim=48"]

@@ -29,11 +29,11 @@ from titan_moe.model.gemm import whole
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.degrees import micro_batch_size
 from titan_moe.parallel.mesh import Mesh, from_first
+from titan_moe.train.build import build_model
 from titan_moe.train.checkpoint import load_checkpoint
 from titan_moe.train.resume import damage
 from titan_moe.train.run_dir import STATE_FILE, changed_keys, read_state, saved_steps
 from titan_moe.train.terms import build_terms
-from titan_moe.train.trainer import build_model
 from titan_moe.train.validation import evaluate_batch, labelled_bytes
 from torchtitan_ext.collectives import all_sum
 from torchtitan_ext.losses import chance_overlap, coupling_noise_bound

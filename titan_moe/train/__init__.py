@@ -1,1 +1,1 @@
-"""The training loop and what it needs: start reading at `trainer.train_step`."""
+"""The training loop and what it needs: start reading at `step.train_step`."""

@@ -1,18 +1,14 @@
-"""The training loop. Read `train_step` first: batch, forward, loss, backward, clip, step, balance."""
+"""A run, from its newest checkpoint to its last step or a signal. What one step does: `step.train_step`."""
 
-import contextlib
 import logging
-import os
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from titan_moe import __version__, extend
 from titan_moe.config.describe import to_toml
@@ -22,15 +18,9 @@ from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import TokenStream
 from titan_moe.errors import TrainingError, UserError
 from titan_moe.model.counts import count, meta_model
-from titan_moe.model.init import init_weights
-from titan_moe.model.transformer import Inputs, Transformer
-from titan_moe.parallel.context import take_part
 from titan_moe.parallel.degrees import micro_batch_size
-from titan_moe.parallel.fsdp import reduce_gradients, sum_router_gradients
 from titan_moe.parallel.mesh import Mesh, from_first
-from titan_moe.parallel.norm import clip_gradients
-from titan_moe.parallel.parallelize import parallelize
-from titan_moe.parallel.tensor import sum_norm_gradients
+from titan_moe.train.build import build_model
 from titan_moe.train.checkpoint import load_checkpoint
 from titan_moe.train.device import (
     make_deterministic,
@@ -42,9 +32,6 @@ from titan_moe.train.metrics import (
     Console,
     JsonLines,
     TensorBoard,
-    add_carry,
-    first_non_finite,
-    non_finite_gradient,
     routing_row,
     short,
 )
@@ -58,131 +45,14 @@ from titan_moe.train.run_dir import (
     read_state,
 )
 from titan_moe.train.saver import Saver, due
-from titan_moe.train.terms import build_terms, lb_scales, weight_factors
+from titan_moe.train.step import StepResult, measure_terms, train_step
+from titan_moe.train.stopping import Stopping
+from titan_moe.train.terms import lb_scales, weight_factors
 from titan_moe.train.validation import validate
 from titan_moe.train.watch import RoutingWatch, Spikes
 from titan_moe.train.weights import start_from
-from torchtitan_ext.balancer import update_expert_bias
-from torchtitan_ext.carry import Carry
-from torchtitan_ext.collectives import all_sum
-from torchtitan_ext.gram import accumulation_dtype
 
 log = logging.getLogger("titan_moe")
-
-# SIGUSR1 is a scheduler's warning.
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
-
-class StepResult(NamedTuple):
-    loss: float
-    """J: cross-entropy plus weighted terms."""
-    ce: float
-    carry: Carry
-    grad_norm: float
-    """Before clipping."""
-    skipped: bool = False
-    """Whether the update was left out."""
-
-
-def train_step(
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    config: Config,
-    mesh: Mesh,
-    step: int,
-    factors: Mapping[str, float],
-    spikes: Spikes | None = None,
-) -> StepResult:
-    """One optimizer step on a global batch. factors: on the terms' weights at this step. spikes: may leave the update out.
-
-    Raises TrainingError, before the update and on all ranks, for a value that is not finite.
-    """
-    dtype = accumulation_dtype(model.dtype)
-    loss = ce = torch.zeros((), dtype=dtype, device=mesh.device)
-    carry: Carry | None = None
-    parts = list(micro_batches(batch, config, mesh))
-    inputs = [model_inputs(part, dtype, mesh, step, first=number == 0) for number, part in enumerate(parts)]
-    if model.pipeline is not None:
-        carry = model.empty_carry(0, mesh.device)  # of a rank without the last stage
-        for result in model.pipeline.step(inputs, factors):
-            objective = result.ce + model.terms.objective(result.carry.terms, factors)
-            loss, ce, carry = loss + objective, ce + result.ce, add_carry(carry, result.carry)
-    else:
-        for number, one in enumerate(inputs):
-            reduce_gradients(model, now=number == len(parts) - 1 or not config.parallelism.defer_reduction)
-            out = model(one)
-            objective = out.ce + model.terms.objective(out.carry.terms, factors)
-            objective.backward()
-            loss, ce, carry = loss + objective.detach(), ce + out.ce.detach(), add_carry(carry, out.carry)
-    assert carry is not None
-    loss, ce, carry = sum_over_ranks(loss, ce, carry, mesh)
-    sum_router_gradients(model, mesh)
-    sum_norm_gradients(model, mesh.tp)
-    norm = clip_gradients(list(model.parameters()), config.training.max_grad_norm, mesh.pp)
-    result = StepResult(loss.item(), ce.item(), carry, norm.item())
-    check_finite(model, result)
-    if spikes is not None and spikes.over(result.grad_norm):
-        optimizer.zero_grad()
-        return result._replace(skipped=True)
-    optimizer.step()
-    optimizer.zero_grad()
-    if config.balancer.rate > 0:
-        for moe in model.moe_modules():
-            update_expert_bias(
-                moe.router.expert_bias, carry.counts[moe.layer], config.balancer.rate, config.balancer.center
-            )
-    return result
-
-
-def micro_batches(batch: Batch, config: Config, mesh: Mesh) -> Iterator[Batch]:
-    """This rank's sequences of each micro-step."""
-    size = micro_batch_size(config, mesh.degrees)
-    return batch.split(size, mesh.data_rank, mesh.degrees.data)
-
-
-def model_inputs(part: Batch, dtype: torch.dtype, mesh: Mesh, step: int, first: bool) -> Inputs:
-    """The model's view of a micro-batch, this rank's part of its sequences. Terms that no token enters are computed in the
-    first one, and every rank adds its share of them."""
-    share = 1.0 / mesh.degrees.token_ranks if first else 0.0
-    return take_part(part.inputs(dtype, mesh.device, step, share), mesh.degrees.cp, mesh.cp_rank)
-
-
-def sum_over_ranks(loss: Tensor, ce: Tensor, carry: Carry, mesh: Mesh) -> tuple[Tensor, Tensor, Carry]:
-    """What a step reports, over all ranks: one sum of numbers, one of counts."""
-    numbers = over_tokens(torch.cat([loss.reshape(1), ce.reshape(1), carry.terms, carry.sums.flatten()]), mesh)
-    terms = numbers[2 : 2 + carry.terms.numel()]
-    sums = numbers[2 + carry.terms.numel() :].reshape(carry.sums.shape)
-    counts = over_tokens(carry.counts, mesh)
-    return numbers[0], numbers[1], carry._replace(terms=terms, counts=counts, sums=sums)
-
-
-def over_tokens(x: Tensor, mesh: Mesh) -> Tensor:
-    """The sum over all ranks' tokens; of a pipeline, only the last stage has something to add."""
-    return all_sum(all_sum(x, mesh.ranks.data), mesh.pp)
-
-
-@torch.no_grad()
-def measure_terms(model: Transformer, batch: Batch, config: Config, mesh: Mesh, step: int) -> dict[str, float]:
-    """The terms of a global batch, unweighted, without an update."""
-    carry: Carry | None = None
-    dtype = accumulation_dtype(model.dtype)
-    for number, part in enumerate(micro_batches(batch, config, mesh)):
-        inputs = model_inputs(part, dtype, mesh, step, first=number == 0)
-        _, found, _ = model.evaluate(inputs) if model.pipeline is None else model.pipeline.evaluate(inputs)
-        carry = add_carry(carry, found)
-    assert carry is not None
-    return dict(zip(model.terms.names, over_tokens(carry.terms, mesh).tolist(), strict=True))
-
-
-def check_finite(model: Transformer, result: StepResult) -> None:
-    terms = routing_row(result.carry, model.terms.names)
-    values = {"ce": result.ce, **terms, "loss": result.loss, "grad_norm": result.grad_norm}
-    name = first_non_finite(values)
-    if name == "grad_norm":
-        name = f"grad_norm (gradient of {non_finite_gradient(model)})"
-    if name is not None:
-        raise TrainingError(f"{name} is not finite")
 
 
 class Trainer:
@@ -224,8 +94,7 @@ class Trainer:
         self.skipped = 0
         """Updates left out since the first step."""
         self.routing_watch = RoutingWatch(self.model.moe_layers, config.model.moe.experts, config.model.moe.top_k)
-        self.signal: int | None = None
-        """A signal to this process, until all ranks have agreed to stop; then the one that they stop for."""
+        self.stopping = Stopping(mesh)
 
     def run(self) -> int:
         """Trains to the end, or to a signal. Returns the exit status."""
@@ -244,7 +113,7 @@ class Trainer:
         if self.mesh.first:
             trackers += [extend.trackers[name](config, self.run_dir.path) for name in config.metrics.trackers]
         try:
-            with self.signals(), profiler(config.profiling, self.run_dir.profile) as profile:
+            with self.stopping.signals(), profiler(config.profiling, self.run_dir.profile) as profile:
                 first = start == 0 or self.validation_is_missing(start)
                 if first and not self.validate(start, trackers, tensorboard):
                     stopped_at = start  # a step more, and nobody would know that this row is missing
@@ -257,10 +126,10 @@ class Trainer:
         if stopped_at == config.training.steps:
             log.info(f"Done: {self.run_dir.path}")
             return 0
-        assert self.signal is not None
-        name = signal.Signals(self.signal).name
+        assert self.stopping.signal is not None
+        name = signal.Signals(self.stopping.signal).name
         log.info(f"Stopped by {name} after step {stopped_at}; the same command goes on from there")
-        return 128 + self.signal
+        return 128 + self.stopping.signal
 
     def loop(self, start: int, trackers: list[extend.Tracker], tensorboard: TensorBoard | None, profile: Any) -> int:
         """Steps until the last one or a signal; every way out has saved. Returns the step it stopped after."""
@@ -288,7 +157,7 @@ class Trainer:
             last = step == steps
             if last or due(step, config.validation.interval):
                 self.validate(step, trackers, tensorboard, to_the_end=last)
-            stop = self.agreed_to_stop()
+            stop = self.stopping.agreed()
             if last or stop or due(step, config.checkpoint.interval):
                 self.save(step)
             if stop:
@@ -308,16 +177,6 @@ class Trainer:
         if not due(step, self.config.validation.interval):
             return False
         return not from_first(lambda: self.run_dir.has_validation(step))
-
-    def agreed_to_stop(self) -> bool:
-        """Whether any rank got a signal by now; the same answer on all, and the same signal."""
-        seen = torch.tensor([float(self.signal == number) for number in STOPPING], device=self.device)
-        counts = all_sum(seen, self.mesh.everyone).tolist()
-        agreed = next((number for number, count in zip(STOPPING, counts, strict=True) if count), None)
-        if agreed is None:
-            return False  # and a signal that came meanwhile stays for the next time
-        self.signal = agreed
-        return True
 
     def scales_to_lb(self, batch: Batch, step: int) -> dict[str, float]:
         """The scaling of terms with `match_lb`, measured on the first batch of the run and kept in its checkpoints."""
@@ -358,7 +217,7 @@ class Trainer:
 
         def broken_off() -> bool:
             self.progress()
-            return not to_the_end and self.agreed_to_stop()
+            return not to_the_end and self.stopping.agreed()
 
         config = self.config
         size = micro_batch_size(config, self.mesh.degrees)
@@ -446,36 +305,3 @@ class Trainer:
             f"{self.config.training.dtype} on {where}; {epochs:.2f} passes over the training text; "
             f"writing to {self.run_dir.path}"
         )
-
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """SIGTERM, SIGINT, SIGUSR1 and SIGHUP let the step finish and save; a second SIGINT leaves at once."""
-
-        def remember(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signal's signature
-            if self.signal is not None and number == signal.SIGINT:
-                os._exit(130)
-            self.signal = number
-            log.info(f"{signal.Signals(number).name}: finishing this step, then saving")
-
-        previous = {
-            number: signal.signal(number, remember)
-            for number in STOPPING
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # what `nohup` does
-        }
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-def build_model(config: Config, tokenizer_vocab: int, mesh: Mesh) -> Transformer:
-    """The network on its ranks, with its initial weights; no rank ever holds more than its share."""
-    vocab_size = config.model.vocab_size or tokenizer_vocab
-    settings = config.model.model_copy(update={"vocab_size": vocab_size})
-    with torch.device("meta"):
-        model = Transformer(settings, build_terms(config, mesh.ranks), getattr(torch, config.training.dtype))
-    parallelize(model, config, mesh)
-    model.to_empty(device=mesh.device)
-    init_weights(model, config.job.seed)
-    return model

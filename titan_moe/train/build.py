@@ -1,0 +1,22 @@
+"""A model on its ranks, from a configuration."""
+
+import torch
+
+from titan_moe.config.tables import Config
+from titan_moe.model.init import init_weights
+from titan_moe.model.transformer import Transformer
+from titan_moe.parallel.mesh import Mesh
+from titan_moe.parallel.parallelize import parallelize
+from titan_moe.train.terms import build_terms
+
+
+def build_model(config: Config, tokenizer_vocab: int, mesh: Mesh) -> Transformer:
+    """The network on its ranks, with its initial weights; no rank ever holds more than its share."""
+    vocab_size = config.model.vocab_size or tokenizer_vocab
+    settings = config.model.model_copy(update={"vocab_size": vocab_size})
+    with torch.device("meta"):
+        model = Transformer(settings, build_terms(config, mesh.ranks), getattr(torch, config.training.dtype))
+    parallelize(model, config, mesh)
+    model.to_empty(device=mesh.device)
+    init_weights(model, config.job.seed)
+    return model
