@@ -29,6 +29,8 @@ class StepResult(NamedTuple):
     """J: cross-entropy plus weighted terms."""
     ce: float
     carry: Carry
+    routing: dict[str, float]
+    """The `reg/*` and `moe/*` fields of the step's row."""
     grad_norm: float
     """Before clipping."""
     skipped: bool = False
@@ -71,7 +73,7 @@ def train_step(
     sum_router_gradients(model, mesh)
     sum_norm_gradients(model, mesh.tp)
     norm = clip_gradients(list(model.parameters()), config.training.max_grad_norm, mesh.pp)
-    result = StepResult(loss.item(), ce.item(), carry, norm.item())
+    result = StepResult(loss.item(), ce.item(), carry, routing_row(carry, model.terms.names), norm.item())
     check_finite(model, result)
     if spikes is not None and spikes.over(result.grad_norm):
         optimizer.zero_grad()
@@ -127,8 +129,7 @@ def measure_terms(model: Transformer, batch: Batch, config: Config, mesh: Mesh, 
 
 
 def check_finite(model: Transformer, result: StepResult) -> None:
-    terms = routing_row(result.carry, model.terms.names)
-    values = {"ce": result.ce, **terms, "loss": result.loss, "grad_norm": result.grad_norm}
+    values = {"ce": result.ce, **result.routing, "loss": result.loss, "grad_norm": result.grad_norm}
     name = first_non_finite(values)
     if name == "grad_norm":
         name = f"grad_norm (gradient of {non_finite_gradient(model)})"

@@ -32,7 +32,6 @@ from titan_moe.train.metrics import (
     Console,
     JsonLines,
     TensorBoard,
-    routing_row,
     short,
 )
 from titan_moe.train.optimizer import build_optimizer, lr_fraction, set_lr
@@ -199,7 +198,7 @@ class Trainer:
             "tokens": step * tokens,
             "loss": result.loss,
             "ce": result.ce,
-            **routing_row(result.carry, self.model.terms.names),
+            **result.routing,
             "grad_norm": result.grad_norm,
             "lr": self.optimizer.param_groups[0]["lr"],
             "data_crc": zlib.crc32(batch.tokens.numpy().tobytes()),
