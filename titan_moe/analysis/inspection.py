@@ -4,7 +4,6 @@ With several checkpoints of one model the text goes through each, and each is co
 """
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from titan_moe.train.checkpoint import load_checkpoint
 from titan_moe.train.resume import damage
 from titan_moe.train.run_dir import STATE_FILE, changed_keys, read_state, saved_steps
 from titan_moe.train.terms import build_terms
-from titan_moe.train.validation import evaluate_batch, labelled_bytes
+from titan_moe.train.validation import Losses, LossSums, evaluate_batch
 from torchtitan_ext.collectives import all_sum
 from torchtitan_ext.losses import chance_overlap, coupling_noise_bound
 from torchtitan_ext.metrics import (
@@ -94,9 +93,9 @@ def inspect(checkpoints: Sequence[Path], config: Config, mesh: Mesh, options: Op
     for checkpoint in checkpoints:
         tally = watched.tally(kept_routing=ROUTING_TOKENS if len(checkpoints) > 1 else 0)
         watched.load(checkpoint)
-        loss = watched.go_through(tally)
+        losses = watched.go_through(tally)
         result = {"checkpoint": str(checkpoint), "step": int(read_state(checkpoint, "checkpoint")["step"])}
-        result |= {"text": options.text or "validation", **loss}
+        result |= {"text": options.text or "validation", **losses._asdict()}
         found = summary(watched, tally, before)
         if mesh.first:
             results.append(result | found)
@@ -149,33 +148,22 @@ class Watched:
         load_checkpoint(checkpoint, self.model, None)
 
     @torch.no_grad()
-    def go_through(self, tally: Tally) -> dict[str, Any]:
-        """Streams the text through the model; the tally fills and is summed over ranks. Returns tokens and losses."""
+    def go_through(self, tally: Tally) -> Losses:
+        """Streams the text through the model; the tally fills and is summed over ranks."""
         mesh, model = self.mesh, self.model
         self.recorder.tally[:] = [tally]
         size = micro_batch_size(self.config, mesh.degrees)
-        nats, labels, source_bytes = 0.0, 0, 0
+        sums = LossSums()
         step = size * mesh.degrees.data
         batches = validation_batches(self.windows, self.sequences, step)
         count, quiet = -(-self.sequences // step), not mesh.first
         for batch in tqdm(batches, total=count, unit="batch", leave=False, disable=quiet or None):
             found = evaluate_batch(model, batch, size, mesh)
             labelled_T = (found.inputs.token_weights > 0).flatten()
-            nats += found.nats
-            labels += int(labelled_T.sum())
-            source_bytes += labelled_bytes(found.inputs, self.prepared.tokenizer)
+            sums.add(found, self.prepared.tokenizer)
             tally.add_pairs(found.neighbours, labelled_T)
         tally.sum_over_ranks(mesh)
-        nats = all_sum(torch.tensor(nats, dtype=torch.float64, device=mesh.device), mesh.pp).item()
-        sums = torch.tensor([nats, labels, source_bytes], dtype=torch.float64, device=mesh.device)
-        nats, tokens, total_bytes = all_sum(sums, mesh.ranks.data).tolist()
-        loss = nats / tokens
-        return {
-            "tokens": int(tokens),
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": nats / math.log(2) / total_bytes,
-        }
+        return sums.over_ranks(mesh)
 
 
 def text_of(config: Config, options: Options) -> tuple[Prepared, str]:

@@ -227,9 +227,9 @@ class Trainer:
         row = {
             "kind": "validation",
             "step": step,
-            "loss": found.loss,
-            "perplexity": found.perplexity,
-            "bits_per_byte": found.bits_per_byte,
+            "loss": found.losses.loss,
+            "perplexity": found.losses.perplexity,
+            "bits_per_byte": found.losses.bits_per_byte,
         }
         for tracker in trackers:
             tracker.log(row)

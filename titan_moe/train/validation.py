@@ -19,19 +19,24 @@ from torchtitan_ext.gram import accumulation_dtype
 from torchtitan_ext.metrics import conditional_routing
 
 
-class Validation(NamedTuple):
+class Losses(NamedTuple):
+    """Of a text."""
+
+    tokens: int
+    """Labelled ones."""
     loss: float
     """Mean cross-entropy in nats per token."""
+    perplexity: float
     bits_per_byte: float
     """Bits per byte of source text."""
+
+
+class Validation(NamedTuple):
+    losses: Losses
     load: Tensor
     """(L, E) share of the assignments per expert and MoE layer."""
     cond: Tensor
     """(L - 1, E, E), P(v in the next layer given e in this one)."""
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
 
 
 @torch.no_grad()
@@ -48,30 +53,24 @@ def validate(
 
     broken_off: is asked before every batch, the same answer on all ranks; if so, there is no result.
     """
-    device, ranks = mesh.device, mesh.degrees.data
-    nats, labels, source_bytes = 0.0, 0, 0
+    device, sums = mesh.device, LossSums()
     experts, pairs = model.settings.moe.experts, max(model.moe_layers - 1, 0)
     counts = torch.zeros(model.moe_layers, experts, dtype=torch.int64, device=device)
     joint = torch.zeros(pairs, experts, experts, dtype=torch.float64, device=device)
-    for batch in validation_batches(windows, sequences, batch_size * ranks):
+    for batch in validation_batches(windows, sequences, batch_size * mesh.degrees.data):
         if broken_off():
             return None
         found = evaluate_batch(model, batch, batch_size, mesh)
-        nats += found.nats
-        labels += int((found.inputs.token_weights > 0).sum())
-        source_bytes += labelled_bytes(found.inputs, tokenizer)
-        counts += found.counts
         mask = (found.inputs.token_weights > 0).flatten()
+        sums.add(found, tokenizer)
+        counts += found.counts
         for pair, (earlier, later) in found.neighbours.items():
             used = torch.bincount(earlier[mask].flatten(), minlength=experts).unsqueeze(1)
             joint[pair] += conditional_routing(earlier, later, experts, mask) * used
     counts, joint = (all_sum(all_sum(x, mesh.ranks.data), mesh.pp) for x in (counts, joint))
-    nats = all_sum(torch.tensor(nats, dtype=torch.float64, device=device), mesh.pp).item()
-    sums = torch.tensor([nats, labels, source_bytes], dtype=torch.float64, device=device)
-    nats, labels, source_bytes = all_sum(sums, mesh.ranks.data).tolist()
     used_E = counts[:pairs].clamp(min=1).unsqueeze(2)
     load = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    return Validation(nats / labels, nats / math.log(2) / source_bytes, load.cpu(), (joint / used_E).cpu())
+    return Validation(sums.over_ranks(mesh), load.cpu(), (joint / used_E).cpu())
 
 
 class Evaluated(NamedTuple):
@@ -84,6 +83,26 @@ class Evaluated(NamedTuple):
     """(L, E) assignments of its labelled tokens, likewise."""
     neighbours: dict[int, tuple[Tensor, Tensor]]
     """The chosen experts (T, k) of MoE layers l and l + 1, by l, where the later one is here."""
+
+
+class LossSums:
+    """Adds up what `Losses` are means of."""
+
+    def __init__(self) -> None:
+        self.nats, self.tokens, self.source_bytes = 0.0, 0, 0
+
+    def add(self, found: Evaluated, tokenizer: Tokenizer) -> None:
+        self.nats += found.nats
+        self.tokens += int((found.inputs.token_weights > 0).sum())
+        self.source_bytes += labelled_bytes(found.inputs, tokenizer)
+
+    def over_ranks(self, mesh: Mesh) -> Losses:
+        """The same on all ranks. Collective."""
+        nats = all_sum(torch.tensor(self.nats, dtype=torch.float64, device=mesh.device), mesh.pp).item()
+        sums = torch.tensor([nats, self.tokens, self.source_bytes], dtype=torch.float64, device=mesh.device)
+        nats, tokens, source_bytes = all_sum(sums, mesh.ranks.data).tolist()
+        loss = nats / tokens
+        return Losses(int(tokens), loss, math.exp(min(loss, 700.0)), nats / math.log(2) / source_bytes)
 
 
 def evaluate_batch(model: Transformer, batch: Batch, size: int, mesh: Mesh) -> Evaluated:
