@@ -159,9 +159,8 @@ class Watched:
         count, quiet = -(-self.sequences // step), not mesh.first
         for batch in tqdm(batches, total=count, unit="batch", leave=False, disable=quiet or None):
             found = evaluate_batch(model, batch, size, mesh)
-            labelled_T = (found.inputs.token_weights > 0).flatten()
             sums.add(found, self.prepared.tokenizer)
-            tally.add_pairs(found.neighbours, labelled_T)
+            tally.add_pairs(found.neighbours, found.labelled)
         tally.sum_over_ranks(mesh)
         return sums.over_ranks(mesh)
 

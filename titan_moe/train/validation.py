@@ -61,7 +61,7 @@ def validate(
         if broken_off():
             return None
         found = evaluate_batch(model, batch, batch_size, mesh)
-        mask = (found.inputs.token_weights > 0).flatten()
+        mask = found.labelled
         sums.add(found, tokenizer)
         counts += found.counts
         for pair, (earlier, later) in found.neighbours.items():
@@ -77,6 +77,8 @@ class Evaluated(NamedTuple):
     """This rank's part of one batch, forward only."""
 
     inputs: Inputs
+    labelled: Tensor
+    """(T,) bool: which tokens have a label."""
     nats: float
     """Sum of its tokens' cross-entropies; 0 where the last stage of a pipeline isn't."""
     counts: Tensor
@@ -93,7 +95,7 @@ class LossSums:
 
     def add(self, found: Evaluated, tokenizer: Tokenizer) -> None:
         self.nats += found.nats
-        self.tokens += int((found.inputs.token_weights > 0).sum())
+        self.tokens += int(found.labelled.sum())
         self.source_bytes += labelled_bytes(found.inputs, tokenizer)
 
     def over_ranks(self, mesh: Mesh) -> Losses:
@@ -116,7 +118,8 @@ def evaluate_batch(model: Transformer, batch: Batch, size: int, mesh: Mesh) -> E
         neighbours = dict(enumerate(itertools.pairwise(routing)))
     else:
         ce, carry, neighbours = model.pipeline.evaluate(inputs)
-    return Evaluated(inputs, ce.item() * batch.label_count, carry.counts, neighbours)
+    labelled = (inputs.token_weights > 0).flatten()
+    return Evaluated(inputs, labelled, ce.item() * batch.label_count, carry.counts, neighbours)
 
 
 def labelled_bytes(inputs: Inputs, tokenizer: Tokenizer) -> int:
