@@ -31,4 +31,4 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then # torchrun would make it 1
     [ "$OMP_NUM_THREADS" -gt 0 ] || OMP_NUM_THREADS=1
     export OMP_NUM_THREADS
 fi
-exec "$PYTHON" -m titan_moe.launch "$@"
+exec "$PYTHON" -m titan_moe.runtime.launch "$@"

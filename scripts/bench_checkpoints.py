@@ -19,17 +19,17 @@ import torch
 from benchmarking import VOCABULARY, inputs_of, seconds
 from torch import nn
 
-from titan_moe.allocator import keep_freed_memory
+from titan_moe.checkpoint.dcp import load_checkpoint
+from titan_moe.checkpoint.resume import newest_good
+from titan_moe.checkpoint.run_dir import RunDir
+from titan_moe.checkpoint.saver import Saver
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Checkpoint, Optimizer
 from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import single
-from titan_moe.train.checkpoint import load_checkpoint
+from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.train.optimizer import build_optimizer
-from titan_moe.train.resume import newest_good
-from titan_moe.train.run_dir import RunDir
-from titan_moe.train.saver import Saver
 from titan_moe.train.terms import build_terms
 
 

@@ -12,11 +12,11 @@ import statistics
 import torch
 from benchmarking import seconds
 
-from titan_moe.allocator import keep_freed_memory
-from titan_moe.analysis.inspection import Options, Watched
+from titan_moe.analysis.inspect.inspection import Options, Watched
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Regularizers
 from titan_moe.parallel.mesh import single
+from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.train.build import build_model
 from titan_moe.train.validation import validate
 

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from benchmarking import GEOMETRY, inputs_of, interval, seconds
 from torch import Tensor, nn
 
-from titan_moe.allocator import keep_freed_memory
 from titan_moe.model.moe import Experts, plan_dispatch
-from titan_moe.train.device import peak_allocated
-from torchtitan_ext.gram import gram_through, squared_cosines
+from titan_moe.runtime.allocator import keep_freed_memory
+from titan_moe.runtime.device import peak_allocated
 from torchtitan_ext.losses import coupling_excess, coupling_loss
-from torchtitan_ext.response import lengths, response_through
+from torchtitan_ext.ops.gram import gram_through, squared_cosines
+from torchtitan_ext.ops.response import lengths, response_through
 from torchtitan_ext.terms import Terms, Tokens
 
 TOKENS, K, WIDTH, EXPERTS = 2048, 4, 672, 64

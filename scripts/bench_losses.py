@@ -18,15 +18,15 @@ import torch
 from benchmarking import GEOMETRY, VOCABULARY, inputs_of, interval, seconds
 from torch import Tensor, nn
 
-from titan_moe.allocator import keep_freed_memory
 from titan_moe.config.tables import Optimizer
 from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Transformer
-from titan_moe.train.device import peak_allocated
+from titan_moe.runtime.allocator import keep_freed_memory
+from titan_moe.runtime.device import peak_allocated
 from titan_moe.train.optimizer import build_optimizer
 from torchtitan_ext.carry import empty_carry
-from torchtitan_ext.gram import gram_through
-from torchtitan_ext.response import lengths, response_through
+from torchtitan_ext.ops.gram import gram_through
+from torchtitan_ext.ops.response import lengths, response_through
 from torchtitan_ext.terms import LayerView, Terms, Tokens, WeightedGram
 
 ARMS = [

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from titan_moe.allocator import keep_freed_memory
+from titan_moe.config.degrees import resolve
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch
-from titan_moe.parallel.degrees import resolve
 from titan_moe.parallel.mesh import Mesh
+from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.train.build import build_model
 from titan_moe.train.optimizer import build_optimizer
 from titan_moe.train.step import train_step

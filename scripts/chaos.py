@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = ("tokens_per_second", "step_seconds", "mfu", "memory_gib")
-LAUNCHER = "titan_moe.launch"
+LAUNCHER = "titan_moe.runtime.launch"
 SMALL = [
     "--model.dim=128",
     "--model.layers=3",

@@ -21,9 +21,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_moe.analysis.grid import read_sweep
-from titan_moe.analysis.statistics import paired
-from titan_moe.analysis.tables import interval, line
+from titan_moe.analysis.sweep.grid import read_sweep
+from titan_moe.analysis.sweep.statistics import paired
+from titan_moe.analysis.sweep.tables import interval, line
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"

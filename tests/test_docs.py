@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from titan_moe import extend
-from titan_moe.analysis.grid import cell_config, cells_of, read_sweep
+from titan_moe.analysis.sweep.grid import cell_config, cells_of, read_sweep
+from titan_moe.config import extensions
 from titan_moe.config.load import load_config
-from titan_moe.words import take_flag, take_number, take_option
+from titan_moe.verbs.words import take_flag, take_number, take_option
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
@@ -34,7 +34,7 @@ def test_commands_have_valid_options(page: Path, tmp_path: Path, monkeypatch: py
                 verb, options = (words[1], words[2:]) if words[0].endswith("titan-moe") else ("train", words[1:])
                 check_options(verb, options, line)
     finally:
-        for table in (extend.regularizers, extend.corpora, extend.trackers):
+        for table in (extensions.regularizers, extensions.corpora, extensions.trackers):
             table.clear()
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.train.test_training import train
-from titan_moe import extend
+from titan_moe.checkpoint.run_dir import RunDir
+from titan_moe.config import extensions
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
-from titan_moe.train.run_dir import RunDir
 
 Make = Callable[..., Config]
 
@@ -28,7 +28,7 @@ def examples(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _forget_extensions() -> Iterator[None]:
     yield
-    for table in (extend.regularizers, extend.corpora, extend.trackers):
+    for table in (extensions.regularizers, extensions.corpora, extensions.trackers):
         table.clear()
 
 

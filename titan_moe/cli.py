@@ -20,10 +20,10 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-from titan_moe.allocator import keep_freed_memory
 from titan_moe.config.describe import options_help
 from titan_moe.errors import LostRanksError, TrainingError, UserError
-from titan_moe.log import log_file
+from titan_moe.runtime.allocator import keep_freed_memory
+from titan_moe.runtime.log import log_file
 
 VERBS = ("train", "prepare", "plan", "inspect", "place", "report", "sweep")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -75,7 +75,7 @@ def main() -> None:
 def fail(error: Exception, line: str | None, status: int) -> int:
     """Tells the user in one line (None: a traceback will), the rank's log, and the process that started this one."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from titan_moe.parallel.lifesigns import record_failure
+        from titan_moe.runtime.lifesigns import record_failure
 
         record_failure(error, status)
     if line is not None:

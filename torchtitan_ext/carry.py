@@ -42,3 +42,13 @@ def empty_carry(
         counts=torch.zeros(layers, experts, dtype=torch.int64, device=device),
         sums=torch.zeros(layers, len(MEASURES), dtype=dtype, device=device),
     )
+
+
+def add_carry(total: Carry | None, carry: Carry) -> Carry:
+    """The sum over micro-batches of what a step reports, without gradients. Sums, never means: weights are global."""
+    detached = Carry(*(tensor.detach() for tensor in carry))
+    if total is None:
+        return detached
+    return Carry(
+        total.terms + detached.terms, total.previous, total.counts + detached.counts, total.sums + detached.sums
+    )

@@ -17,16 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchtitan_ext import native
 from torchtitan_ext.collectives import Group, all_sum
-from torchtitan_ext.gram import (
-    accumulation_dtype,
-    squared_cosines,
-    squared_projections,
-    squared_span_projections,
-    token_gram,
-)
-from torchtitan_ext.response import lengths
+from torchtitan_ext.dtypes import accumulation_dtype
+from torchtitan_ext.ops import native
+from torchtitan_ext.ops.gram import squared_cosines, squared_projections, squared_span_projections, token_gram
+from torchtitan_ext.ops.response import lengths
 
 
 def mean_weights(values: Tensor, shape: Sequence[int] | torch.Size) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.losses import coupling_matrix, normalize_scores, specialization_loss, token_rows
 
 

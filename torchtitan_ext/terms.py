@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchtitan_ext import draws
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.collectives import Ranks, all_sum
-from torchtitan_ext.gram import accumulation_dtype, squared_cosines, token_gram
+from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.losses import (
     coupling_excess,
     coupling_noise,
@@ -30,6 +29,8 @@ from torchtitan_ext.losses import (
     weighted_sum,
 )
 from torchtitan_ext.metrics import token_entropy
+from torchtitan_ext.ops import draws
+from torchtitan_ext.ops.gram import squared_cosines, token_gram
 
 
 class LayerView(NamedTuple):

@@ -12,19 +12,20 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.distributed.launch import launch
+from tests.helpers.ranks import launch
 from tests.train.test_training import Make, train
-from titan_moe.analysis.inspection import Options, chosen_checkpoints, inspect
+from titan_moe.analysis.inspect.inspection import Options, chosen_checkpoints, inspect
+from titan_moe.checkpoint.dcp import load_checkpoint
+from titan_moe.checkpoint.run_dir import RunDir, read_state
+from titan_moe.config.degrees import resolve
 from titan_moe.config.load import saved_config
 from titan_moe.data.loader import Windows
 from titan_moe.data.prepare import prepare
 from titan_moe.data.shards import TokenStream
 from titan_moe.errors import UserError
-from titan_moe.parallel.degrees import resolve
 from titan_moe.parallel.mesh import Mesh, single
 from titan_moe.train.build import build_model
-from titan_moe.train.checkpoint import load_checkpoint
-from titan_moe.train.run_dir import RunDir, read_state
+from titan_moe.train.inputs import to_inputs
 from torchtitan_ext import metrics
 from torchtitan_ext.losses import routing_variance_loss
 from torchtitan_ext.terms import LayerView, Terms
@@ -142,7 +143,7 @@ def test_the_sums_are_the_measures_of_all_tokens_at_once(run: Path) -> None:
     for moe in model.moe_modules():
         moe.terms = Spy(**vars(model.terms))
     with torch.no_grad():
-        out = model(batch.inputs(torch.float64, torch.device("cpu")))
+        out = model(to_inputs(batch, torch.float64, torch.device("cpu")))
     keep = batch.loss_mask.flatten()
     assert int((~keep).sum()) > 0
     assert result["loss"] == pytest.approx(out.ce.item(), rel=1e-12)

@@ -10,11 +10,11 @@ import torch
 
 from tests.analysis.test_inspection import run  # noqa: F401 - `run` is a fixture
 from tests.conftest import titan_moe
-from tests.distributed.launch import launch
-from tests.distributed.steps import BASE, VOCABULARY, batch_of, config_of, mesh_of
+from tests.helpers.ranks import launch
+from tests.helpers.steps import BASE, VOCABULARY, batch_of, config_of, mesh_of
 from tests.train.test_training import train
-from titan_moe.analysis.inspection import chosen_checkpoints, from_checkpoint
-from titan_moe.analysis.placement import (
+from titan_moe.analysis.inspect.inspection import chosen_checkpoints, from_checkpoint
+from titan_moe.analysis.place.placement import (
     assign,
     homes_by_first_router,
     homes_in_order,
@@ -25,12 +25,13 @@ from titan_moe.analysis.placement import (
     round_robin,
     traffic,
 )
+from titan_moe.checkpoint.expert_order import permute_experts, read_order, write_order
+from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.errors import UserError
 from titan_moe.model.gemm import local
-from titan_moe.model.permute import permute_experts, read_order, write_order
 from titan_moe.parallel.mesh import single
 from titan_moe.train.build import build_model
-from titan_moe.train.run_dir import RunDir
+from titan_moe.train.inputs import to_inputs
 
 N, L, E, R = 24, 3, 8, 4
 
@@ -128,7 +129,7 @@ def test_other_numbers_leave_the_outputs() -> None:
     model = build_model(config, VOCABULARY, single(torch.device("cpu")))
     for moe in model.moe_modules():
         moe.router.expert_bias.copy_(torch.linspace(-0.1, 0.1, 8))
-    inputs = batch_of(1).inputs(torch.float64, torch.device("cpu"))
+    inputs = to_inputs(batch_of(1), torch.float64, torch.device("cpu"))
     with torch.no_grad():
         logits = model.logits(inputs)
         before = model.evaluate(inputs)[2]

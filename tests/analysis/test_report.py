@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import titan_moe
-from titan_moe.analysis.figures import INK
-from titan_moe.analysis.report import write_report
+from titan_moe.analysis.report.figures import INK
+from titan_moe.analysis.report.report import write_report
 from titan_moe.config.describe import to_toml
 from titan_moe.config.load import load_config
 from titan_moe.errors import UserError

@@ -14,9 +14,9 @@ import pytest
 from scipy import stats
 
 from tests.conftest import ROOT, TINY
-from titan_moe.analysis.grid import SWEEPS, cell_config, cells_of, read_sweep
-from titan_moe.analysis.statistics import holm, paired
-from titan_moe.analysis.tables import verdict
+from titan_moe.analysis.sweep.grid import SWEEPS, cell_config, cells_of, read_sweep
+from titan_moe.analysis.sweep.statistics import holm, paired
+from titan_moe.analysis.sweep.tables import verdict
 from titan_moe.errors import UserError
 
 SWEEP = """

@@ -9,6 +9,7 @@ import torch
 from titan_moe.data import shards
 from titan_moe.data.loader import TrainingSteps, Windows, permuted, training_loader, validation_batches
 from titan_moe.data.shards import Manifest, ShardWriter, TokenStream
+from titan_moe.train.inputs import to_inputs
 
 SEQ, PAD = 8, 0
 
@@ -108,7 +109,7 @@ def test_micro_batches_keep_the_global_label_count(stream: TokenStream) -> None:
     batch = Windows(stream, SEQ, PAD).batch(np.arange(6))
     parts = list(batch.split(4))
     assert [p.tokens.shape[0] for p in parts] == [4, 2]
-    total = sum(p.inputs(torch.float64, torch.device("cpu")).token_weights.sum() for p in parts)
+    total = sum(to_inputs(p, torch.float64, torch.device("cpu")).token_weights.sum() for p in parts)
     assert float(total) == pytest.approx(1.0, abs=1e-15)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.distributed.launch import launch
+from tests.helpers.ranks import launch
 from titan_moe.parallel.context import Context, places
 from titan_moe.parallel.experts import AllToAll
 from torchtitan_ext.collectives import all_sum, exchange, gather_columns

@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 
-from tests.distributed.launch import launch
-from tests.distributed.steps import DEEPSEEK, VANILLA, Outcome, gradients, train
+from tests.helpers.ranks import launch
+from tests.helpers.steps import DEEPSEEK, VANILLA, Outcome, gradients, train
 
 SEQUENCE = ["--regularizers.lb.scope=sequence"]  # v's default is that
 GLOBAL = ["--regularizers.lb.scope=global", "--regularizers.v.scope=global"]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.distributed.launch import launch
-from tests.distributed.steps import DEEPSEEK, VANILLA, gradients, train
 from tests.distributed.test_layouts import SEQUENCE, alone, assert_equal, assert_every_token_seen
+from tests.helpers.ranks import launch
+from tests.helpers.steps import DEEPSEEK, VANILLA, gradients, train
 
 WORDS = [*SEQUENCE, "--model.layers=4", "--model.tie_embeddings=false"]
 LAYOUTS = {

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from tests.distributed.counting import counted
-from tests.distributed.launch import launch
-from tests.distributed.steps import BATCH, DEEPSEEK, SEQ, VOCABULARY, batch_of, config_of, mesh_of
+from tests.helpers.counting import counted
+from tests.helpers.ranks import launch
+from tests.helpers.steps import BATCH, DEEPSEEK, SEQ, VOCABULARY, batch_of, config_of, mesh_of
+from titan_moe.config.degrees import resolve
 from titan_moe.config.tables import Config
+from titan_moe.estimate.plan import memory, sharded_model
+from titan_moe.estimate.traffic import traffic
 from titan_moe.model.gemm import local
-from titan_moe.parallel.degrees import resolve
-from titan_moe.parallel.traffic import traffic
 from titan_moe.train.build import build_model
+from titan_moe.train.inputs import to_inputs
 from titan_moe.train.optimizer import build_optimizer
-from titan_moe.train.plan import memory, sharded_model
 from titan_moe.train.step import train_step
 
 pytestmark = pytest.mark.slow
@@ -155,7 +156,7 @@ def saved_bytes(words: list[str]) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = model(batch_of(1).inputs(torch.float64, mesh.device, 1, 0.0))
+        out = model(to_inputs(batch_of(1), torch.float64, mesh.device, 1, 0.0))
     del out
     return sum(storage.nbytes() for storage in kept.values())
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.distributed.counting import counted
-from tests.distributed.launch import launch
-from tests.distributed.steps import BATCH, SEQ, VOCABULARY, batch_of, config_of, mesh_of, train
+from tests.helpers.counting import counted
+from tests.helpers.ranks import launch
+from tests.helpers.steps import BATCH, SEQ, VOCABULARY, batch_of, config_of, mesh_of, train
 from titan_moe.train.build import build_model
 from titan_moe.train.optimizer import build_optimizer
 from titan_moe.train.step import train_step

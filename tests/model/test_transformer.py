@@ -10,15 +10,14 @@ from torch import Tensor
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import ActivationCheckpoint, Compile, Config, Model, MoE
 from titan_moe.data.loader import Batch
-from titan_moe.model.counts import count, meta_model
+from titan_moe.estimate.counts import count, meta_model
 from titan_moe.model.head import chunked_cross_entropy
 from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.mesh import single
 from titan_moe.parallel.parallelize import parallelize
-from titan_moe.train.metrics import add_carry
-from torchtitan_ext import draws
-from torchtitan_ext.carry import MEASURES, Carry
+from titan_moe.train.inputs import to_inputs
+from torchtitan_ext.carry import MEASURES, Carry, add_carry
 from torchtitan_ext.losses import (
     coupling_loss,
     coupling_noise,
@@ -29,6 +28,7 @@ from torchtitan_ext.losses import (
     routing_variance_loss,
     specialization_loss,
 )
+from torchtitan_ext.ops import draws
 from torchtitan_ext.terms import LayerView, Terms, Tokens
 
 BATCH, SEQ, VOCAB = 4, 12, 40
@@ -74,7 +74,7 @@ def step(model: Transformer, whole: Batch, micro: int) -> tuple[float, Carry, di
     loss, carry = 0.0, None
     dtype = torch.promote_types(model.dtype, torch.float32)
     for number, part in enumerate(whole.split(micro)):
-        out = model(part.inputs(dtype, torch.device("cpu"), share=float(number == 0)))
+        out = model(to_inputs(part, dtype, torch.device("cpu"), share=float(number == 0)))
         objective = out.ce + model.terms.objective(out.carry.terms)
         objective.backward()
         loss, carry = loss + objective.item(), add_carry(carry, out.carry)
@@ -113,7 +113,7 @@ def test_terms_in_the_carry_are_the_library_functions(source: str, form: str, ab
                 return original.add(view, carry, layer, tokens)
 
         moe.terms = Spy(**vars(original))
-    out = model(whole.inputs(torch.float64, torch.device("cpu"), step=7))
+    out = model(to_inputs(whole, torch.float64, torch.device("cpu"), step=7))
     keep = whole.loss_mask.flatten()
     views = [view for view, _ in seen]
     logits, scores, ids = ([getattr(v, n)[keep] for v in views] for n in ("logits_TE", "scores_TE", "topk_ids_TK"))
@@ -194,7 +194,7 @@ def test_recomputation_never_chooses_again() -> None:
     parallelize(
         model, config_with(activation_checkpoint=ActivationCheckpoint(mode="full")), single(torch.device("cpu"))
     )
-    inputs = whole.inputs(torch.float64, torch.device("cpu"))
+    inputs = to_inputs(whole, torch.float64, torch.device("cpu"))
     out, expected = model(inputs), reference(inputs)
     for moe in model.moe_modules():
         moe.router.expert_bias.copy_(torch.randn(6, generator=torch.Generator().manual_seed(1)) * 100)

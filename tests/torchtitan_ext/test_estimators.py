@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchtitan_ext import draws
 from torchtitan_ext.losses import sketched_specialization_loss, specialization_loss
+from torchtitan_ext.ops import draws
 
 CPU = torch.device("cpu")
 DRAWS, TOKENS, K, WIDTH, SKETCH = 100, 128, 4, 48, 64

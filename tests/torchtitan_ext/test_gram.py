@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchtitan_ext import draws, gram, native
-from torchtitan_ext.gram import accumulation_dtype, squared_cosines, token_gram
+from torchtitan_ext.dtypes import accumulation_dtype
+from torchtitan_ext.ops import draws, gram, native
+from torchtitan_ext.ops.gram import squared_cosines, token_gram
 
 
 def make(tokens: int, k: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.torchtitan_ext import reference
+from tests.helpers import reference
 from torchtitan_ext.losses import (
     coupling_loss,
     coupling_noise,

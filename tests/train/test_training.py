@@ -10,14 +10,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from titan_moe.checkpoint.dcp import _MetadataUnpickler, load_checkpoint
+from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
 from titan_moe.data.prepare import prepare
 from titan_moe.errors import TrainingError, UserError
-from titan_moe.log import start_log
 from titan_moe.parallel.mesh import single
-from titan_moe.train.checkpoint import _MetadataUnpickler, load_checkpoint
-from titan_moe.train.run_dir import RunDir
+from titan_moe.runtime.log import start_log
 from titan_moe.train.trainer import Trainer
 
 TIMED = ("tokens_per_second", "step_seconds", "mfu", "memory_gib")
@@ -45,7 +45,7 @@ def train(config: Config) -> list[dict[str, Any]]:
     """Trains in this process and returns the rows of metrics.jsonl."""
     run_dir = RunDir(config)
     run_dir.open()
-    start_log(run_dir)
+    start_log(run_dir.log, 0)
     try:
         Trainer(config, prepare(config), run_dir, single(torch.device("cpu"))).run()
     finally:

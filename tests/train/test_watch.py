@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.train.test_training import Make, rows, train, untimed
+from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.train import trainer
-from titan_moe.train.run_dir import RunDir
 from titan_moe.train.watch import RoutingWatch, Spikes
 
 

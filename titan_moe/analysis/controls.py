@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from titan_moe.extend import register_regularizer
-from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.metrics import token_entropy
 from torchtitan_ext.terms import LayerView
 

@@ -1,16 +1,16 @@
 """Checks that need more than one key. They run before anything is built."""
 
-from titan_moe import extend
+from titan_moe.config import extensions
+from titan_moe.config.degrees import Origin, check_degrees, resolve
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
-from titan_moe.parallel.degrees import Origin, check_degrees, resolve
 
 FLOAT8_MULTIPLE = 16
 
 
 def check_config(config: Config, origin: Origin, world_size: int) -> None:
     """Raises UserError for a combination that can't work."""
-    extend.load_modules(config.extensions.modules, origin("extensions.modules"))
+    extensions.load_modules(config.extensions.modules, origin("extensions.modules"))
     check_model(config, origin)
     check_parallelism(config, origin, world_size)
     check_regularizers(config, origin)
@@ -46,12 +46,12 @@ def check_parallelism(config: Config, origin: Origin, world_size: int) -> None:
 
 def check_regularizers(config: Config, origin: Origin) -> None:
     weights = config.regularizers.weights()
-    known = {*weights, *extend.regularizers}
+    known = {*weights, *extensions.regularizers}
     for name in config.regularizers.measure:
         if name not in known:
             raise UserError(f"{origin('regularizers.measure')}: no term {name!r}; there are {', '.join(sorted(known))}")
     for name in config.regularizers.custom:
-        if name not in extend.regularizers:
+        if name not in extensions.regularizers:
             raise UserError(
                 f"{origin(f'regularizers.custom.{name}')}: no module of extensions.modules registers a "
                 f"regularizer {name!r}"
@@ -129,7 +129,7 @@ def check_start(config: Config, origin: Origin) -> None:
 
 def check_names(config: Config, origin: Origin) -> None:
     for name in config.metrics.trackers:
-        if name not in extend.trackers:
+        if name not in extensions.trackers:
             raise UserError(
                 f"{origin('metrics.trackers')}: no module of extensions.modules registers a tracker {name!r}"
             )

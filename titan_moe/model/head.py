@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titan_moe.model.gemm import product_dtype
 from titan_moe.model.shares import ALONE, Shares
-from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.dtypes import accumulation_dtype
 
 SLICE_LOGITS = 1 << 24  # logits alive at once: 64 MiB in float32; smaller slices slow the products down
 

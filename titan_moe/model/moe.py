@@ -18,9 +18,10 @@ from titan_moe.model.feed_forward import FeedForward, swiglu
 from titan_moe.model.gemm import grouped_linear, local
 from titan_moe.model.shares import ALONE, Shares
 from torchtitan_ext.carry import Carry
-from torchtitan_ext.gram import accumulation_dtype, gram_through
+from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.losses import normalize_scores
-from torchtitan_ext.response import lengths, response_through
+from torchtitan_ext.ops.gram import gram_through
+from torchtitan_ext.ops.response import lengths, response_through
 from torchtitan_ext.terms import GramRows, LayerView, Sketches, Terms, Tokens, WeightedGram
 
 

@@ -18,7 +18,7 @@ from titan_moe.model.head import chunked_cross_entropy
 from titan_moe.model.moe import MoELayer
 from titan_moe.model.shares import ALONE, Shares
 from torchtitan_ext.carry import Carry, empty_carry
-from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.terms import Terms, Tokens
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from titan_moe.model.moe import Dispatcher, Routed, gather_tokens, plan_dispatch
 from torchtitan_ext.collectives import Group, exchange, gather_columns
-from torchtitan_ext.gram import token_gram
+from torchtitan_ext.ops.gram import token_gram
 from torchtitan_ext.terms import GramRows, Sketches
 
 

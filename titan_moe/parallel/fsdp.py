@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.norm import sum_gradients
-from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.dtypes import accumulation_dtype
 
 
 def shard(model: Transformer, mesh: Mesh, reshard: bool) -> None:

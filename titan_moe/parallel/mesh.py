@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from titan_moe.parallel.degrees import Degrees
+from titan_moe.config.degrees import Degrees
 from torchtitan_ext.collectives import Group, Ranks
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.dtypes import accumulation_dtype
 
 
 def shard_groups(x: Tensor) -> tuple[dist.ProcessGroup, ...]:

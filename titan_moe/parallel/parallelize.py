@@ -9,12 +9,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from titan_moe.config.degrees import layers_per_stage, micro_steps
 from titan_moe.config.tables import ActivationCheckpoint, Config
 from titan_moe.model.float8 import use_float8
 from titan_moe.model.moe import Experts
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.context import Context
-from titan_moe.parallel.degrees import layers_per_stage, micro_steps
 from titan_moe.parallel.experts import AllToAll
 from titan_moe.parallel.fsdp import shard
 from titan_moe.parallel.mesh import Mesh

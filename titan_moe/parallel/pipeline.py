@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
+from titan_moe.config.degrees import stage_layers
 from titan_moe.model.transformer import Inputs, Transformer
-from titan_moe.parallel.degrees import stage_layers
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.collectives import Group
 

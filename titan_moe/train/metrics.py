@@ -149,16 +149,6 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def add_carry(total: Carry | None, carry: Carry) -> Carry:
-    """The sum over micro-batches of what a step reports, without gradients. Sums, never means: weights are global."""
-    detached = Carry(*(tensor.detach() for tensor in carry))
-    if total is None:
-        return detached
-    return Carry(
-        total.terms + detached.terms, total.previous, total.counts + detached.counts, total.sums + detached.sums
-    )
-
-
 def first_non_finite(values: dict[str, float]) -> str | None:
     """Name of the first value that is not a number or infinite."""
     return next((name for name, value in values.items() if not math.isfinite(value)), None)

@@ -6,22 +6,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch
 from titan_moe.errors import TrainingError
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.context import take_part
-from titan_moe.parallel.degrees import micro_batch_size
 from titan_moe.parallel.fsdp import reduce_gradients, sum_router_gradients
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.norm import clip_gradients
 from titan_moe.parallel.tensor import sum_norm_gradients
-from titan_moe.train.metrics import add_carry, first_non_finite, non_finite_gradient, routing_row
+from titan_moe.train.inputs import to_inputs
+from titan_moe.train.metrics import first_non_finite, non_finite_gradient, routing_row
 from titan_moe.train.watch import Spikes
 from torchtitan_ext.balancer import update_expert_bias
-from torchtitan_ext.carry import Carry
+from torchtitan_ext.carry import Carry, add_carry
 from torchtitan_ext.collectives import all_sum
-from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.dtypes import accumulation_dtype
 
 
 class StepResult(NamedTuple):
@@ -98,7 +99,7 @@ def model_inputs(part: Batch, dtype: torch.dtype, mesh: Mesh, step: int, first: 
     """The model's view of a micro-batch, this rank's part of its sequences. Terms that no token enters are computed in the
     first one, and every rank adds its share of them."""
     share = 1.0 / mesh.degrees.token_ranks if first else 0.0
-    return take_part(part.inputs(dtype, mesh.device, step, share), mesh.degrees.cp, mesh.cp_rank)
+    return take_part(to_inputs(part, dtype, mesh.device, step, share), mesh.degrees.cp, mesh.cp_rank)
 
 
 def sum_over_ranks(loss: Tensor, ce: Tensor, carry: Carry, mesh: Mesh) -> tuple[Tensor, Tensor, Carry]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from titan_moe import extend
+from titan_moe.config import extensions
 from titan_moe.config.tables import Config
 from torchtitan_ext.collectives import Ranks
 from torchtitan_ext.losses import chance_overlap
@@ -31,7 +31,7 @@ def build_terms(config: Config, ranks: Ranks | None = None) -> Terms:
         erc_alpha=regularizers.erc.alpha,
         erc_detach_router=regularizers.erc.detach_router,
         ranks=ranks or Ranks(),
-        custom={name: extend.regularizers[name] for name in enabled if name in extend.regularizers},
+        custom={name: extensions.regularizers[name] for name in enabled if name in extensions.regularizers},
     )
 
 

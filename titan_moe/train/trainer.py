@@ -10,24 +10,35 @@ from typing import Any
 
 import torch
 
-from titan_moe import __version__, extend
+from titan_moe import __version__
+from titan_moe.checkpoint.dcp import load_checkpoint
+from titan_moe.checkpoint.resume import newest_good
+from titan_moe.checkpoint.run_dir import (
+    FORMAT_VERSION,
+    RunDir,
+    check_unchanged,
+    read_state,
+)
+from titan_moe.checkpoint.saver import Saver, due
+from titan_moe.checkpoint.start import start_from
+from titan_moe.config import extensions
+from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.describe import to_toml
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch, Windows, training_loader
 from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import TokenStream
 from titan_moe.errors import TrainingError, UserError
-from titan_moe.model.counts import count, meta_model
-from titan_moe.parallel.degrees import micro_batch_size
+from titan_moe.estimate.counts import count, meta_model
 from titan_moe.parallel.mesh import Mesh, from_first
-from titan_moe.train.build import build_model
-from titan_moe.train.checkpoint import load_checkpoint
-from titan_moe.train.device import (
+from titan_moe.runtime.device import (
     make_deterministic,
     peak_flops,
     peak_memory_gib,
     synchronize,
 )
+from titan_moe.runtime.stopping import Stopping
+from titan_moe.train.build import build_model
 from titan_moe.train.metrics import (
     Console,
     JsonLines,
@@ -36,20 +47,10 @@ from titan_moe.train.metrics import (
 )
 from titan_moe.train.optimizer import build_optimizer, lr_fraction, set_lr
 from titan_moe.train.profiling import profiler
-from titan_moe.train.resume import newest_good
-from titan_moe.train.run_dir import (
-    FORMAT_VERSION,
-    RunDir,
-    check_unchanged,
-    read_state,
-)
-from titan_moe.train.saver import Saver, due
 from titan_moe.train.step import StepResult, measure_terms, train_step
-from titan_moe.train.stopping import Stopping
 from titan_moe.train.terms import lb_scales, weight_factors
 from titan_moe.train.validation import validate
 from titan_moe.train.watch import RoutingWatch, Spikes
-from titan_moe.train.weights import start_from
 
 log = logging.getLogger("titan_moe")
 
@@ -93,7 +94,7 @@ class Trainer:
         self.skipped = 0
         """Updates left out since the first step."""
         self.routing_watch = RoutingWatch(self.model.moe_layers, config.model.moe.experts, config.model.moe.top_k)
-        self.stopping = Stopping(mesh)
+        self.stopping = Stopping(mesh.everyone, mesh.device)
 
     def run(self) -> int:
         """Trains to the end, or to a signal. Returns the exit status."""
@@ -101,7 +102,7 @@ class Trainer:
         start = self.resume()
         self.announce()
         tensorboard = None
-        trackers: list[extend.Tracker] = []
+        trackers: list[extensions.Tracker] = []
         if self.mesh.first:
             console = Console(log.info, config.training.steps, start, config.metrics.interval)
             trackers += [JsonLines(self.run_dir.metrics), console]
@@ -110,7 +111,7 @@ class Trainer:
             tensorboard = TensorBoard(folder, interval, start + 1 if start else 0, to_toml(config))
             trackers.append(tensorboard)
         if self.mesh.first:
-            trackers += [extend.trackers[name](config, self.run_dir.path) for name in config.metrics.trackers]
+            trackers += [extensions.trackers[name](config, self.run_dir.path) for name in config.metrics.trackers]
         try:
             with self.stopping.signals(), profiler(config.profiling, self.run_dir.profile) as profile:
                 first = start == 0 or self.validation_is_missing(start)
@@ -130,7 +131,9 @@ class Trainer:
         log.info(f"Stopped by {name} after step {stopped_at}; the same command goes on from there")
         return 128 + self.stopping.signal
 
-    def loop(self, start: int, trackers: list[extend.Tracker], tensorboard: TensorBoard | None, profile: Any) -> int:
+    def loop(
+        self, start: int, trackers: list[extensions.Tracker], tensorboard: TensorBoard | None, profile: Any
+    ) -> int:
         """Steps until the last one or a signal; every way out has saved. Returns the step it stopped after."""
         config, steps = self.config, self.config.training.steps
         batches = iter(self.loader)
@@ -210,7 +213,7 @@ class Trainer:
         }
 
     def validate(
-        self, step: int, trackers: list[extend.Tracker], tensorboard: TensorBoard | None, to_the_end: bool = False
+        self, step: int, trackers: list[extensions.Tracker], tensorboard: TensorBoard | None, to_the_end: bool = False
     ) -> bool:
         """A signal breaks it off, unless `to_the_end`; the run that goes on makes up for it. Returns whether it is done."""
 

@@ -14,8 +14,9 @@ from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.context import take_part
 from titan_moe.parallel.mesh import Mesh
+from titan_moe.train.inputs import to_inputs
 from torchtitan_ext.collectives import all_sum
-from torchtitan_ext.gram import accumulation_dtype
+from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.metrics import conditional_routing
 
 
@@ -111,7 +112,7 @@ def evaluate_batch(model: Transformer, batch: Batch, size: int, mesh: Mesh) -> E
     """size: sequences of the batch for each of the data ranks."""
     ranks = mesh.degrees.data
     part = batch.padded(size * ranks).part(mesh.data_rank * size, size) if ranks > 1 else batch
-    inputs = part.inputs(accumulation_dtype(model.dtype), mesh.device, share=0.0)
+    inputs = to_inputs(part, accumulation_dtype(model.dtype), mesh.device, share=0.0)
     inputs = take_part(inputs, mesh.degrees.cp, mesh.cp_rank)
     if model.pipeline is None:
         ce, carry, routing = model.evaluate(inputs)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from titan_moe.config.degrees import resolve
 from titan_moe.config.load import world_size_from_environment
 from titan_moe.config.tables import Config
-from titan_moe.parallel.degrees import resolve
 from titan_moe.parallel.mesh import Mesh, start_processes, stop_processes
-from titan_moe.train.device import pick_device
+from titan_moe.runtime.device import pick_device
 
 
 @contextlib.contextmanager

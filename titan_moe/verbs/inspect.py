@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from titan_moe.analysis.inspection import Options, from_checkpoint, inspect, place_of, table, write_result
+from titan_moe.analysis.inspect.inspection import Options, from_checkpoint, inspect, place_of, table, write_result
 from titan_moe.config.load import world_size_from_environment
 from titan_moe.verbs.common import print_table, ranks_of
-from titan_moe.words import take_flag, take_number, take_option, take_text
+from titan_moe.verbs.words import take_flag, take_number, take_option, take_text
 
 
 def run(words: list[str]) -> int:

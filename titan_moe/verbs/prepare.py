@@ -2,7 +2,7 @@
 
 from titan_moe.data.prepare import prepare
 from titan_moe.verbs.train import check_vocabulary
-from titan_moe.words import configured
+from titan_moe.verbs.words import configured
 
 
 def run(words: list[str]) -> int:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from titan_moe.analysis.report import write_report
+from titan_moe.analysis.report.report import write_report
 from titan_moe.errors import UserError
-from titan_moe.words import take_option
+from titan_moe.verbs.words import take_option
 
 
 def run(words: list[str]) -> int:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from titan_moe.analysis.sweep import run_sweep
+from titan_moe.analysis.sweep.sweep import run_sweep
 from titan_moe.errors import UserError
-from titan_moe.words import take_flag, take_number, take_option
+from titan_moe.verbs.words import take_flag, take_number, take_option
 
 
 def run(words: list[str]) -> int:

@@ -3,13 +3,13 @@
 import os
 import warnings
 
+from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.config.load import world_size_from_environment
 from titan_moe.config.tables import Config
 from titan_moe.data.prepare import prepare
 from titan_moe.errors import UserError
-from titan_moe.log import start_log
-from titan_moe.train.run_dir import RunDir
-from titan_moe.words import configured, take_flag
+from titan_moe.runtime.log import start_log
+from titan_moe.verbs.words import configured, take_flag
 
 FINISHED = 64  # what `train --check` tells run_train.sh: the run is done, there is nothing to start
 
@@ -26,10 +26,10 @@ def run(words: list[str]) -> int:
         prepared = prepare(config)
         check_vocabulary(config, prepared.tokenizer.vocab_size)
         return 0
-    from titan_moe.parallel.degrees import resolve
-    from titan_moe.parallel.lifesigns import Alarm, LifeSigns, is_collective_failure
+    from titan_moe.config.degrees import resolve
     from titan_moe.parallel.mesh import Mesh, from_first, limit_waiting, start_processes, stop_processes
-    from titan_moe.train.device import pick_device
+    from titan_moe.runtime.device import pick_device
+    from titan_moe.runtime.lifesigns import Alarm, LifeSigns, is_collective_failure
 
     device = pick_device()
     start_processes(device, config.parallelism.timeout_seconds)
@@ -40,7 +40,7 @@ def run(words: list[str]) -> int:
     warnings.filterwarnings("ignore", "'set_vital' is deprecated")
     from titan_moe.train.trainer import Trainer
 
-    start_log(run_dir)
+    start_log(run_dir.log, rank)
     degrees = resolve(config.parallelism, world_size_from_environment(), str)
     if degrees.world == 1:
         return Trainer(config, prepared, run_dir, Mesh(degrees, device)).run()

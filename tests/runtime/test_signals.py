@@ -1,0 +1,144 @@
+"""SIGTERM in every phase of a run: it ends soon, all is saved, and what goes on from there is bitwise the undisturbed run."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import TINY, titan_moe
+from tests.test_cli import start
+from tests.train.test_training import train, untimed
+from titan_moe.config.tables import Config
+from titan_moe.runtime import stopping
+from titan_moe.runtime.stopping import Stopping
+from titan_moe.train import trainer
+from titan_moe.train.trainer import Trainer
+from torchtitan_ext.collectives import Group, all_sum
+
+WORDS = ["--training.steps=120", "--checkpoint.interval=5", "--validation.interval=8", "--validation.sequences=40"]
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def has_row(run: Path, kind: str, step: int) -> bool:
+    return (run / "metrics.jsonl").exists() and any((row["kind"], row["step"]) == (kind, step) for row in rows(run))
+
+
+PHASES: dict[str, Callable[[Path], bool]] = {
+    "step": lambda run: has_row(run, "train", 5),
+    "save": lambda run: any((run / "checkpoints").glob(".step-*")),
+    "validation": lambda run: has_row(run, "train", 8),
+    "first-validation": lambda run: (run / "config.toml").exists(),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    data = [f"--data.corpus={corpus_dir}", f"--data.cache_dir={cache_dir}", f"--job.output_dir={folder}"]
+    done = titan_moe("train", *TINY, *data, *WORDS)
+    assert done.returncode == 0, done.stderr
+    return untimed(rows(folder / "debug"))
+
+
+@pytest.mark.parametrize(
+    ("phase", "background"),
+    [(phase, "false") for phase in PHASES] + [("save", "true"), ("validation", "true")],
+)
+@pytest.mark.slow
+def test_sigterm_in(
+    phase: str, background: str, whole: list[dict[str, Any]], tiny_options: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_options, *WORDS, f"--checkpoint.async_save={background}"]
+    run = tmp_path / "runs" / "cut"
+    process = start("train", *words, "--job.name=cut")
+    deadline = time.monotonic() + 60
+    while not PHASES[phase](run):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 30
+    assert process.returncode == 143, errors
+    assert not list((run / "checkpoints").glob(".*"))
+    again = titan_moe("train", *words, "--job.name=cut")
+    assert again.returncode == 0, again.stderr
+    assert untimed(rows(run)) == whole
+
+
+@pytest.mark.parametrize("signals", [(0,), (0, 0), (3,), (3, 3)], ids=str)
+def test_sigterm_within_a_validation(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, signals: tuple[int, ...]
+) -> None:
+    """signals: the step of the validation that each run is stopped in, one after the other; no row may be lost."""
+    options = ["--validation.sequences=8", "--training.deterministic=true", "--checkpoint.interval=2"]
+    wanted = untimed(train(tiny_config("--job.name=undisturbed", *options)))
+    waiting = list(signals)
+    at: list[int] = []  # the step of the validation under way
+    whole, parts = Trainer.validate, trainer.validate
+
+    def remember_step(self: Trainer, step: int, *others: Any, **named: Any) -> bool:
+        at[:] = [step]
+        return whole(self, step, *others, **named)
+
+    def with_signal(*others: Any) -> Any:
+        *rest, broken_off = others
+        if at == waiting[:1]:
+            signal.raise_signal(signal.SIGTERM)
+            waiting.pop(0)
+        return parts(*rest, broken_off)
+
+    monkeypatch.setattr(Trainer, "validate", remember_step)
+    monkeypatch.setattr(trainer, "validate", with_signal)
+    for _ in signals:
+        found = untimed(train(tiny_config("--job.name=cut", *options)))
+        assert len(found) < len(wanted)
+    assert not waiting
+    assert untimed(train(tiny_config("--job.name=cut", *options))) == wanted
+
+
+def test_a_signal_that_comes_while_ranks_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Stopping(None, torch.device("cpu"))
+
+    def meanwhile(x: torch.Tensor, group: Group) -> torch.Tensor:
+        signal.raise_signal(signal.SIGUSR1)
+        return all_sum(x, group)
+
+    with run.signals():
+        assert not run.agreed()
+        with monkeypatch.context() as patch:
+            patch.setattr(stopping, "all_sum", meanwhile)
+            assert not run.agreed()
+        assert run.agreed()
+    assert run.signal == signal.SIGUSR1
+
+
+def test_sigterm_while_data_is_prepared(tiny_options: list[str], tmp_path: Path) -> None:
+    words = [
+        *tiny_options,
+        f"--data.cache_dir={tmp_path / 'fresh'}",
+        "--data.corpus=stdlib",
+        "--tokenizer.vocab_size=4000",
+    ]
+    process = start("train", *words)
+    assert process.stderr is not None
+    assert "Training a tokenizer" in process.stderr.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    process.communicate(timeout=60)
+    assert time.monotonic() - sent < 30
+    assert process.returncode == 143
+    assert not list((tmp_path / "fresh").glob("tokens/*/manifest.json"))
+    again = titan_moe("train", *tiny_options, f"--data.cache_dir={tmp_path / 'fresh'}", "--training.steps=2")
+    assert again.returncode == 0, again.stderr

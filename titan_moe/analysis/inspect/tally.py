@@ -1,0 +1,232 @@
+"""What an inspection collects while text streams through the model: sums that add up over batches and ranks.
+
+L MoE layers, E experts, K chosen experts, T tokens of a batch, D model width.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from titan_moe.model.transformer import Transformer
+from titan_moe.parallel.mesh import Mesh
+from torchtitan_ext.carry import Carry
+from torchtitan_ext.collectives import all_sum
+from torchtitan_ext.losses import normalize_scores
+from torchtitan_ext.metrics import domain_load, token_entropy
+from torchtitan_ext.ops.gram import squared_cosines, token_gram
+from torchtitan_ext.terms import LayerView, Terms, Tokens
+
+PER_TOKEN = ("entropy", "topk_mass", "margin", "overlap", "overlap_y", "squared_gates")
+Places = npt.NDArray[np.int64]
+
+
+class Sample(NamedTuple):
+    """Router inputs of some tokens at one layer."""
+
+    places: list[Places]
+    """Positions in the text, of this rank's part."""
+    inputs: list[Tensor]
+    """(n, D) float32."""
+    top1: list[Tensor]
+    """(n,) first choices."""
+
+
+@dataclass
+class Tally:
+    """All that is collected, of this rank's tokens."""
+
+    layers: int
+    experts: int
+    domains: int
+    seq_len: int
+    """Tokens of a whole sequence."""
+    device: torch.device
+    domain_at: Callable[[Places], Places]
+    """The domain of every position in the text."""
+    sampled: npt.NDArray[np.bool_]
+    """By position in the text: whether its router inputs are kept."""
+    examples: int
+    """Tokens kept for each expert, those with the largest gates."""
+    kept_routing: int = 0
+    """Positions of the text, from its start, whose choices are kept, to be compared with another checkpoint's."""
+    sequences: int = 0
+    """Sequences whose rows are counted apart; 0: none."""
+    samples: dict[int, Sample] = field(default_factory=dict)
+    routing: dict[int, list[tuple[Places, Tensor]]] = field(default_factory=dict)
+    """By layer: positions, and choices (n, K) int16."""
+
+    def __post_init__(self) -> None:
+        shape = (self.layers, self.experts)
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(*size, dtype=dtype, device=self.device)
+
+        self.sums = zeros(self.layers, len(PER_TOKEN), dtype=torch.float64)
+        self.gates = zeros(*shape, dtype=torch.float64)
+        self.counts = zeros(*shape)
+        self.first_counts = zeros(*shape)
+        self.domain_load = zeros(self.layers, self.domains, self.experts)
+        self.joint = zeros(max(self.layers - 1, 0), self.experts, self.experts)
+        self.first_joint = torch.zeros_like(self.joint)
+        self.sequence_load = zeros(self.sequences, self.layers, self.experts)
+        self.best_gates = torch.full((*shape, self.examples), -torch.inf, dtype=torch.float64, device=self.device)
+        self.best_places = torch.full((*shape, self.examples), -1, dtype=torch.int64, device=self.device)
+
+    def add_layer(self, layer: int, view: LayerView, tokens: Tokens, inputs_TD: Tensor | None) -> None:
+        """One layer's view of a batch."""
+        labelled_T = (tokens.weights > 0).flatten()
+        places_T = (tokens.sequences.unsqueeze(1) * self.seq_len + tokens.places).flatten()
+        ids_TK, weights_T = view.topk_ids_TK, labelled_T.to(torch.float64)
+        gates_TK = normalize_scores(view.gates_TK)
+        k = ids_TK.shape[1]
+        pairs = max(k * (k - 1), 1)
+        assert view.z_RF is not None
+        assert view.y_RD is not None
+        values = torch.stack(
+            [
+                token_entropy(view.scores_TE),
+                view.scores_TE.gather(1, ids_TK).sum(1),
+                margins(view.scores_TE, k),
+                squared_cosines(token_gram(view.z_RF, view.rows_TK)) / pairs,
+                squared_cosines(token_gram(view.y_RD, view.rows_TK)) / pairs,
+                gates_TK.square().sum(1),
+            ]
+        )
+        self.sums[layer] += values.to(torch.float64) @ weights_T
+        chosen, gates = ids_TK[labelled_T], gates_TK[labelled_T]
+        self.gates[layer] += torch.zeros_like(self.gates[layer]).scatter_add(
+            0, chosen.flatten(), gates.flatten().to(torch.float64)
+        )
+        self.counts[layer] += torch.bincount(chosen.flatten(), minlength=self.experts)
+        self.first_counts[layer] += torch.bincount(chosen[:, 0], minlength=self.experts)
+        places = places_T[labelled_T]
+        found = places.cpu().numpy()
+        domains = torch.from_numpy(self.domain_at(found)).to(self.device)
+        self.domain_load[layer] += domain_load(chosen, domains, self.experts, self.domains)
+        self.keep_examples(layer, chosen, gates, places)
+        if self.sequences:
+            rows_T = (places // self.seq_len).unsqueeze(1) * self.experts
+            load = torch.bincount((rows_T + chosen).flatten(), minlength=self.sequences * self.experts)
+            self.sequence_load[:, layer] += load.view(self.sequences, self.experts)
+        early = found < self.kept_routing
+        if early.any():
+            rows = torch.from_numpy(early).to(self.device)
+            self.routing.setdefault(layer, []).append((found[early], chosen[rows].to(torch.int16).cpu()))
+        if inputs_TD is not None:
+            wanted = self.sampled[found]
+            rows = torch.from_numpy(wanted).to(self.device)
+            sample = self.samples.setdefault(layer, Sample([], [], []))
+            sample.places.append(found[wanted])
+            sample.inputs.append(inputs_TD[labelled_T][rows].float().cpu())
+            sample.top1.append(chosen[rows, 0].cpu())
+
+    def keep_examples(self, layer: int, chosen: Tensor, gates: Tensor, places: Tensor) -> None:
+        """Merges a batch's tokens with the largest gates of each expert into those so far; of equal ones the earlier."""
+        if self.examples == 0 or len(chosen) == 0:
+            return
+        gates_TE = torch.full((len(chosen), self.experts), -torch.inf, dtype=torch.float64, device=self.device)
+        gates_TE.scatter_(1, chosen, gates.to(torch.float64))
+        best = gates_TE.topk(min(self.examples, len(chosen)), dim=0)
+        values = torch.cat([self.best_gates[layer], best.values.t()], dim=1)
+        spots = torch.cat([self.best_places[layer], places[best.indices.t()]], dim=1)
+        self.best_gates[layer], self.best_places[layer] = largest(values, spots, self.examples)
+
+    def add_pairs(self, neighbours: dict[int, tuple[Tensor, Tensor]], labelled_T: Tensor) -> None:
+        """The choices of neighbouring layers on the same tokens."""
+        experts = self.experts
+        for pair, (earlier, later) in neighbours.items():
+            a, b = earlier[labelled_T], later[labelled_T]
+            both = a.unsqueeze(2) * experts + b.unsqueeze(1)
+            self.joint[pair] += torch.bincount(both.flatten(), minlength=experts**2).view(experts, experts)
+            first = a[:, 0] * experts + b[:, 0]
+            self.first_joint[pair] += torch.bincount(first, minlength=experts**2).view(experts, experts)
+
+    def sum_over_ranks(self, mesh: Mesh) -> None:
+        """Makes every sum that of all ranks' tokens and all stages' layers."""
+        for name in ("sums", "gates", "counts", "first_counts", "domain_load", "joint", "first_joint", "sequence_load"):
+            setattr(self, name, all_sum(all_sum(getattr(self, name), mesh.ranks.data), mesh.pp))
+
+
+def largest(values: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest values of each row and their places; of equal ones those with the smaller place."""
+    order = places.argsort(dim=1, stable=True)
+    values, places = values.gather(1, order), places.gather(1, order)
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return values.gather(1, order), places.gather(1, order)
+
+
+def margins(scores_TE: Tensor, top_k: int) -> Tensor:
+    """Gap between each token's k-th and (k+1)-th score: (T, E) -> (T,); the k-th itself where none is left out."""
+    if top_k >= scores_TE.shape[1]:
+        return scores_TE.amin(1)
+    best = scores_TE.topk(top_k + 1, dim=1).values
+    return best[:, top_k - 1] - best[:, top_k]
+
+
+@dataclass(frozen=True)
+class Recorder(Terms):
+    """No term, but every layer's view goes to a tally."""
+
+    tally: list[Tally] = field(default_factory=list)
+    """The one to fill now; a list because the recorder itself does not change."""
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    """By layer, what its router saw last."""
+
+    @property
+    def needs_activations(self) -> bool:
+        return True
+
+    @property
+    def needs_outputs(self) -> bool:
+        return True
+
+    def add(self, view: LayerView, carry: Carry, layer: int, tokens: Tokens) -> Carry:
+        for tally in self.tally:
+            tally.add_layer(layer, view, tokens, self.inputs.pop(layer, None))
+        return super().add(view, carry, layer, tokens)
+
+
+def record(model: Transformer, recorder: Recorder, inputs: bool) -> None:
+    """Has every MoE layer of a model report to the recorder; inputs: with what its router sees."""
+    model.terms = recorder
+    for moe in model.moe_modules():
+        moe.terms = recorder
+
+        def keep(module: nn.Module, arguments: tuple[Tensor, ...], layer: int = moe.layer) -> None:  # noqa: ARG001
+            recorder.inputs[layer] = arguments[0].detach()
+
+        if inputs:
+            moe.router.register_forward_pre_hook(keep)
+
+
+def unchanged_choices(before: Tally, after: Tally) -> Tensor:
+    """Of the kept tokens of this rank, by layer: how many first choices, and how many of the k, are the same; and tokens.
+
+    (L, 3) float64. Both tallies saw the same text in the same batches."""
+    found = torch.zeros(before.layers, 3, dtype=torch.float64)
+    for layer, parts in before.routing.items():
+        for (places, old), (others, new) in zip(parts, after.routing[layer], strict=True):
+            assert np.array_equal(places, others)
+            kept = (old.unsqueeze(2) == new.unsqueeze(1)).any(2).to(torch.float64).mean(1).sum()
+            found[layer] += torch.tensor([(old[:, 0] == new[:, 0]).sum(), kept, len(old)], dtype=torch.float64)
+    return found
+
+
+def merged(parts: list[dict[int, Sample]]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Samples of all ranks by layer, in the order of the text: router inputs (N, D), first choices (N,)."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for layer in sorted({*itertools.chain.from_iterable(parts)}):
+        samples = [part[layer] for part in parts if layer in part]
+        places = np.concatenate([places for sample in samples for places in sample.places])
+        # Ranks that share tokens (tensor parallelism) report each of them.
+        _, order = np.unique(places, return_index=True)
+        rows = torch.from_numpy(order)
+        inputs = torch.cat([x for sample in samples for x in sample.inputs])[rows]
+        found[layer] = inputs, torch.cat([x for sample in samples for x in sample.top1])[rows]
+    return found

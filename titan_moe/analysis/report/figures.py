@@ -1,0 +1,406 @@
+"""The pictures of a report, by matplotlib: each as SVG that takes the page's colours, as PNG, and as the numbers behind it."""
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from titan_moe.analysis.report.runs import Run
+
+INK = "#101112"  # what the page replaces with its own text colour
+COLOURS = ("#3b8fd6", "#e8743b", "#2ca58d", "#c2549d", "#a98f00", "#7a6ff0", "#8a8a8a")
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "titan_moe",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "axes.prop_cycle": cycler(color=COLOURS),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("grid.color", "axes.titlecolor"), INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+}
+POINTS = 300  # of a curve, at most; each is then a mean over as many steps
+WIDTH, HEIGHT = 3.3, 2.3  # inches of one panel
+COLUMNS = 3
+TERMS = {
+    "lb": "load balance",
+    "z": "router z",
+    "sp": "sp: overlap in a layer",
+    "cp": "cp: coupling of layers",
+    "o": "orthogonality",
+    "v": "routing variance",
+    "erc": "expert-router coupling",
+}
+
+Row = dict[str, Any]
+
+
+class Picture(NamedTuple):
+    """One figure of the page."""
+
+    name: str
+    """Of its files, and its place in the page."""
+    title: str
+    caption: str
+    svg: str
+    png: bytes
+    rows: list[Row]
+    """The numbers that it shows."""
+
+
+def picture(
+    name: str, runs: Sequence[Run], draw: Callable[[Sequence[Run]], tuple[Figure, list[Row]]], suffix: str = ""
+) -> Picture:
+    """name: in TITLES and CAPTIONS. suffix: tells several of that name apart."""
+    with mpl.rc_context(STYLE):
+        figure, rows = draw(runs)
+        name, title, caption = f"{name}{suffix}", TITLES[name], CAPTIONS[name]
+        return Picture(name, title, caption, svg_of(figure, name), png_of(figure), rows)
+
+
+def svg_of(figure: Figure, prefix: str) -> str:
+    """For inside a page: no declaration, ids of its own, the page's text colour, and a width that gives way."""
+    buffer = io.StringIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<image[^>]*?) id="[^"]*"', r"\1", text)  # equal images get equal ids
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+    text = text.replace(INK, "currentColor")
+    width = figure.get_figwidth()
+    opening, rest = text[: text.index(">")], text[text.index(">") :]
+    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
+    return f'{opening} style="min-width: {0.6 * width:.1f}in; max-width: {1.3 * width:.1f}in"{rest}'
+
+
+def png_of(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+    return buffer.getvalue()
+
+
+def panels(count: int, columns: int = COLUMNS, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
+    """A figure with a grid of so many panels."""
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for extra in axes.flat[count:]:
+        extra.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+def curve(values: Sequence[tuple[int, float]]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Steps and values, thinned to block means."""
+    found = np.array(values, dtype=np.float64).reshape(-1, 2)
+    blocks = np.array_split(found, min(POINTS, max(len(found), 1)))
+    means = np.array([block.mean(0) for block in blocks if len(block)]).reshape(-1, 2)
+    return means[:, 0], means[:, 1]
+
+
+def over_steps(
+    runs: Sequence[Run],
+    keys: dict[str, str],
+    rows_of: Callable[[Run], Sequence[Row]] = lambda run: run.rows("train"),
+    chance: dict[str, float] | None = None,
+) -> tuple[Figure, list[Row]]:
+    """A panel for every field of the rows that any run has, a line for every run."""
+    found = [rows_of(run) for run in runs]
+    present = {key: title for key, title in keys.items() if any(key in row for rows in found for row in rows)}
+    figure, axes = panels(len(present))
+    written: list[Row] = []
+    for (key, title), axis in zip(present.items(), axes, strict=True):
+        for number, (run, rows) in enumerate(zip(runs, found, strict=True)):
+            values = [(row["step"], row[key]) for row in rows if key in row]
+            axis.plot(*curve(values), label=run.name, color=colour(number), marker="." if len(values) < 40 else "")
+            written += [{"run": run.name, "measure": key, "step": step, "value": value} for step, value in values]
+        if chance and key in chance:
+            axis.axhline(chance[key], color=INK, linestyle=":", linewidth=1)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+    legend(figure, axes, runs)
+    return figure, written
+
+
+def of_checkpoints(run: Run) -> list[Row]:
+    """The means that its inspections have, as rows."""
+    return [{"step": one["step"], **one["summary"]} for one in run.inspections]
+
+
+def over_layers(
+    runs: Sequence[Run], keys: dict[str, tuple[str, str]], part: str = "layers"
+) -> tuple[Figure, list[Row]]:
+    """A panel for every measure of the newest inspections; keys: measure to title, and to its chance level's name or ""."""
+    present = {key: value for key, value in keys.items() if any(key in one for run in runs for one in run.newest[part])}
+    figure, axes = panels(len(present))
+    rows: list[Row] = []
+    for (key, (title, chance)), axis in zip(present.items(), axes, strict=True):
+        for number, run in enumerate(runs):
+            found = [(n, one) for n, one in enumerate(run.newest[part]) if key in one]
+            places = [n for n, _ in found]
+            axis.plot(
+                places, [one[key] for _, one in found], marker="o", markersize=3.5, color=colour(number), label=run.name
+            )
+            if chance and found:
+                axis.plot(places, [one[chance] for _, one in found], linestyle=":", linewidth=1, color=colour(number))
+            rows += [
+                {"run": run.name, "measure": key, "layer": n, "value": one[key], "chance": one.get(chance, "")}
+                for n, one in found
+            ]
+        axis.set_title(title)
+        axis.set_xlabel("MoE layer" if part == "layers" else "from layer")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend(figure, axes, runs)
+    return figure, rows
+
+
+def legend(figure: Figure, axes: Sequence[Axes], runs: Sequence[Run]) -> None:
+    if len(runs) > 1 and axes:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 4))
+
+
+def colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def heat(axis: Axes, matrix: npt.NDArray[Any], title: str, low: float = 0.0, high: float | None = None) -> Any:
+    axis.grid(visible=False)
+    image = axis.imshow(matrix, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    axis.set_title(title)
+    return image
+
+
+def load_maps(runs: Sequence[Run]) -> tuple[Figure, list[Row]]:
+    """Load of every expert over the mean, a row a layer, a panel a run."""
+    figure, axes = panels(len(runs), columns=2, height=2.6)
+    rows: list[Row] = []
+    for run, axis in zip(runs, axes, strict=True):
+        load = np.array([layer["load"] for layer in run.newest["layers"]], dtype=np.float64)
+        relative = load / load.mean(1, keepdims=True).clip(min=1e-30)
+        image = heat(axis, np.sort(relative, axis=1)[:, ::-1], run.name, 0.0, max(2.0, float(relative.max())))
+        axis.set_xlabel("expert, by load")
+        axis.set_ylabel("MoE layer")
+        figure.colorbar(image, ax=axis, label="load / mean")
+        rows += [
+            {"run": run.name, "layer": layer, "expert": expert, "load": int(load[layer, expert])}
+            for layer, expert in np.ndindex(*load.shape)
+        ]
+    return figure, rows
+
+
+def path_maps(run: Run) -> tuple[Figure, list[Row]]:
+    """cond[e, v] of every pair of layers; experts stand in the order of the chain of matchings, so a path is a diagonal."""
+    pairs = run.newest["pairs"]
+    figure, axes = panels(len(pairs), columns=4, height=2.9)
+    rows: list[Row] = []
+    highest = max(float(np.max(pair["cond"])) for pair in pairs)
+    order = np.argsort(-np.array(run.newest["layers"][0]["load"]), kind="stable")
+    image = None
+    for number, (pair, axis) in enumerate(zip(pairs, axes, strict=True)):
+        following = np.array(pair["matching"])[order]
+        cond = np.array(pair["cond"])
+        image = heat(
+            axis, cond[np.ix_(order, following)], f"{number} to {number + 1}: kappa {pair['kappa']:.2f}", 0.0, highest
+        )
+        axis.set_xlabel(f"experts of layer {number + 1}")
+        axis.set_ylabel(f"experts of layer {number}")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        rows += [
+            {"pair": number, "expert": e, "next": v, "cond": cond[e, v], "matched": int(pair["matching"][e]) == v}
+            for e, v in np.ndindex(*cond.shape)
+        ]
+        order = following
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="P(next | expert)")
+    return figure, rows
+
+
+def domain_maps(run: Run) -> tuple[Figure, list[Row]]:
+    """Of every expert's assignments, the share of each domain; experts in the order of their domains."""
+    layers, domains = run.newest["layers"], run.newest["domains"]
+    figure, axes = panels(len(layers), columns=2, height=0.9 + 0.18 * len(domains))
+    rows: list[Row] = []
+    for number, (layer, axis) in enumerate(zip(layers, axes, strict=True)):
+        load = np.array(layer["domain_load"], dtype=np.float64)
+        share = load / load.sum(0).clip(min=1)
+        order = np.lexsort((-share.max(0), share.argmax(0)))
+        heat(
+            axis, share[:, order], f"layer {number}: I(expert; domain) {layer['domain_information']:.2f} nats", 0.0, 1.0
+        )
+        axis.set_yticks(range(len(domains)), domains)
+        axis.set_xticks([])
+        axis.set_xlabel("experts")
+        rows += [
+            {"layer": number, "domain": domains[d], "expert": e, "assignments": int(load[d, e])}
+            for d, e in np.ndindex(*load.shape)
+        ]
+    return figure, rows
+
+
+def response_maps(run: Run) -> tuple[Figure, list[Row]]:
+    """erc's M of every layer."""
+    layers = run.newest["layers"]
+    figure, axes = panels(len(layers), columns=4, height=2.7)
+    rows: list[Row] = []
+    image = None
+    for number, (layer, axis) in enumerate(zip(layers, axes, strict=True)):
+        matrix = np.array(layer["erc_M"])
+        image = heat(axis, matrix, f"layer {number}", 0.0, 1.5)
+        axis.set_xlabel("expert")
+        axis.set_ylabel("routing vector")
+        rows += [{"layer": number, "vector": i, "expert": j, "M": matrix[i, j]} for i, j in np.ndindex(*matrix.shape)]
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="M, by its diagonal")
+    return figure, rows
+
+
+CAPTIONS = {
+    "loss": "Training: means over blocks of steps. Validation: text never trained on.",
+    "terms": "Unweighted, sums over layers. lb is 1 per layer when balanced; cp's lowest value is minus the number of pairs.",
+    "balance": "max_vio: the busiest expert's assignments over the mean, minus 1. Dead: share of experts without a token.",
+    "sharpness": "Entropy of the scores in nats; score mass on the chosen experts; mean squared cosine of the activations of "
+    "experts that meet on a token, with its chance level 1/F dotted.",
+    "layers": "At the newest checkpoint. Dotted: by chance. overlap y is that of the experts' outputs.",
+    "load": "Assignments of each expert over the mean of its layer, sorted.",
+    "paths": "Probability of each expert of the next layer, given an expert of this one. Experts are ordered by the best "
+    "one-to-one matching from layer to layer: the brighter the diagonal, the clearer the paths.",
+    "kappa": "kappa: share of tokens whose first choices follow the best one-to-one matching; dotted: by chance, "
+    "from the loads. Clusters: share of tokens that stay in the same cluster of router inputs.",
+    "persistence": "Share of the text's tokens whose first choice, and share of the k choices, is as at the one before.",
+    "clusters": "Silhouette of the tokens by first expert; share of a token's ten nearest neighbours with another expert.",
+    "domains": "Of each expert's assignments, the share of each kind of text.",
+    "response": "How strongly expert j answers routing vector i, over how strongly expert i does. Below 1 off the diagonal, "
+    "experts answer their own vectors best.",
+}
+TITLES = {
+    "loss": "Cross-entropy",
+    "terms": "Terms",
+    "balance": "Balance",
+    "sharpness": "Sharpness and overlap",
+    "layers": "By layer",
+    "load": "Load",
+    "paths": "Paths",
+    "kappa": "Paths and clusters by pair of layers",
+    "persistence": "Persistence between checkpoints",
+    "clusters": "How router inputs group by expert",
+    "domains": "Domains",
+    "response": "erc's M",
+}
+BY_LAYER = {
+    "entropy": ("routing entropy", ""),
+    "topk_mass": ("top-k mass", ""),
+    "margin": ("margin of the k-th score", ""),
+    "overlap": ("overlap", "overlap_chance"),
+    "overlap_y": ("overlap y", "overlap_y_chance"),
+    "load_variation": ("load: deviation / mean", ""),
+}
+BY_PAIR = {"kappa": ("kappa", "kappa_chance"), "cluster_agreement": ("cluster agreement", "")}
+OF_INPUTS = {"silhouette": ("silhouette", ""), "knn_overlap": ("neighbours elsewhere", "knn_overlap_chance")}
+OVER_TIME = {"persistence_top1": "first choice", "persistence_topk": "all choices", "kappa": "kappa, mean of pairs"}
+
+
+def pictures(runs: Sequence[Run]) -> Iterator[tuple[str, list[Picture]]]:
+    """Sections of the page with their pictures; one that would show nothing is left out."""
+    chance = {"moe/overlap": 1.0 / runs[0].config["model"]["moe"]["hidden_dim"]}
+    terms = {f"reg/{name}": title for name, title in TERMS.items()} | custom_terms(runs)
+    balance = {"moe/max_vio": "max_vio", "moe/dead": "dead experts"}
+    sharpness = {"moe/entropy": "routing entropy", "moe/topk_mass": "top-k mass", "moe/overlap": "overlap"}
+    yield (
+        "Loss",
+        [
+            picture("loss", runs, losses),
+            picture("terms", runs, lambda runs: over_steps(runs, terms)),
+        ],
+    )
+    yield (
+        "Balance and sharpness over time",
+        [
+            picture("balance", runs, lambda runs: over_steps(runs, balance)),
+            picture("sharpness", runs, lambda runs: over_steps(runs, sharpness, chance=chance)),
+        ],
+    )
+    inspected = [run for run in runs if run.inspections]
+    if not inspected:
+        return
+    yield (
+        "Layers",
+        [
+            picture("layers", inspected, lambda runs: over_layers(runs, BY_LAYER)),
+            picture("load", inspected, load_maps),
+        ],
+    )
+    coupled = [run for run in inspected if run.newest["pairs"]]
+    if coupled:
+        yield (
+            "Paths through depth",
+            [
+                *of_each("paths", coupled, path_maps),
+                picture("kappa", coupled, lambda runs: over_layers(runs, BY_PAIR, "pairs")),
+            ],
+        )
+    if any("persistence_top1" in one["summary"] for run in inspected for one in run.inspections):
+        yield (
+            "Persistence",
+            [picture("persistence", inspected, lambda runs: over_steps(runs, OVER_TIME, of_checkpoints))],
+        )
+    if any("knn_overlap" in layer for run in inspected for layer in run.newest["layers"]):
+        yield "Router inputs", [picture("clusters", inspected, lambda runs: over_layers(runs, OF_INPUTS))]
+    mixed = [run for run in inspected if len(run.newest["domains"]) > 1]
+    if mixed:
+        yield "Domains", of_each("domains", mixed, domain_maps)
+    yield "Routing vectors and experts", of_each("response", inspected, response_maps)
+
+
+def of_each(name: str, runs: Sequence[Run], draw: Callable[[Run], tuple[Figure, list[Row]]]) -> list[Picture]:
+    """A picture of its own for every run."""
+    found = []
+    for number, run in enumerate(runs):
+        one = picture(name, [run], lambda runs: draw(runs[0]), suffix=f"-{number}" if len(runs) > 1 else "")
+        found.append(one._replace(title=f"{one.title}: {run.name}") if len(runs) > 1 else one)
+    return found
+
+
+def losses(runs: Sequence[Run]) -> tuple[Figure, list[Row]]:
+    """Training and validation loss side by side."""
+    figure, axes = panels(2, columns=2, height=2.8)
+    rows: list[Row] = []
+    for axis, (kind, key, title) in zip(
+        axes, (("train", "ce", "training"), ("validation", "loss", "validation")), strict=True
+    ):
+        for number, run in enumerate(runs):
+            values = [(row["step"], row[key]) for row in run.rows(kind)]
+            axis.plot(*curve(values), color=colour(number), label=run.name, marker="." if kind == "validation" else "")
+            rows += [
+                {"run": run.name, "measure": f"{kind} loss", "step": step, "value": value} for step, value in values
+            ]
+        axis.set_title(f"{title}, nats per token")
+        axis.set_xlabel("step")
+    legend(figure, axes, runs)
+    return figure, rows
+
+
+def custom_terms(runs: Sequence[Run]) -> dict[str, str]:
+    found = (key for run in runs for row in run.rows("train")[:1] for key in row)
+    return {key: key.removeprefix("reg/") for key in found if key.startswith("reg/") and key[4:] not in TERMS}

@@ -1,0 +1,166 @@
+"""One self-contained page about one or several runs, and beside it every picture as PNG and its numbers as CSV."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from titan_moe import __version__
+from titan_moe.analysis.report.figures import pictures
+from titan_moe.analysis.report.runs import Run, read_runs
+from titan_moe.analysis.sweep.statistics import paired
+from titan_moe.analysis.sweep.tables import write_csv
+
+BLOCKS = 10  # of paired steps, whose means are taken as independent
+SUMMARY = {
+    "entropy": "routing entropy",
+    "topk_mass": "top-k mass",
+    "margin": "margin",
+    "overlap": "overlap",
+    "overlap_chance": "overlap by chance",
+    "overlap_y": "overlap y",
+    "load_variation": "load: deviation / mean",
+    "max_vio_global": "max_vio, whole text",
+    "kappa": "kappa",
+    "kappa_chance": "kappa by chance",
+    "cluster_agreement": "cluster agreement",
+    "silhouette": "silhouette",
+    "knn_overlap": "neighbours elsewhere",
+    "domain_information": "I(expert; domain)",
+    "persistence_top1": "persistence, first choice",
+    "persistence_topk": "persistence, all choices",
+}
+EXAMPLE_LAYERS = 64
+
+Row = dict[str, Any]
+
+
+def write_report(paths: Sequence[Path], folder: Path) -> Path:
+    """Reads run directories and writes the page and its files into `folder`; returns the page. Raises UserError."""
+    runs = read_runs(paths)
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for title, found in pictures(runs):
+        for picture in found:
+            (folder / f"{picture.name}.png").write_bytes(picture.png)
+            write_csv(folder / f"{picture.name}.csv", picture.rows)
+        shown = [picture._replace(svg=Markup(picture.svg)) for picture in found if picture.rows]
+        if shown:
+            sections.append((title, shown))
+    compared = [row for run in runs[1:] for row in differences(runs[0], run)]
+    if compared:
+        write_csv(folder / "differences.csv", compared)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("titan_moe.analysis.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html").render(
+        runs=runs,
+        facts=[facts(run) for run in runs],
+        sections=sections,
+        compared=compared,
+        summary=summary(runs),
+        examples=[(run.name, examples(run)) for run in runs if run.inspections],
+        missing=[run for run in runs if not run.inspections],
+        version=__version__,
+    )
+    path = folder / "index.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What a reader wants to know first."""
+    config, last = run.config, run.rows("train")[-1]
+    moe, model, training = config["model"]["moe"], config["model"], config["training"]
+    weights = {
+        name: table["weight"]
+        for name, table in config["regularizers"].items()
+        if isinstance(table, dict) and "weight" in table
+    }
+    weights |= config["regularizers"].get("custom", {})
+    validations = run.rows("validation")
+    found = {
+        "run": run.name,
+        "model": f"{model['layers']} layers, width {model['dim']}",
+        "experts": f"{moe['experts']} of width {moe['hidden_dim']}, {moe['top_k']} per token",
+        "weights": ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight) or "none",
+        "balancing bias": f"rate {config['balancer']['rate']:g}" if config["balancer"]["rate"] else "off",
+        "text": ", ".join(
+            [config["data"]["corpus"]] if isinstance(config["data"]["corpus"], str) else config["data"]["corpus"]
+        ),
+        "seed": str(config["job"]["seed"]),
+        "steps": f"{last['step']:,} of {training['steps']:,}",
+        "tokens": f"{last['tokens']:,}",
+        "training loss": f"{last['ce']:.4f}",
+    }
+    if validations:
+        best = validations[-1]
+        found["validation loss"] = f"{best['loss']:.4f}"
+        found["perplexity"] = f"{best['perplexity']:.2f}"
+        found["bits per byte"] = f"{best['bits_per_byte']:.4f}"
+    return found
+
+
+def summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Means over layers at the newest checkpoint, a column a run."""
+    inspected = [run for run in runs if run.inspections]
+    found = []
+    for key, title in SUMMARY.items():
+        values = [run.newest["summary"].get(key) for run in inspected]
+        if any(value is not None for value in values):
+            found.append((title, ["" if value is None else f"{value:.4g}" for value in values]))
+    return [("step", [f"{run.newest['step']:,}" for run in inspected]), *found] if inspected else []
+
+
+def differences(first: Run, other: Run) -> list[Row]:
+    """Every measure that both runs log at each step: the mean of the paired differences over the second half of the steps they
+    share, its 95% interval from the means of blocks of steps; and the last validation."""
+    rows: list[Row] = []
+    a, b = ({row["step"]: row for row in run.rows("train")} for run in (first, other))
+    steps = sorted(a.keys() & b.keys())
+    steps = steps[len(steps) // 2 :]
+    names = [key for key in a[steps[-1]] if key == "ce" or key.startswith(("reg/", "moe/"))] if steps else []
+    for key in names:
+        if not all(key in row[steps[-1]] for row in (a, b)):
+            continue
+        gaps = [b[step][key] - a[step][key] for step in steps]
+        blocks = [float(block.mean()) for block in np.array_split(np.array(gaps), min(BLOCKS, len(gaps)))]
+        found = paired(blocks, margin=0.0)
+        rows.append(
+            {
+                "run": other.name,
+                "measure": key,
+                "first": statistics.fmean(a[step][key] for step in steps),
+                "other": statistics.fmean(b[step][key] for step in steps),
+                "difference": found.mean,
+                "low": found.low,
+                "high": found.high,
+            }
+        )
+    ends = [run.rows("validation")[-1:] for run in (first, other)]
+    if all(ends):
+        values = [end[0]["loss"] for end in ends]
+        rows.append(
+            {
+                "run": other.name,
+                "measure": "last validation loss",
+                "first": values[0],
+                "other": values[1],
+                "difference": values[1] - values[0],
+                "low": "",
+                "high": "",
+            }
+        )
+    return rows
+
+
+def examples(run: Run) -> list[list[list[list[str]]]]:
+    """By layer and expert, the tokens with the largest gates and what stands before them."""
+    return [layer.get("examples", []) for layer in run.newest["layers"][:EXAMPLE_LAYERS]]

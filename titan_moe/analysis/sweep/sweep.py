@@ -1,0 +1,276 @@
+"""Runs the cells of a sweep, some at a time, each in a process of its own, and keeps their tables up to date.
+
+    runs/sweeps/NAME/   results.md  results.csv  comparisons.csv  runs/CELL/  configs/CELL.toml  logs/CELL.log
+
+A finished cell is left alone, a broken-off one goes on from its newest checkpoint: so a sweep that is killed and started again
+ends with the tables of one that nobody disturbed.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table as RichTable
+
+from titan_moe.analysis.sweep.grid import Cell, cell_config, cells_of, read_sweep
+from titan_moe.analysis.sweep.tables import Group, differences, grouped, inspected, result_of, spread, write_tables
+from titan_moe.checkpoint.run_dir import RunDir, changed_keys, read_row
+from titan_moe.config.describe import to_toml
+from titan_moe.config.load import load_config
+from titan_moe.config.tables import Config
+from titan_moe.data.prepare import prepare
+from titan_moe.errors import TrainingError, UserError
+
+POLL_SECONDS = 0.2
+LOCK_SECONDS = 120  # for a cell's process of a killed sweep to save and end
+STOP_SECONDS = 300  # for the cells to save after a signal
+PR_SET_PDEATHSIG = 1
+
+
+class Running(NamedTuple):
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    command: list[str]
+
+
+class Work:
+    """What is done, under way and to be done of a sweep."""
+
+    def __init__(self, name: str, base: str, folder: Path | None, words: list[str], processes: int) -> None:
+        path, self.sweep = read_sweep(name, base)
+        stem = f"{path.stem}-{Path(base).stem}" if base else path.stem
+        self.folder = folder or Path("runs") / "sweeps" / stem
+        self.cells = cells_of(path, self.sweep)
+        self.world = int(os.environ.get("NPROC", "1"))
+        self.configs = {
+            cell.name: cell_config(cell, self.sweep, self.folder / "runs", words, self.world) for cell in self.cells
+        }
+        self.processes = processes
+        self.running: list[Running] = []
+        self.failed: dict[str, str] = {}
+        """Why, by cell."""
+        self.results: dict[str, dict[str, float]] = {}
+
+    def complete(self, cell: Cell) -> bool:
+        return self.command(cell) is None
+
+    def command(self, cell: Cell) -> list[str] | None:
+        """What is to be run next for a cell; None when all is done."""
+        config = self.configs[cell.name]
+        steps = RunDir(config).saved_steps()
+        if not steps or steps[-1] < config.training.steps:
+            module = ["titan_moe.cli", "train"] if self.world == 1 else ["titan_moe.runtime.launch"]
+            return [sys.executable, "-m", *module, "--config", str(self.folder / "configs" / f"{cell.name}.toml")]
+        run = self.folder / "runs" / cell.name
+        sparse = config.model.layers > config.model.moe.first_dense_layers
+        if self.sweep.inspect and sparse and any(not inspected(run, step).exists() for step in steps):
+            return [sys.executable, "-m", "titan_moe.cli", "inspect", str(run), "--all", *self.sweep.inspect_options]
+        return None
+
+    def open(self) -> None:
+        """Makes the directory, writes what the cells are, and gathers what is done already. Raises UserError for a cell that
+        was run with other settings."""
+        for name in ("runs", "configs", "logs"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        for cell in self.cells:
+            config = self.configs[cell.name]
+            file = self.folder / "configs" / f"{cell.name}.toml"
+            if file.exists():
+                self.check_same(cell, load_config(str(file), world_size=self.world), config)
+            file.write_text(to_toml(config), encoding="utf-8")
+        for cell in self.cells:
+            if self.complete(cell):
+                self.gather(cell)
+
+    def check_same(self, cell: Cell, before: Config, now: Config) -> None:
+        changed = changed_keys(before.model_dump(mode="json"), now.model_dump(mode="json"))
+        if changed and (self.folder / "runs" / cell.name / "metrics.jsonl").exists():
+            raise UserError(
+                f"{changed[0]}: has changed since {cell.name} was run; take another --output, or delete that run"
+            )
+
+    def gather(self, cell: Cell) -> None:
+        try:
+            self.results[cell.name] = result_of(self.folder / "runs" / cell.name, self.sweep.validations)
+        except ValueError as error:
+            raise UserError(f"validation.interval: {error}") from error
+
+    def start(self) -> None:
+        """Starts cells while there is room."""
+        busy = {running.cell.name for running in self.running}
+        for cell in self.cells:
+            if len(self.running) >= self.processes:
+                return
+            if cell.name in self.results or cell.name in self.failed or cell.name in busy:
+                continue
+            lost = next((need for need in cell.needs if need in self.failed), None)
+            if lost is not None:
+                self.failed[cell.name] = f"{lost} failed"
+            elif all(need in self.results for need in cell.needs):
+                self.launch(cell)
+
+    def launch(self, cell: Cell) -> None:
+        command = self.command(cell)
+        assert command is not None
+        wait_for_lock(self.folder / "runs" / cell.name / ".lock")
+        threads = max(1, (os.cpu_count() or 1) // (self.processes * self.world))
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        with (self.folder / "logs" / f"{cell.name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        self.running.append(Running(cell, process, command))
+
+    def look(self) -> bool:
+        """Takes note of the processes that ended; whether any did."""
+        ended = [running for running in self.running if running.process.poll() is not None]
+        for running in ended:
+            self.running.remove(running)
+            cell, status = running.cell, running.process.returncode
+            following = self.command(cell)
+            if status != 0 or following == running.command:
+                self.failed[cell.name] = f"status {status}: {last_line(self.folder / 'logs' / f'{cell.name}.log')}"
+            elif following is not None:
+                self.launch(cell)
+            else:
+                self.gather(cell)
+                write_tables(self.folder, self.sweep, self.cells, self.results)
+        return bool(ended)
+
+    def over(self) -> bool:
+        return not self.running and all(cell.name in {**self.results, **self.failed} for cell in self.cells)
+
+    def stop(self) -> None:
+        """Lets the running cells save and end."""
+        for running in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                running.process.terminate()
+        for running in self.running:
+            running.process.wait(STOP_SECONDS)
+
+    def table(self) -> RichTable:
+        """Every arm at every place: seeds done, what runs, and the results so far."""
+        table = RichTable(title=f"{self.folder}: {len(self.results)} of {len(self.cells)} runs")
+        for column in (*self.sweep.grid, "arm", "seeds", "running", "loss", f"to {self.sweep.baseline}"):
+            table.add_column(column)
+        groups = grouped(self.cells, self.results)
+        for group in dict.fromkeys(Group(cell.place, cell.arm) for cell in self.cells):
+            mine = [cell for cell in self.cells if Group(cell.place, cell.arm) == group]
+            done = groups.get(group, {})
+            gaps = differences(groups, group, self.sweep.baseline, "loss") if done else []
+            failed = sum(cell.name in self.failed for cell in mine)
+            running = [self.progress(r.cell) for r in self.running if Group(r.cell.place, r.cell.arm) == group]
+            table.add_row(
+                *group.place,
+                group.arm,
+                f"{len(done)}/{len(mine)}{f', {failed} failed' if failed else ''}",
+                "; ".join(running),
+                spread([row["loss"] for row in done.values()]),
+                spread(gaps) if group.arm != self.sweep.baseline else "",
+            )
+        return table
+
+    def progress(self, cell: Cell) -> str:
+        line = last_line(self.folder / "runs" / cell.name / "metrics.jsonl")
+        row = read_row(f"{line}\n".encode())
+        return f"seed {cell.seed}: {row['step'] if row else 0}/{self.configs[cell.name].training.steps}"
+
+
+def run_sweep(
+    name: str, base: str, folder: Path | None, words: list[str], processes: int, only_tables: bool = False
+) -> int:
+    """Runs what is not finished, and writes the tables. base: in place of the sweep's own `config`. Returns the exit status: 1
+    when a cell failed. Raises UserError."""
+    work = Work(name, base, folder, words, processes)
+    work.folder.mkdir(parents=True, exist_ok=True)
+    with (work.folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--output: another sweep is running in {work.folder}") from error
+        work.open()
+        if not only_tables:
+            prepare_once(work.configs.values())
+            carry_out(work)
+        if not work.results:
+            raise UserError(f"--tables: no run of {work.folder} is finished")
+        write_tables(work.folder, work.sweep, work.cells, work.results)
+    print(f"{work.folder / 'results.md'}: {len(work.results)} of {len(work.cells)} runs")
+    for cell, reason in work.failed.items():
+        print(f"failed: {cell}: {reason}", file=sys.stderr)
+    return 1 if work.failed else 0
+
+
+def carry_out(work: Work) -> None:
+    """Until every cell is done or has failed."""
+    console = Console()
+    live = Live(work.table(), console=console, auto_refresh=False) if console.is_terminal else None
+    shown = time.monotonic()
+    with live or contextlib.nullcontext():
+        try:
+            while not work.over():
+                work.start()
+                changed = work.look()
+                if live is not None and (changed or time.monotonic() - shown > 1.0):
+                    live.update(work.table(), refresh=True)
+                    shown = time.monotonic()
+                elif live is None and changed:
+                    console.print(f"{len(work.results)} of {len(work.cells)} runs, {len(work.failed)} failed")
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            work.stop()
+            raise
+    console.print(work.table())
+
+
+def prepare_once(configs: Iterable[Config]) -> None:
+    """Makes every tokenizer and data set that is needed, before processes would make the same one at once."""
+    distinct = {(config.data.model_dump_json(), config.tokenizer.model_dump_json()): config for config in configs}
+    for config in distinct.values():
+        prepare(config)
+
+
+def wait_for_lock(path: Path) -> None:
+    """Until no process trains in a run directory. Raises TrainingError after a while."""
+    end = time.monotonic() + LOCK_SECONDS
+    while path.exists():
+        with path.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise TrainingError(f"{path.parent}: another process is training there") from None
+            else:
+                return
+        time.sleep(POLL_SECONDS)
+
+
+def last_line(path: Path) -> str:
+    """Of a file that grows; empty when there is none."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 8192))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def _end_with_parent() -> None:
+    """In a child on Linux: SIGTERM to itself when the sweep is gone, however it went."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,94 @@
+"""The weights that a new run starts from, when they are not drawn: a checkpoint's, or a dense checkpoint's, upcycled."""
+
+import logging
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titan_moe.checkpoint.dcp import load_checkpoint, read_tensors, tensors
+from titan_moe.checkpoint.expert_order import permute_experts, read_order
+from titan_moe.checkpoint.resume import damage
+from titan_moe.checkpoint.run_dir import changed_keys, read_state, saved_steps
+from titan_moe.config.tables import Config
+from titan_moe.errors import UserError
+from titan_moe.model.init import draw, local_part
+from titan_moe.model.transformer import Transformer
+from titan_moe.parallel.mesh import Mesh
+
+log = logging.getLogger("titan_moe")
+
+
+def start_from(model: Transformer, config: Config, mesh: Mesh) -> None:
+    """Fills the model as `checkpoint.load_path` or `checkpoint.upcycle_path` says, if one does. Raises UserError."""
+    checkpoint = config.checkpoint
+    if checkpoint.load_path:
+        origin = f"checkpoint.load_path = {checkpoint.load_path!r}"
+        path, state = opened(checkpoint.load_path, origin, mesh)
+        different = changed_keys(state["config"]["model"], config.model_dump(mode="json")["model"], "model.")
+        if different:
+            raise UserError(f"{origin}: a checkpoint of another model: {different[0]} differs")
+        load_checkpoint(path, model, None)
+        if checkpoint.expert_order:
+            order = read_order(Path(checkpoint.expert_order), model.moe_layers, config.model.moe.experts)
+            permute_experts(model, order)
+        log.info(f"Starting from the weights of {path}")
+    elif checkpoint.upcycle_path:
+        origin = f"checkpoint.upcycle_path = {checkpoint.upcycle_path!r}"
+        path, state = opened(checkpoint.upcycle_path, origin, mesh)
+        check_dense(state["config"]["model"], config, origin)
+        upcycle(model, path, checkpoint.upcycle_noise, config.job.seed)
+        log.info(f"Starting from the dense weights of {path}, every expert a copy")
+
+
+def opened(given: str, origin: str, mesh: Mesh) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a path means, itself or a run directory's newest one, and its state.json."""
+    path = Path(given)
+    steps = saved_steps(path / "checkpoints")
+    if steps:
+        path = path / "checkpoints" / f"step-{steps[-1]:08d}"
+    state = read_state(path, origin)
+    problem = damage(path, mesh)
+    if problem is not None:
+        raise UserError(f"{origin}: {path} is damaged: {problem}")
+    return path, state
+
+
+def check_dense(saved: dict[str, Any], config: Config, origin: str) -> None:
+    """Raises UserError for a checkpoint whose layers can't become this model's experts."""
+    current = config.model_dump(mode="json")["model"]
+    dense, wanted = saved.pop("moe"), current.pop("moe")
+    different = changed_keys(saved, current, "model.")
+    if different:
+        raise UserError(f"{origin}: a checkpoint of another model: {different[0]} differs")
+    if dense["first_dense_layers"] != saved["layers"]:
+        raise UserError(f"{origin}: not a dense model: its model.moe.first_dense_layers is not its model.layers")
+    width = dense["hidden_dim"] * (dense["top_k"] + dense["shared_experts"])
+    if width != wanted["hidden_dim"]:
+        raise UserError(f"{origin}: its layers are {width} wide; model.moe.hidden_dim must be {width} to copy them")
+
+
+def upcycle(model: Transformer, path: Path, noise: float, seed: int) -> None:
+    """Every expert becomes the dense layer of its block, plus noise of its own: normal, `noise` times the standard deviation of
+    that weight. Routers keep their initial weights, all else is the dense model's. Source: Komatsuzaki et al. 2212.05055."""
+    state = {name: value for name, value in tensors(model, None).items() if ".moe." not in name}
+    read_tensors(path, state)
+    with torch.no_grad():
+        model.load_state_dict({name.removeprefix("model."): v for name, v in state.items()}, strict=False)
+        for name, parameter in model.named_parameters():
+            block, found, part = name.partition(".moe.experts.")
+            if not found:
+                continue
+            own, (first, *corner) = local_part(parameter)
+            kinds = ("gate", "up") if part == "gate_up" else ("down",)
+            pieces = {
+                f"model.{block}.feed_forward.{kind}.weight": own.new_empty(parameter.shape[-2:], device="cpu")
+                for kind in kinds
+            }
+            read_tensors(path, pieces)
+            whole = torch.stack(list(pieces.values())).reshape(parameter.shape[1:])
+            std = noise * float(whole.std())
+            for expert, target in enumerate(own, start=first):
+                copy = whole + draw(f"{seed}/upcycle/{name}/{expert}", whole.shape, std) if std else whole
+                target.copy_(copy[tuple(map(slice, corner, map(add, corner, target.shape)))])

@@ -1,0 +1,77 @@
+"""The registries of a user's own regularizers, corpora and trackers, and the import of the modules that fill them.
+
+Users import the `register_*` functions from `titan_moe.extend`.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from titan_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from titan_moe.config.tables import Config
+    from titan_moe.data.corpora import Document
+    from torchtitan_ext.terms import LayerView
+
+
+class Tracker(Protocol):
+    """Receives what `metrics.jsonl` receives."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Called with every row: `kind` is "train" or "validation", `step` counts from 1."""
+
+    def close(self) -> None:
+        """Called once, when the run ends."""
+
+
+regularizers: "dict[str, Callable[[LayerView], Tensor]]" = {}
+corpora: "dict[str, Callable[[], Iterator[Document]]]" = {}
+trackers: "dict[str, Callable[[Config, Path], Tracker]]" = {}
+
+
+def register_regularizer(name: str, function: "Callable[[LayerView], Tensor]") -> None:
+    """Adds a term: `function` gets one MoE layer's `LayerView` and returns a value per token, (T,).
+
+    The trainer takes the mean over tokens and the sum over layers, weighted by `regularizers.custom.NAME`.
+    """
+    regularizers[name] = function
+
+
+def register_corpus(name: str, function: "Callable[[], Iterator[Document]]") -> None:
+    """Adds a corpus for `data.corpus = NAME`: `function()` yields documents, in the same order every time."""
+    corpora[name] = function
+
+
+def register_tracker(name: str, factory: "Callable[[Config, Path], Tracker]") -> None:
+    """Adds a tracker for `metrics.trackers = [NAME]`: `factory(config, run_dir)` makes it."""
+    trackers[name] = factory
+
+
+def load_modules(names: Sequence[str], origin: str) -> None:
+    """Imports every module or .py file. Raises UserError when one can't be imported."""
+    for name in names:
+        try:
+            if name.endswith(".py"):
+                _load_file(Path(name))
+            else:
+                importlib.import_module(name)
+        except Exception as error:  # whatever the user's module raises is the user's to see, in one line
+            raise UserError(f"{origin}: {name!r} can't be imported: {type(error).__name__}: {error}") from error
+
+
+def _load_file(path: Path) -> None:
+    module_name = f"titan_moe_extension_{path.stem}"
+    if module_name in sys.modules and sys.modules[module_name].__file__ == str(path.resolve()):
+        return
+    spec = importlib.util.spec_from_file_location(module_name, path.resolve())
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)

@@ -1,0 +1,29 @@
+"""From a batch of the loader to the model's inputs on this rank."""
+
+import torch
+from torch import Tensor
+
+from titan_moe.data.loader import Batch
+from titan_moe.model.transformer import Inputs
+
+
+def to_inputs(batch: Batch, dtype: torch.dtype, device: torch.device, step: int = 0, share: float = 1.0) -> Inputs:
+    """The batch on `device`, as `Transformer.forward` takes it.
+
+    dtype: of the token weights, at least float32. step, share: see `Inputs`.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return Inputs(
+        tokens=move(batch.tokens),
+        labels=move(batch.labels),
+        document_ids=move(batch.document_ids),
+        positions=move(batch.positions),
+        token_weights=move(batch.loss_mask.to(dtype) / max(batch.label_count, 1)),
+        sequences=move(batch.sequences),
+        step=move(torch.tensor(step, dtype=torch.int64)),
+        places=torch.arange(batch.tokens.shape[1], device=device),
+        share=share,
+    )

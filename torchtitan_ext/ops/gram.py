@@ -1,0 +1,256 @@
+"""Gram matrices of each token's k expert activations: the one small matrix that sp and o are functions of.
+
+T tokens, K experts per token, R routed rows, F width. Forward and backward are one pass over the rows each, and no (T, K, F)
+copy exists: on a CPU by the kernels of `csrc/kernels.c`, elsewhere by PyTorch's operations on slices of a few MiB.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtitan_ext.dtypes import accumulation_dtype
+from torchtitan_ext.ops import native
+
+SLICE_ELEMENTS = 1 << 18  # of gathered float32 values; a slice stays in a CPU's cache between gather and product
+GPU_SLICE_ELEMENTS = 1 << 26  # a GPU wants few kernels; this bounds the memory of the gathered rows to 256 MiB
+
+
+def _slices(rows_TK: Tensor, width: int) -> list[Tensor]:
+    tokens, k = rows_TK.shape
+    elements = SLICE_ELEMENTS if rows_TK.device.type == "cpu" else GPU_SLICE_ELEMENTS
+    step = max(1, elements // max(1, k * width))
+    return list(rows_TK.split(step)) if tokens > step else [rows_TK]
+
+
+def _gather(z_RF: Tensor, rows_tK: Tensor) -> Tensor:
+    gathered = z_RF.index_select(0, rows_tK.reshape(-1)).to(accumulation_dtype(z_RF.dtype))
+    return gathered.reshape(*rows_tK.shape, z_RF.shape[-1])
+
+
+def _products(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    """The Gram matrices by PyTorch's operations."""
+    parts = []
+    for rows in _slices(rows_TK, z_RF.shape[-1]):
+        x_tKF = _gather(z_RF, rows)
+        parts.append(torch.bmm(x_tKF, x_tKF.transpose(1, 2)))
+    return torch.cat(parts)
+
+
+def _gradients(z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The Gram's gradient with respect to z by PyTorch's operations, slice by slice: row numbers (r,) and gradients (r, F)."""
+    start = 0
+    for rows in _slices(rows_TK, z_RF.shape[-1]):
+        product = torch.bmm(coefficients_TKK[start : start + rows.shape[0]], _gather(z_RF, rows))
+        yield rows.reshape(-1), product.flatten(0, 1).to(z_RF.dtype)
+        start += rows.shape[0]
+
+
+def _symmetric(grad_TKK: Tensor) -> Tensor:
+    """The matrix that gives the gradient of row a as a combination of the token's rows, from the gradient of the Gram."""
+    return grad_TKK + grad_TKK.transpose(1, 2)
+
+
+def _gram(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    if not native.handles(z_RF):
+        return _products(z_RF, rows_TK)
+    tokens, k = rows_TK.shape
+    out_TKK = z_RF.new_empty(tokens, k, k, dtype=accumulation_dtype(z_RF.dtype))
+    native.token_gram(z_RF.contiguous(), rows_TK.contiguous(), out_TKK)
+    return out_TKK
+
+
+_gram_op = torch.library.custom_op("torchtitan_ext::token_gram", _gram, mutates_args=())
+
+
+@_gram_op.register_fake
+def _(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    tokens, k = rows_TK.shape
+    return z_RF.new_empty(tokens, k, k, dtype=accumulation_dtype(z_RF.dtype))
+
+
+def _add_gradient(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> None:
+    if native.handles(z_RF) and grad_RF.is_contiguous():
+        native.add_gram_gradient(grad_RF, z_RF.contiguous(), rows_TK.contiguous(), coefficients_TKK.contiguous())
+        return
+    for rows, part in _gradients(z_RF, rows_TK, coefficients_TKK):
+        grad_RF.index_add_(0, rows, part)
+
+
+torch.library.custom_op("torchtitan_ext::add_gram_gradient", _add_gradient, mutates_args={"grad_RF"})
+
+
+def _taken(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    """The Gram matrices, by the operator only where something looks on: it costs more than small products do."""
+    return (_gram if native.direct(z_RF) else torch.ops.torchtitan_ext.token_gram)(z_RF, rows_TK)
+
+
+def _give_back(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, grad_TKK: Tensor) -> None:
+    """Adds to z's gradient what the Gram's gives, likewise."""
+    add = _add_gradient if native.direct(z_RF) else torch.ops.torchtitan_ext.add_gram_gradient
+    add(grad_RF, z_RF, rows_TK, _symmetric(grad_TKK))
+
+
+class _TokenGram(torch.autograd.Function):
+    """Differentiable any number of times, and under torch.func; only the first derivative outside it is the kernel's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+        return _products(z_RF, rows_TK) if native.transformed(z_RF) else _taken(z_RF, rows_TK)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004 - torch's signature
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TKK: Tensor) -> tuple[Tensor, None]:
+        z_RF, rows_TK = ctx.saved_tensors
+        grad_RF = torch.zeros_like(z_RF, memory_format=torch.contiguous_format)
+        if torch.is_grad_enabled() or native.transformed(z_RF):
+            parts = [part for _, part in _gradients(z_RF, rows_TK, _symmetric(grad_TKK))]
+            return grad_RF.index_copy(0, rows_TK.reshape(-1), torch.cat(parts)), None
+        _give_back(grad_RF, z_RF, rows_TK, grad_TKK)
+        return grad_RF, None
+
+
+def token_gram(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    """Inner products of each token's k rows.
+
+    z_RF: (R, F) activations, sorted in any way. rows_TK: (T, k) int64, the row of token i's a-th expert; each row at most
+    once. Returns (T, k, k) in at least float32.
+    """
+    result: Tensor = _TokenGram.apply(z_RF, rows_TK)
+    return result
+
+
+class _GramThrough(torch.autograd.Function):
+    """The identity on z, and its Gram matrices beside it.
+
+    The backward adds the Gram's gradient to the rows that it concerns, in place, in the gradient that comes back for z: one
+    pass, where a branch of its own would write a second gradient of the size of z and have autograd add the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_RF: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(z_RF, rows_TK)
+        ctx.set_materialize_grads(False)
+        return z_RF.view_as(z_RF), _taken(z_RF, rows_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: Tensor | None, grad_TKK: Tensor | None) -> tuple[Tensor | None, None]:
+        z_RF, rows_TK = ctx.saved_tensors
+        if grad_TKK is None:
+            return grad_RF, None
+        if grad_RF is None:
+            grad_RF = torch.zeros_like(z_RF)
+        _give_back(grad_RF, z_RF, rows_TK, grad_TKK)
+        return grad_RF, None
+
+
+def gram_through(z_RF: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """z again, and `token_gram(z, rows)`, for a caller that goes on with the returned z.
+
+    Whatever consumes that z must give back a gradient of its own making: the backward writes into it. First derivatives only.
+    """
+    through: tuple[Tensor, Tensor] = _GramThrough.apply(z_RF, rows_TK)
+    return through
+
+
+def squared_norms(gram_TKK: Tensor) -> Tensor:
+    """The diagonals, (T, k, k) -> (T, k). By a masked sum: torch 2.13's inductor gives wrong gradients where `diagonal` of a
+    product meets another use of it (tests/model/test_transformer.py, the test of compilation, shows it)."""
+    identity = torch.eye(gram_TKK.shape[1], dtype=torch.bool, device=gram_TKK.device)
+    return torch.where(identity, gram_TKK, 0.0).sum(2)
+
+
+def squared_cosines(gram_TKK: Tensor, floor: float = 0.0) -> Tensor:
+    """Sum over ordered pairs a != b of the squared cosine, or of what it has above `floor`, per token: (T, k, k) -> (T,).
+
+    A zero vector has cosine 0 with everything, and gradient 0.
+    """
+    if torch.compiler.is_compiling() or native.transformed(gram_TKK):
+        return _squared_cosines(gram_TKK, floor)
+    result: Tensor = _SquaredCosines.apply(gram_TKK, floor)
+    return result
+
+
+class _SquaredCosines(torch.autograd.Function):
+    """Value and gradient at once, nothing else is kept; a derivative of the gradient is autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, gram_TKK: Tensor, floor: float) -> Tensor:
+        if native.direct(gram_TKK, half=False):
+            values_T, gradient_TKK = gram_TKK.new_empty(gram_TKK.shape[0]), torch.empty_like(gram_TKK).contiguous()
+            native.squared_cosines(gram_TKK.contiguous(), floor, values_T, gradient_TKK)
+        else:
+            values_T, gradient_TKK = _value_and_gradient(gram_TKK, floor)
+        ctx.save_for_backward(gram_TKK, gradient_TKK)
+        ctx.floor = floor
+        return values_T
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
+        gram_TKK, gradient_TKK = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            values_T = _squared_cosines(gram_TKK, ctx.floor)
+            return torch.autograd.grad(values_T, gram_TKK, grad_T, create_graph=True)[0], None
+        return gradient_TKK * grad_T[:, None, None], None
+
+
+def _value_and_gradient(gram_TKK: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Squared cosines (T,) and their gradient by every entry (T, k, k), as the kernel has them."""
+    norms_TK = squared_norms(gram_TKK)
+    positive = norms_TK > 0
+    inverse_TK = positive / torch.where(positive, norms_TK, 1.0)
+    slopes_TKK = gram_TKK * inverse_TK.unsqueeze(2) * inverse_TK.unsqueeze(1)
+    squares_TKK = gram_TKK * slopes_TKK
+    identity = torch.eye(gram_TKK.shape[1], dtype=torch.bool, device=gram_TKK.device)
+    counted = ~((squares_TKK <= floor) | identity)  # a NaN is
+    values_T = torch.where(counted, squares_TKK - floor, 0.0).sum((1, 2))
+    squares_TKK = torch.where(counted, squares_TKK, 0.0)
+    diagonal_TK = -inverse_TK * (squares_TKK.sum(2) + squares_TKK.sum(1))
+    off_diagonal_TKK = torch.where(counted, 2.0 * slopes_TKK, 0.0)
+    return values_T, torch.where(identity, diagonal_TK.unsqueeze(2), off_diagonal_TKK)
+
+
+def _squared_cosines(gram_TKK: Tensor, floor: float) -> Tensor:
+    """By operations that autograd sees through."""
+    norms_TK = squared_norms(gram_TKK)
+    positive = norms_TK > 0
+    inverse_TK = torch.where(positive, norms_TK, 1.0).rsqrt() * positive
+    cosine_TKK = gram_TKK * inverse_TK.unsqueeze(2) * inverse_TK.unsqueeze(1)
+    k = gram_TKK.shape[1]
+    off_diagonal = ~torch.eye(k, dtype=torch.bool, device=gram_TKK.device)
+    squares_TKK = cosine_TKK.square()
+    if floor > 0.0:
+        squares_TKK = (squares_TKK - floor).relu()
+    return (squares_TKK * off_diagonal).sum((1, 2))
+
+
+def squared_projections(gram_TKK: Tensor, eps: float) -> Tensor:
+    """Sum over ordered pairs a != b of `|| <a,b> / (<b,b> + eps) b ||^2`, per token: (T, k, k) -> (T,)."""
+    norms_TK = squared_norms(gram_TKK)
+    factor_TK = norms_TK / (norms_TK + eps).square()
+    k = gram_TKK.shape[1]
+    off_diagonal = ~torch.eye(k, dtype=torch.bool, device=gram_TKK.device)
+    return (gram_TKK.square() * factor_TK.unsqueeze(1) * off_diagonal).sum((1, 2))
+
+
+def squared_span_projections(gram_TKK: Tensor) -> Tensor:
+    """Mean over a of the squared length of row a's projection on the span of the other rows: (T, k, k) -> (T,).
+
+    With g the inner products of a and the others and H the others' Gram matrix that is `g' H^+ g`; directions whose share of
+    H is below rounding count as absent.
+    """
+    tokens, k, _ = gram_TKK.shape
+    if k == 1 or tokens == 0:
+        return gram_TKK.sum((1, 2)) * 0.0
+    others = torch.tensor([[b for b in range(k) if b != a] for a in range(k)], device=gram_TKK.device)
+    rows = torch.arange(k, device=gram_TKK.device).unsqueeze(1)
+    g = gram_TKK[:, rows, others]
+    h = gram_TKK[:, others.unsqueeze(2), others.unsqueeze(1)]
+    inverse = torch.linalg.pinv(h, hermitian=True, rtol=10 * k * torch.finfo(h.dtype).eps)
+    return (g.unsqueeze(2) @ inverse @ g.unsqueeze(3)).squeeze((2, 3)).mean(1)
