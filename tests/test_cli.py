@@ -79,9 +79,10 @@ def test_a_second_run_says_that_it_is_finished(tiny_options: list[str]) -> None:
 
 
 def test_two_runs_in_one_directory(tiny_options: list[str], tmp_path: Path) -> None:
-    first = start("train", *tiny_options, "--training.steps=400")
+    longer = ["--training.steps=4000"]  # the first must not finish before the second looks
+    first = start("train", *tiny_options, *longer)
     wait_for_step(tmp_path / "runs" / "debug", 1, first)
-    second = titan_moe("train", *tiny_options)
+    second = titan_moe("train", *tiny_options, *longer)
     assert second.returncode == 2
     assert "another process is training in" in second.stderr
     first.kill()
