@@ -26,18 +26,18 @@ from titan_moe.checkpoint.saver import Saver
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Checkpoint, Optimizer
 from titan_moe.model.init import init_weights
+from titan_moe.model.terms import terms_of
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import single
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.train.optimizer import build_optimizer
-from titan_moe.train.terms import build_terms
 
 
 class Bench:
     def __init__(self, folder: str, dim: int, layers: int) -> None:
         config = load_config("debug", [f"--model.dim={dim}", f"--model.layers={layers}", f"--job.output_dir={folder}"])
         settings = config.model.model_copy(update={"vocab_size": VOCABULARY})
-        self.model = Transformer(settings, build_terms(config), torch.float32)
+        self.model = Transformer(settings, terms_of(config), torch.float32)
         init_weights(self.model, seed=0)
         self.optimizer = build_optimizer(self.model, Optimizer())
         self.inputs = inputs_of(2, 256)

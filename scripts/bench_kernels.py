@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from titan_moe.model.moe import Experts, plan_dispatch
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.device import peak_allocated
-from torchtitan_ext.losses import coupling_excess, coupling_loss
+from torchtitan_ext.losses import coupling_loss
 from torchtitan_ext.ops.gram import gram_through, squared_cosines
-from torchtitan_ext.ops.response import lengths, response_through
-from torchtitan_ext.terms import Terms, Tokens
+from torchtitan_ext.ops.response import coupling_excess, lengths, response_through
+from torchtitan_ext.terms import Setting, Tokens, build_terms
 
 TOKENS, K, WIDTH, EXPERTS = 2048, 4, 672, 64
 COMPARISONS = 25
@@ -87,19 +87,19 @@ def expert_router_coupling(geometry: str) -> None:
     offsets = plan_dispatch(ids, moe.experts).offsets_E
     x = torch.randn(TOKENS * moe.top_k, dim, generator=source).requires_grad_()
     incoming = torch.randn(TOKENS * moe.top_k, dim, generator=source)
-    terms, inputs = Terms({"erc": 1.0}, moe.top_k), inputs_of(2, TOKENS // 2)
+    terms, inputs = build_terms({"erc": 1.0}, Setting(moe.top_k)), inputs_of(2, TOKENS // 2)
     tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.places)
     returned = torch.zeros_like(experts.gate_up.flatten(1, 2))
 
     def erc() -> None:
-        proxies = terms.proxies(router, 0, tokens)
-        assert proxies is not None
-        through, squares = response_through(experts.gate_up.flatten(1, 2), proxies, moe.hidden_dim)
-        value = coupling_excess(lengths(squares), terms.erc_alpha)
+        probes = terms.probes(router, 0, tokens)
+        assert probes is not None
+        through, squares = response_through(experts.gate_up.flatten(1, 2), probes.vectors_PD, moe.hidden_dim)
+        value = coupling_excess(lengths(squares), alpha=1.0)
         torch.autograd.grad([value, through], [experts.gate_up, router], [torch.ones_like(value), returned])
 
     def products() -> None:
-        out = experts(x, offsets, None, lambda z: (z, None))[0]
+        out = experts.output(experts.hidden(x, offsets)[0], offsets)
         torch.autograd.grad(out, [x, *experts.parameters()], incoming)
 
     erc()

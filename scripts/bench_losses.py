@@ -13,21 +13,21 @@ the machine's noise touches much less. Memory is the peak of allocated bytes ove
 import argparse
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from benchmarking import GEOMETRY, VOCABULARY, inputs_of, interval, seconds
 from torch import Tensor, nn
 
-from titan_moe.config.tables import Optimizer
+from titan_moe.config.tables import Model, Optimizer
 from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Transformer
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.device import peak_allocated
 from titan_moe.train.optimizer import build_optimizer
 from torchtitan_ext.carry import empty_carry
-from torchtitan_ext.ops.gram import gram_through
 from torchtitan_ext.ops.response import lengths, response_through
-from torchtitan_ext.terms import LayerView, Terms, Tokens, WeightedGram
+from torchtitan_ext.terms import LayerView, Needs, Setting, Term, TermOptions, Terms, build_terms
 
 ARMS = [
     "none",
@@ -46,19 +46,17 @@ ARMS = [
     "sp,cp",
 ]
 WEIGHTS = {"lb": 1e-2, "z": 1e-3, "sp": 2e-3, "cp": 1e-3, "o": 1e-3, "v": 1e-3, "erc": 1.0}
-OPTION = {"sp": "sp_method", "cp": "cp_source", "o": "o_variant", "v": "v_variant"}
+OPTION = {"sp": "method", "cp": "source", "o": "variant", "v": "variant"}
 
 
-def terms_of(arm: str, top_k: int) -> Terms:
+def terms_of(arm: str, settings: Model) -> Terms:
     """`sp:sample,cp` as sp by sampling and cp; `none` as no term."""
-    weights, options = {}, {}
+    options: dict[str, dict[str, Any]] = {}
     arm = arm.replace("none", "")
     for part in filter(None, arm.split(",")):
         name, _, choice = part.partition(":")
-        weights[name] = WEIGHTS[name]
-        if choice:
-            options[OPTION[name]] = choice
-    return Terms(weights, top_k, **options)  # type: ignore[arg-type] # options are the string-valued ones
+        options[name] = {"weight": WEIGHTS[name]} | ({OPTION[name]: choice} if choice else {})
+    return build_terms(options, Setting(settings.moe.top_k, settings.moe.hidden_dim))
 
 
 def use(model: Transformer, terms: Terms) -> None:
@@ -71,12 +69,12 @@ class Bench:
     def __init__(self, geometry: str, layers: int, sequences: int, seq: int, dtype: torch.dtype) -> None:
         settings = GEOMETRY[geometry]
         settings = settings.model_copy(update={"layers": layers or settings.layers, "vocab_size": VOCABULARY})
-        self.top_k, self.dtype = settings.moe.top_k, dtype
-        self.model = Transformer(settings, terms_of("", self.top_k), dtype)
+        self.settings, self.dtype = settings, dtype
+        self.model = Transformer(settings, Terms(), dtype)
         init_weights(self.model, seed=0)
         self.optimizer = build_optimizer(self.model, Optimizer(lr=1e-4))
         self.inputs = inputs_of(sequences, seq)
-        self.off = terms_of("", self.top_k)
+        self.off = Terms()
 
     def step(self) -> None:
         out = self.model(self.inputs)
@@ -102,33 +100,18 @@ class Bench:
         return found, statistics.median(offs)
 
     def views(self) -> list[LayerView]:
-        """Every MoE layer's view of a real forward pass, detached."""
-        seen: list[LayerView] = []
-
-        class Recorder(Terms):
-            needs_activations = needs_outputs = True
-
-            def add(self, view, carry, layer, tokens):  # type: ignore[no-untyped-def]
-                seen.append(view.detach())
-                return super().add(view, carry, layer, tokens)
-
-        use(self.model, Recorder({}, self.top_k))
+        """What a term sees of every MoE layer in a real forward pass."""
+        recorder = Recorder()
+        use(self.model, Terms([recorder]))
         with torch.no_grad():
             self.model(self.inputs)
-        return seen
+        return recorder.views
 
     def added(self, terms: Terms, views: list[LayerView], repeats: int = 15) -> list[float]:
         """Seconds of the terms' own forward and backward over all layers, less those of no term at all.
 
-        For no term at all: less those of a build whose layers hand the carry on untouched.
+        For no term at all: less those of layers that return the carry unchanged.
         """
-        tokens = Tokens(self.inputs.token_weights, self.inputs.sequences, self.inputs.step, self.inputs.places)
-
-        class Untouched(Terms):
-            def add(self, view, carry, layer, tokens):  # type: ignore[no-untyped-def] # noqa: ARG002
-                return carry
-
-        base = self.off if terms.names else Untouched({}, self.top_k)
         moes = self.model.moe_modules()
         zero_gradients: dict[
             str, Tensor
@@ -139,36 +122,34 @@ class Bench:
                 zero_gradients[name] = torch.zeros_like(through)
             return zero_gradients[name]
 
-        def work(active: Terms) -> Callable[[], None]:
+        def work(active: Terms, skip: bool = False) -> Callable[[], None]:
             def run() -> None:
-                experts = views[0].scores_TE.shape[1]
-                width, count = active.previous_width(experts), self.inputs.tokens.numel()
-                device = self.inputs.tokens.device
-                carry = empty_carry(len(active.names), count, len(views), experts, torch.float32, device, width)
+                experts, device = views[0].scores_TE.shape[1], self.inputs.tokens.device
+                width, measures, count = active.carried_width(experts), len(active.measures), self.inputs.tokens.numel()
+                names, layers = len(active.names), len(views)
+                carry = empty_carry(names, count, layers, experts, torch.float32, device, width, measures)
                 leaves: list[Tensor] = []
                 passed: list[Tensor] = []
                 incoming: list[Tensor] = []
-                for layer, view in enumerate(views):
+                for layer, view in enumerate(views if not skip else []):
                     fresh = view.detach()
                     own = [t.requires_grad_() for t in fresh if isinstance(t, Tensor) and t.is_floating_point()]
-                    chosen = active.gram_rows(fresh.rows_TK, layer, tokens)
-                    if chosen is not None:
-                        assert fresh.z_RF is not None
-                        z_RF, gram = gram_through(fresh.z_RF, chosen.rows_NK)
-                        fresh = fresh._replace(z_RF=z_RF, gram=WeightedGram(gram, chosen.weights_N))
+                    assert fresh.z_RF is not None
+                    z_RF, observed = active.observe(fresh.z_RF, fresh, LocalRows(fresh))
+                    if z_RF is not fresh.z_RF:
                         passed.append(z_RF)
                         incoming.append(gradient_of(z_RF, f"z{layer}"))
                     router, gate_up = moes[layer].router.weight, moes[layer].experts.gate_up
-                    proxies = active.proxies(router, layer, tokens)
-                    if proxies is not None:
+                    probes = active.probes(router, layer, view.tokens)
+                    if probes is not None:
                         hidden = moes[layer].router.moe.hidden_dim
-                        weight, response = response_through(gate_up.flatten(1, 2), proxies, hidden)
-                        fresh = fresh._replace(response_EE=lengths(response))
+                        weight, response = response_through(gate_up.flatten(1, 2), probes.vectors_PD, hidden)
+                        fresh = fresh._replace(responses_PE=lengths(response))
                         own += [router, gate_up]
                         passed.append(weight)
                         incoming.append(gradient_of(weight, f"weight{layer}"))
                     leaves += own
-                    carry = active.add(fresh, carry, layer, tokens)
+                    carry = active.add(fresh, observed, probes, carry)
                 if active.names:
                     objective = active.objective(carry.terms)
                     ones = torch.ones_like(objective)
@@ -176,9 +157,49 @@ class Bench:
 
             return run
 
-        on, off = work(terms), work(base)
+        on, off = work(terms), work(self.off, skip=not terms.names)
         on()
         return [seconds(on) - seconds(off) for _ in range(repeats)]
+
+
+class Recorder(Term):
+    """Keeps what a term sees of every layer."""
+
+    name = "recorder"
+    needs = Needs(activations=True, outputs=True)
+
+    def __init__(self) -> None:
+        super().__init__(TermOptions(), Setting(top_k=0))
+        self.views: list[LayerView] = []
+
+    def value(self, view: LayerView) -> Tensor:
+        self.views.append(view)
+        return view.weights_T.new_zeros(())
+
+
+class LocalRows:
+    """Access to rows when all experts are on this rank."""
+
+    local = True
+
+    def __init__(self, view: LayerView) -> None:
+        rows, k = view.rows_TK.flatten(), view.rows_TK.shape[1]
+        self.tokens_R = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows)) // k)
+
+    def home(self, x_RX: Tensor) -> Tensor:
+        return x_RX
+
+    def home_subset(self, x_RX: Tensor, rows_NK: Tensor) -> tuple[Tensor, Tensor]:
+        return x_RX, rows_NK
+
+    def to_experts(self, keys_T: Tensor) -> Tensor:
+        return keys_T.index_select(0, self.tokens_R)
+
+    def sum_hidden(self, x: Tensor) -> Tensor:
+        return x
+
+    def first_hidden(self, width: int) -> int:  # noqa: ARG002 - the interface
+        return 0
 
 
 def main() -> None:
@@ -202,7 +223,7 @@ def main() -> None:
     )
     print("| term | step ratio | 95% interval | added / step | 95% interval | peak memory |\n|---|---|---|---|---|---|")
     for arm in options.arms:
-        terms = terms_of(arm, bench.top_k)
+        terms = terms_of(arm, bench.settings)
         added = bench.added(terms, views)
         ratio, span = "", ""
         if options.pairs:

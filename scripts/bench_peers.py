@@ -31,7 +31,7 @@ from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.device import peak_flops
 from titan_moe.train.optimizer import build_optimizer
 from torchtitan_ext.carry import empty_carry
-from torchtitan_ext.terms import Terms, Tokens
+from torchtitan_ext.terms import Setting, Tokens, build_terms
 
 TOKENS = 2048
 WEIGHTS = {"lb": 1e-2, "z": 1e-3, "sp": 2e-3, "cp": 1e-3}
@@ -45,11 +45,14 @@ def fill(module: nn.Module) -> None:
 
 
 def our_layer(settings: Model, dtype: torch.dtype, x_TD: Tensor) -> Work:
-    terms = Terms({"sp": WEIGHTS["sp"], "cp": WEIGHTS["cp"]}, settings.moe.top_k)
+    setting = Setting(settings.moe.top_k, settings.moe.hidden_dim)
+    terms = build_terms({"sp": WEIGHTS["sp"], "cp": WEIGHTS["cp"]}, setting)
     layer = MoELayer(settings.dim, settings.moe, terms, 1)
     fill(layer)
     layer.to(dtype)
-    carry = empty_carry(len(terms.names), TOKENS, 2, settings.moe.experts, torch.float32, x_TD.device)
+    carry = empty_carry(
+        len(terms.names), TOKENS, 2, settings.moe.experts, torch.float32, x_TD.device, 1, len(terms.measures)
+    )
     carry = carry._replace(previous=torch.ones(TOKENS, 1))
     tokens = Tokens(torch.full((1, TOKENS), 1.0 / TOKENS), torch.arange(1), torch.tensor(1), torch.arange(TOKENS))
     gradient = torch.randn_like(x_TD)
@@ -128,7 +131,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> 
 
 
 def our_step(settings: Model, dtype: torch.dtype) -> tuple[Work, Transformer]:
-    model = Transformer(settings, Terms(WEIGHTS, settings.moe.top_k), dtype)
+    model = Transformer(settings, build_terms(WEIGHTS, Setting(settings.moe.top_k, settings.moe.hidden_dim)), dtype)
     init_weights(model, seed=0)
     optimizer = build_optimizer(model, Optimizer())
     inputs = inputs_of(2, TOKENS // 2)

@@ -11,6 +11,7 @@ from titan_moe.analysis.sweep.grid import cell_config, cells_of, read_sweep
 from titan_moe.config import extensions
 from titan_moe.config.load import load_config
 from titan_moe.verbs.words import take_flag, take_number, take_option
+from torchtitan_ext.terms import REGISTRY
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
@@ -25,6 +26,7 @@ def test_commands_have_valid_options(page: Path, tmp_path: Path, monkeypatch: py
         if block.startswith("# "):
             (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block)
     monkeypatch.chdir(tmp_path)
+    before = dict(REGISTRY)
     try:
         for line in "\n".join(blocks(page, "bash")).splitlines():
             words = shlex.split(line, comments=True)
@@ -34,8 +36,9 @@ def test_commands_have_valid_options(page: Path, tmp_path: Path, monkeypatch: py
                 verb, options = (words[1], words[2:]) if words[0].endswith("titan-moe") else ("train", words[1:])
                 check_options(verb, options, line)
     finally:
-        for table in (extensions.regularizers, extensions.corpora, extensions.trackers):
+        for table in (REGISTRY, extensions.corpora, extensions.trackers):
             table.clear()
+        REGISTRY.update(before)
 
 
 def check_options(verb: str, options: list[str], line: str) -> None:

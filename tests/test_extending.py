@@ -12,6 +12,7 @@ from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.config import extensions
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
+from torchtitan_ext.terms import REGISTRY
 
 Make = Callable[..., Config]
 
@@ -27,20 +28,22 @@ def examples(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _forget_extensions() -> Iterator[None]:
+    before = dict(REGISTRY)
     yield
-    for table in (extensions.regularizers, extensions.corpora, extensions.trackers):
+    for table in (REGISTRY, extensions.corpora, extensions.trackers):
         table.clear()
+    REGISTRY.update(before)
 
 
-def test_regularizer(tiny_config: Make, examples: Path) -> None:
-    module = f"--extensions.modules={examples / 'my_regularizer.py'}"
-    weighted = train(tiny_config("--job.name=weighted", module, "--regularizers.custom.entropy=1e-2"))
+def test_term(tiny_config: Make, examples: Path) -> None:
+    module = f"--extensions.modules={examples / 'my_term.py'}"
+    weighted = train(tiny_config("--job.name=weighted", module, "--regularizers.entropy.weight=1e-2"))
     row = next(r for r in weighted if r["kind"] == "train")
     # Summed over layers it is three times the mean that moe/entropy reports.
     assert row["reg/entropy"] == pytest.approx(3 * row["moe/entropy"], rel=1e-5)
     measured = train(tiny_config("--job.name=measured", module, "--regularizers.measure=entropy"))
     assert measured[1]["reg/entropy"] == row["reg/entropy"]
-    assert measured[2]["reg/entropy"] != weighted[2]["reg/entropy"]  # only a weight pulls on the model
+    assert measured[2]["reg/entropy"] != weighted[2]["reg/entropy"]  # only a weight changes the model
 
 
 def test_corpus(tiny_config: Make, examples: Path) -> None:

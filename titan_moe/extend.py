@@ -1,8 +1,18 @@
-"""What a user's own module imports: the functions that register regularizers, corpora and trackers.
+"""What a user's own module imports to register loss terms, corpora and trackers.
 
 `extensions.modules` in the configuration names the module; docs/extending.md has an example of each kind.
 """
 
-from titan_moe.config.extensions import Tracker, register_corpus, register_regularizer, register_tracker
+from titan_moe.config.extensions import Tracker, register_corpus, register_tracker
+from torchtitan_ext.terms import LayerView, Needs, Term, TermOptions, register
 
-__all__ = ["Tracker", "register_corpus", "register_regularizer", "register_tracker"]
+__all__ = [
+    "LayerView",
+    "Needs",
+    "Term",
+    "TermOptions",
+    "Tracker",
+    "register",
+    "register_corpus",
+    "register_tracker",
+]

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MEASURES = ("entropy", "topk_mass", "overlap")
-
 
 class Carry(NamedTuple):
     """N terms, T tokens, L MoE layers, E experts."""
@@ -19,11 +17,11 @@ class Carry(NamedTuple):
     terms: Tensor
     """(N,) running sum over layers of every enabled term, at least float32; has a gradient."""
     previous: Tensor
-    """(T, 1) cp's source mass of the previous MoE layer, or (T, E), its scores; has a gradient."""
+    """(T, n), what terms carry from the previous MoE layer (cp: its source mass or its scores); has a gradient."""
     counts: Tensor
     """(L, E) int64, assignments of labelled tokens to experts; no gradient."""
     sums: Tensor
-    """(L, 3) weighted sums over tokens of MEASURES; no gradient."""
+    """(L, M) weighted sums over tokens of the measures `Terms.measures`; no gradient."""
 
 
 def empty_carry(
@@ -33,14 +31,15 @@ def empty_carry(
     experts: int,
     dtype: torch.dtype,
     device: torch.device,
-    previous_width: int = 1,
+    previous_width: int,
+    measures: int,
 ) -> Carry:
     """The carry that enters the first block. dtype: at least float32."""
     return Carry(
         terms=torch.zeros(terms, dtype=dtype, device=device),
         previous=torch.zeros(tokens, previous_width, dtype=dtype, device=device),
         counts=torch.zeros(layers, experts, dtype=torch.int64, device=device),
-        sums=torch.zeros(layers, len(MEASURES), dtype=dtype, device=device),
+        sums=torch.zeros(layers, measures, dtype=dtype, device=device),
     )
 
 

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from torchtitan_ext.dtypes import accumulation_dtype
-from torchtitan_ext.losses import coupling_matrix, normalize_scores, specialization_loss, token_rows
+from torchtitan_ext.losses import specialization_loss
+from torchtitan_ext.ops.gram import token_rows
+from torchtitan_ext.ops.response import coupling_matrix
+from torchtitan_ext.ops.routing import normalize_scores
 
 
 @torch.no_grad()

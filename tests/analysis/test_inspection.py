@@ -13,6 +13,7 @@ import torch
 
 from tests.conftest import ROOT
 from tests.helpers.ranks import launch
+from tests.helpers.spy import spy_on
 from tests.train.test_training import Make, train
 from titan_moe.analysis.inspect.inspection import Options, chosen_checkpoints, inspect
 from titan_moe.checkpoint.dcp import load_checkpoint
@@ -28,7 +29,6 @@ from titan_moe.train.build import build_model
 from titan_moe.train.inputs import to_inputs
 from torchtitan_ext import metrics
 from torchtitan_ext.losses import routing_variance_loss
-from torchtitan_ext.terms import LayerView, Terms
 
 RESET = ("parallelism",)
 OPTIONS = Options(sequences=0, cluster_tokens=100, examples=3)
@@ -118,17 +118,6 @@ def test_on_two_ranks(run: Path, layout: str) -> None:
     same(first, look(run, ["--training.batch_size=8"]))
 
 
-class Spy(Terms):
-    """Keeps the views of all layers."""
-
-    needs_activations = needs_outputs = True
-    views: list[LayerView] = []
-
-    def add(self, view, carry, layer, tokens):  # type: ignore[no-untyped-def]
-        self.views.append(view)
-        return super().add(view, carry, layer, tokens)
-
-
 def test_the_sums_are_the_measures_of_all_tokens_at_once(run: Path) -> None:
     (_, result) = look(run, ["--training.batch_size=8", "--training.microbatch_size=2"])
     checkpoint = chosen_checkpoints([run], every=False)[0]
@@ -139,9 +128,7 @@ def test_the_sums_are_the_measures_of_all_tokens_at_once(run: Path) -> None:
     batch = windows.batch(torch.arange(len(windows)).numpy())
     model = build_model(config, prepared.tokenizer.vocab_size, single(torch.device("cpu")))
     load_checkpoint(checkpoint, model, None)
-    Spy.views.clear()
-    for moe in model.moe_modules():
-        moe.terms = Spy(**vars(model.terms))
+    spy = spy_on(model)
     with torch.no_grad():
         out = model(to_inputs(batch, torch.float64, torch.device("cpu")))
     keep = batch.loss_mask.flatten()
@@ -151,7 +138,7 @@ def test_the_sums_are_the_measures_of_all_tokens_at_once(run: Path) -> None:
     domains = torch.from_numpy(stream.domains)[batch.document_ids.flatten()[keep]]
     assert len(domains.unique()) == 2
     experts = config.model.moe.experts
-    for found, view, moe in zip(result["layers"], Spy.views, model.moe_modules(), strict=True):
+    for found, view, moe in zip(result["layers"], spy.views, model.moe_modules(), strict=True):
         scores, ids = view.scores_TE[keep], view.topk_ids_TK[keep]
         counts = torch.bincount(ids.flatten(), minlength=experts)
         shares = view.gates_TK[keep] / view.gates_TK[keep].sum(1, keepdim=True)
@@ -179,7 +166,7 @@ def test_the_sums_are_the_measures_of_all_tokens_at_once(run: Path) -> None:
         best = gates.amax(0)
         assert all(len(row) == 3 for row, gate in zip(found["examples"], best, strict=True) if gate > 0)
     for found, (earlier, later) in zip(
-        result["pairs"], itertools.pairwise(view.topk_ids_TK[keep] for view in Spy.views), strict=True
+        result["pairs"], itertools.pairwise(view.topk_ids_TK[keep] for view in spy.views), strict=True
     ):
         assert found["kappa"] == pytest.approx(metrics.coupling_kappa(earlier[:, 0], later[:, 0], experts))
         cond = metrics.conditional_routing(earlier, later, experts)

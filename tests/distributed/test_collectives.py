@@ -31,21 +31,26 @@ def tokens_of(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def through_experts() -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens go to experts that multiply by their number plus 1, and come home; gradient of a sum of squares."""
+    """Tokens with gate weights 1/2 go to experts that multiply by their number plus 1, and back. Returns the errors of the
+    output, of the gradients of tokens and gates for a sum of squares, and the number of rows here."""
     dispatcher = AllToAll(group())
     x, ids = tokens_of(dist.get_rank())
     x.requires_grad_()
-    routed = dispatcher.dispatch(x, ids, EXPERTS)
+    gates = torch.full(ids.shape, 0.5, dtype=torch.float64, requires_grad=True)
+    routed = dispatcher.dispatch(x, ids, gates, EXPERTS)
     own = EXPERTS // group().size()
     starts = [0, *routed.offsets_E.tolist()]
     factors = [torch.full((b - a, 1), dist.get_rank() * own + e + 1.0) for e, (a, b) in enumerate(pairwise(starts))]
     assert len(routed.x_RD) == starts[-1]
-    y = dispatcher.outputs(routed.x_RD * torch.cat(factors).double(), routed)
-    out = dispatcher.combine(y, torch.ones(len(x), 2, dtype=torch.float64), routed)
+    out = dispatcher.combine(routed.x_RD * torch.cat(factors).double(), routed)
     out.square().sum().backward()
     assert x.grad is not None
-    wanted = x.detach() * (ids + 1.0).sum(1, keepdim=True)
-    return out.detach() - wanted, x.grad - 2 * wanted * (ids + 1.0).sum(1, keepdim=True), torch.tensor(len(routed.x_RD))
+    assert gates.grad is not None
+    weight = 0.5 * (ids + 1.0).sum(1, keepdim=True)
+    wanted = x.detach() * weight
+    gates_wanted = 2 * (ids + 1.0) * (wanted * x.detach()).sum(1, keepdim=True)
+    errors = torch.cat([(x.grad - 2 * wanted * weight).flatten(), (gates.grad - gates_wanted).flatten()])
+    return out.detach() - wanted, errors, torch.tensor(len(routed.x_RD))
 
 
 def test_uneven_routes_with_an_empty_rank_and_an_empty_expert() -> None:

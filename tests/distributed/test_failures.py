@@ -23,24 +23,26 @@ def extension(folder: Path, body: str) -> str:
         f"""
 import os, time
 import torch
-from titan_moe.extend import register_regularizer
+from titan_moe.extend import Term, register
 called = 0
 
-def misbehaves(view):
-    global called
-    called += 1
-    zero = view.scores_TE.sum(1) * 0.0
-    if called == 20 and os.environ.get("RANK") == "1":
-        {body}
-    return zero
+@register
+class Misbehaves(Term):
+    name = "misbehaves"
 
-register_regularizer("misbehaves", misbehaves)
+    def value(self, view):
+        global called
+        called += 1
+        zero = view.scores_TE.sum() * 0.0
+        if called == 20 and os.environ.get("RANK") == "1":
+            {body}
+        return zero
 """
     )
     return f"--extensions.modules={path}"
 
 
-CUSTOM = "--regularizers.custom.misbehaves=1.0"
+CUSTOM = "--regularizers.misbehaves.weight=1.0"
 
 
 def test_a_bad_number_on_one_rank_stops_all_before_the_update(tiny_options: list[str], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def extra(words: list[str]) -> dict[str, int]:
 def test_exact_sp_sends_every_activation_home_and_its_gradient_back() -> None:
     found = extra(["--regularizers.sp.weight=0.1"])
     assert found["all-to-all"] == LAYERS * 2 * ROWS * HIDDEN * 8
-    assert found["all-reduce"] == 8  # the step's sum of numbers has one more of them
+    assert found["all-reduce"] == (1 + LAYERS) * 8  # the step's sum has the term, and the overlap of each layer
 
 
 def test_sketches_send_their_numbers_a_length_and_a_key() -> None:
@@ -65,9 +65,9 @@ def test_a_sample_sends_the_rows_of_its_tokens_and_a_mask() -> None:
 
 
 def test_what_the_plain_layer_sends() -> None:
-    """Rows there and back, forward and backward; and the counts, 8 experts in int64."""
+    """Rows to the experts and back, forward and backward; a gate weight with each row; and the counts, 8 experts in int64."""
     total = sum(found["all-to-all"] for found in launch(WORLD, bytes_sent, []))
-    assert total == WORLD * LAYERS * (4 * ROWS * DIM * 8 + 8 * 8)
+    assert total == WORLD * LAYERS * (4 * ROWS * DIM * 8 + 2 * ROWS * 8 + 8 * 8)
 
 
 def test_bfloat16_on_ranks() -> None:

@@ -10,7 +10,7 @@ from titan_moe.config.degrees import resolve
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch
-from titan_moe.model.moe import MoELayer, Router
+from titan_moe.model.moe import Choice, MoELayer, Router
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.fsdp import sum_router_gradients
 from titan_moe.parallel.mesh import Mesh
@@ -78,8 +78,8 @@ class Watch:
         places = self.routing[self.step, moe.layer]
         places[tokens.sequences.unsqueeze(1), tokens.places] = ids.view(*tokens.weights.shape, -1)
 
-    def router(self, router: Router, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:  # noqa: ARG002 - torch's
-        logits = output[0].logits_TE.detach()
+    def router(self, router: Router, inputs: tuple[Any, ...], output: Choice) -> None:  # noqa: ARG002 - torch's
+        logits = output.logits_TE.detach()
         scores = logits.softmax(-1) if router.moe.score == "softmax" else logits.sigmoid()
         best = (scores + router.expert_bias).topk(router.moe.top_k + 1, dim=-1).values
         self.gap = min(self.gap, float((best[:, -2] - best[:, -1]).min()))

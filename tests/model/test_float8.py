@@ -8,8 +8,8 @@ from titan_moe.config.load import load_config
 from titan_moe.config.tables import Float8
 from titan_moe.model.float8 import Float8Product, use_float8
 from titan_moe.model.gemm import Linear, linear
+from titan_moe.model.terms import terms_of
 from titan_moe.model.transformer import Transformer
-from titan_moe.train.terms import build_terms
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def test_every_recipe_is_near_the_plain_product(recipe: str) -> None:
 def test_which_layers() -> None:
     words = ["--training.dtype=bfloat16", "--model.moe.shared_experts=1", "--model.moe.first_dense_layers=1"]
     config = load_config("debug", [*words, "--model.tie_embeddings=false", "--float8.enable=true"])
-    model = Transformer(config.model.model_copy(update={"vocab_size": 64}), build_terms(config), torch.bfloat16)
+    model = Transformer(config.model.model_copy(update={"vocab_size": 64}), terms_of(config), torch.bfloat16)
     use_float8(model, config.float8, CPU)
     found = {
         name

@@ -18,7 +18,7 @@ DIM, TOKENS = 12, 9
 
 def layer(moe: MoE, terms: Terms | None = None) -> MoELayer:
     model = Model(dim=DIM, layers=1, heads=2, vocab_size=32, moe=moe)
-    network = Transformer(model, terms or Terms({}, moe.top_k), torch.float64)
+    network = Transformer(model, terms or Terms(), torch.float64)
     init_weights(network, seed=3)
     return network.moe_modules()[0]
 
@@ -58,11 +58,11 @@ def test_layer_equals_the_token_by_token_definition(moe: MoE) -> None:
     with torch.no_grad():
         moe_layer.router.expert_bias[0] = -100.0 if moe.top_k < 6 else 0.0  # an expert that gets no token
     x = torch.randn(TOKENS, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    carry = empty_carry(0, TOKENS, 1, moe.experts, torch.float64, x.device)
+    carry = empty_carry(0, TOKENS, 1, moe.experts, torch.float64, x.device, 0, len(moe_layer.terms.measures))
     weights = torch.full((1, TOKENS), 1 / TOKENS, dtype=torch.float64)
     tokens = Tokens(weights, torch.zeros(1, dtype=torch.int64), torch.tensor(1), torch.arange(TOKENS))
     out, after, chosen = moe_layer(x, carry, tokens)
-    choice, _ = moe_layer.router(x)
+    choice = moe_layer.router(x)
     scores = choice.scores_TE
     assert torch.equal(after.counts[0], torch.bincount(chosen.flatten(), minlength=moe.experts))
     if moe.top_k < 6:
@@ -81,9 +81,9 @@ def test_layer_equals_the_token_by_token_definition(moe: MoE) -> None:
 def test_the_bias_enters_the_choice_only() -> None:
     moe_layer = layer(MoE(experts=6, top_k=2, hidden_dim=5))
     x = torch.randn(TOKENS, DIM, dtype=torch.float64)
-    before, _ = moe_layer.router(x)
+    before = moe_layer.router(x)
     moe_layer.router.expert_bias[4] = 10.0
-    after, _ = moe_layer.router(x)
+    after = moe_layer.router(x)
     assert bool((after.topk_ids_TK == 4).any(1).all())
     torch.testing.assert_close(after.gates_TK, after.scores_TE.gather(1, after.topk_ids_TK), rtol=0, atol=0)
     torch.testing.assert_close(after.scores_TE, before.scores_TE, rtol=0, atol=0)

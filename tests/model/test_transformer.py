@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.helpers.spy import spy_on
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import ActivationCheckpoint, Compile, Config, Model, MoE
 from titan_moe.data.loader import Batch
@@ -17,10 +18,9 @@ from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.mesh import single
 from titan_moe.parallel.parallelize import parallelize
 from titan_moe.train.inputs import to_inputs
-from torchtitan_ext.carry import MEASURES, Carry, add_carry
+from torchtitan_ext.carry import Carry, add_carry
 from torchtitan_ext.losses import (
     coupling_loss,
-    coupling_noise,
     expert_router_coupling_loss,
     load_balance_loss,
     orthogonality_loss,
@@ -29,7 +29,8 @@ from torchtitan_ext.losses import (
     specialization_loss,
 )
 from torchtitan_ext.ops import draws
-from torchtitan_ext.terms import LayerView, Terms, Tokens
+from torchtitan_ext.ops.response import coupling_noise
+from torchtitan_ext.terms import Setting, build_terms
 
 BATCH, SEQ, VOCAB = 4, 12, 40
 WEIGHTS = {"lb": 1e-2, "z": 1e-3, "sp": 2e-3, "cp": 1e-3, "o": 1e-3, "v": 1e-3, "erc": 1e-1}
@@ -47,9 +48,13 @@ def network(
     seed: int = 0,
     **options: Any,
 ) -> Transformer:
-    """scope: of lb and v. options: of the terms."""
+    """scope: of lb and v. options: of the terms, as `sp_method`."""
     model = model or settings()
-    built = Transformer(model, Terms(WEIGHTS, model.moe.top_k, lb_scope=scope, v_scope=scope, **options), dtype)
+    tables: dict[str, dict[str, Any]] = {name: {"weight": weight} for name, weight in WEIGHTS.items()}
+    for key, value in {"lb_scope": scope, "v_scope": scope, **options}.items():
+        name, _, option = key.partition("_")
+        tables[name][option] = value
+    built = Transformer(model, build_terms(tables, Setting(model.moe.top_k, model.moe.hidden_dim)), dtype)
     init_weights(built, seed)
     return built
 
@@ -98,24 +103,12 @@ def assert_same_step(ours: tuple, theirs: tuple, tolerance: float) -> None:
 )
 def test_terms_in_the_carry_are_the_library_functions(source: str, form: str, above_chance: bool) -> None:
     """What blocks accumulate equals the plain functions on the labelled tokens' routing, collected from outside."""
-    floor = 1 / 10 if above_chance else 0.0
-    model, whole = network(scope="microbatch", cp_source=source, cp_form=form, sp_floor=floor), batch()
-    assert model.settings.moe.hidden_dim == 10
-    seen: list[tuple[LayerView, Tokens]] = []
-    for moe in model.moe_modules():
-        original = moe.terms
-
-        class Spy(Terms):
-            needs_activations = needs_outputs = True
-
-            def add(self, view, carry, layer, tokens, original=original):  # type: ignore[no-untyped-def]
-                seen.append((view, tokens))
-                return original.add(view, carry, layer, tokens)
-
-        moe.terms = Spy(**vars(original))
+    options = {"cp_source": source, "cp_form": form, "sp_above_chance": above_chance}
+    model, whole = network(scope="microbatch", **options), batch()
+    spy = spy_on(model)
     out = model(to_inputs(whole, torch.float64, torch.device("cpu"), step=7))
     keep = whole.loss_mask.flatten()
-    views = [view for view, _ in seen]
+    views = spy.views
     logits, scores, ids = ([getattr(v, n)[keep] for v in views] for n in ("logits_TE", "scores_TE", "topk_ids_TK"))
     z, y = (
         [rows[v.rows_TK][keep] for v, rows in zip(views, sorted_rows, strict=True)]
@@ -142,20 +135,18 @@ def test_terms_in_the_carry_are_the_library_functions(source: str, form: str, ab
             sum(coupled),
         ]
     )
-    torch.testing.assert_close(out.carry.terms, wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(out.carry.terms[:-1], wanted, rtol=1e-12, atol=0)
     parameters = [
         p for name, p in model.named_parameters() if name != "norm.weight"
     ]  # the last norm is the head's alone
     ours = torch.autograd.grad(model.terms.objective(out.carry.terms) + out.ce, parameters, retain_graph=True)
-    model.terms = Terms({}, 2)
-    bare = model.terms.objective(out.carry.terms[:0]) + out.ce
-    theirs = torch.autograd.grad(bare + wanted @ wanted.new_tensor(list(WEIGHTS.values())), parameters)
+    theirs = torch.autograd.grad(out.ce + wanted @ wanted.new_tensor(list(WEIGHTS.values())), parameters)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
     counts = torch.stack([torch.bincount(i.flatten(), minlength=6) for i in ids])
     assert torch.equal(out.carry.counts, counts)
     overlap = torch.stack([specialization_loss(x) for x in z]) / 2  # the measure is of whole squared cosines
-    torch.testing.assert_close(out.carry.sums[:, MEASURES.index("overlap")], overlap, rtol=1e-12, atol=0)
+    torch.testing.assert_close(out.carry.sums[:, model.terms.measures.index("overlap")], overlap, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

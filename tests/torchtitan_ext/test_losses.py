@@ -11,10 +11,7 @@ from torch import Tensor
 from tests.helpers import reference
 from torchtitan_ext.losses import (
     coupling_loss,
-    coupling_noise,
-    coupling_noise_bound,
     expert_router_coupling_loss,
-    largest_ids,
     load_balance_loss,
     orthogonality_loss,
     router_z_loss,
@@ -22,6 +19,8 @@ from torchtitan_ext.losses import (
     specialization_loss,
 )
 from torchtitan_ext.metrics import token_entropy
+from torchtitan_ext.ops.response import coupling_noise, coupling_noise_bound
+from torchtitan_ext.ops.routing import largest_ids
 
 KS = [1, 2, 4, 8]
 EXPERTS, TOKENS, WIDTH, LAYERS = 10, 6, 5, 3

@@ -5,14 +5,15 @@ import itertools
 import pytest
 import torch
 
-from torchtitan_ext.losses import (
+from torchtitan_ext.losses import expert_router_coupling_loss
+from torchtitan_ext.ops import native
+from torchtitan_ext.ops.response import (
     coupling_excess,
     coupling_matrix,
     coupling_noise_bound,
-    expert_router_coupling_loss,
+    lengths,
+    response_through,
 )
-from torchtitan_ext.ops import native
-from torchtitan_ext.ops.response import lengths, response_through
 
 EXPERTS, WIDTH = 5, 4
 DIM, KERNEL_DIM = 3, 48  # the kernels take multiples of 16

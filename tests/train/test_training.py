@@ -80,7 +80,10 @@ def test_a_run_directory_has_all_it_should(tiny_config: Make) -> None:
     last = found[-2]
     assert set(last) == wanted
     assert last["tokens"] == 6 * 4 * 32
-    weighted = sum(config.regularizers.weights()[name] * last[f"reg/{name}"] for name in ("lb", "z", "sp", "cp"))
+    weighted = sum(
+        {n: t.weight for n, t in config.regularizers.options().items()}[name] * last[f"reg/{name}"]
+        for name in ("lb", "z", "sp", "cp")
+    )
     assert last["loss"] == pytest.approx(last["ce"] + weighted, rel=1e-6)
     assert set(found[0]) == {"kind", "step", "loss", "perplexity", "bits_per_byte"}
     assert run_dir.saved_steps() == [4, 6]
@@ -326,7 +329,7 @@ def test_all_seven_terms_with_scaling_and_warm_up(tiny_config: Make) -> None:
         assert 0.3 < state["scales"][name] * abs(first[f"reg/{name}"]) / first["reg/lb"] < 3.2
     for row in found:
         factors = {"o": state["scales"]["o"], "v": state["scales"]["v"] * min(1.0, row["step"] / 4)}
-        terms = config.regularizers.weights()
+        terms = {n: t.weight for n, t in config.regularizers.options().items()}
         weighted = sum(weight * factors.get(name, 1.0) * row[f"reg/{name}"] for name, weight in terms.items())
         assert row["loss"] == pytest.approx(row["ce"] + weighted, rel=1e-6)
 

@@ -4,13 +4,13 @@ from titan_moe.config import extensions
 from titan_moe.config.degrees import Origin, check_degrees, resolve
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
+from torchtitan_ext.terms import REGISTRY, ModelFacts
 
 FLOAT8_MULTIPLE = 16
 
 
 def check_config(config: Config, origin: Origin, world_size: int) -> None:
     """Raises UserError for a combination that can't work."""
-    extensions.load_modules(config.extensions.modules, origin("extensions.modules"))
     check_model(config, origin)
     check_parallelism(config, origin, world_size)
     check_regularizers(config, origin)
@@ -45,47 +45,23 @@ def check_parallelism(config: Config, origin: Origin, world_size: int) -> None:
 
 
 def check_regularizers(config: Config, origin: Origin) -> None:
-    weights = config.regularizers.weights()
-    known = {*weights, *extensions.regularizers}
+    options = config.regularizers.options()
     for name in config.regularizers.measure:
-        if name not in known:
-            raise UserError(f"{origin('regularizers.measure')}: no term {name!r}; there are {', '.join(sorted(known))}")
-    for name in config.regularizers.custom:
-        if name not in extensions.regularizers:
-            raise UserError(
-                f"{origin(f'regularizers.custom.{name}')}: no module of extensions.modules registers a "
-                f"regularizer {name!r}"
-            )
-    wanted = {name for name, weight in weights.items() if weight > 0} | set(config.regularizers.measure)
-    moe_layers = config.model.layers - config.model.moe.first_dense_layers
-    if wanted and moe_layers == 0:
-        terms = ", ".join(sorted(wanted))
+        if name not in options:
+            known = ", ".join(sorted(options))
+            raise UserError(f"{origin('regularizers.measure')}: no term {name!r}; there are {known}")
+    measured = config.regularizers.measure
+    enabled = [name for name, table in options.items() if table.weight > 0 or name in measured]
+    moe = config.model.moe
+    moe_layers = config.model.layers - moe.first_dense_layers
+    if enabled and moe_layers == 0:
         raise UserError(
-            f"{origin('model.moe.first_dense_layers')}: the model has no MoE layer, but {terms} need one; "
+            f"{origin('model.moe.first_dense_layers')}: the model has no MoE layer, but {', '.join(sorted(enabled))} need one; "
             "set their weights to 0"
         )
-    if "cp" in wanted and moe_layers == 1:
-        raise UserError(f"{origin('regularizers.cp.weight')}: cp couples neighbouring MoE layers, the model has one")
-    for name in ("sp", "o"):
-        if name in wanted and config.model.moe.top_k == 1:
-            raise UserError(
-                f"{origin(f'regularizers.{name}.weight')}: {name} compares the experts of a token, and model.moe.top_k = 1; "
-                "set the weight to 0"
-            )
-    if config.regularizers.sp.above_chance and config.regularizers.sp.method == "sketch":
-        raise UserError(
-            f"{origin('regularizers.sp.above_chance')}: a sketch knows no single cosine; set regularizers.sp.method to "
-            "'exact' or 'sample'"
-        )
-    if config.regularizers.cp.form == "log" and config.regularizers.cp.source == "transition":
-        raise UserError(
-            f"{origin('regularizers.cp.form')}: 'log' takes each token's mass, which source = 'transition' has not"
-        )
-    for name in ("erc", "v"):
-        if name in wanted and config.model.moe.experts == 1:
-            raise UserError(
-                f"{origin(f'regularizers.{name}.weight')}: {name} compares experts, and model.moe.experts = 1"
-            )
+    for name in enabled:
+        for option, problem in REGISTRY[name].problems(options[name], ModelFacts(moe.experts, moe.top_k, moe_layers)):
+            raise UserError(f"{origin(f'regularizers.{name}.{option}')}: {problem}")
 
 
 def check_float8(config: Config, origin: Origin) -> None:

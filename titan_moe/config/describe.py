@@ -13,13 +13,13 @@ import tomli_w
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from titan_moe.config.tables import Config
+from titan_moe.config.tables import Config, config_class
 
 
 def options_help(width: int = 110) -> str:
     """Every option with type, default and meaning, table by table."""
     lines: list[str] = []
-    for prefix, table in tables():
+    for prefix, table in tables(config_class()):
         lines.append(f"\n[{prefix}]  {table.__doc__ or ''}")
         for name, field in table.model_fields.items():
             if is_table(field.annotation):
@@ -30,7 +30,7 @@ def options_help(width: int = 110) -> str:
     return "\n".join(lines)
 
 
-def tables(table: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+def tables(table: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     for name, field in table.model_fields.items():
         annotation: Any = field.annotation
         if is_table(annotation):
@@ -56,7 +56,7 @@ def type_name(field: FieldInfo) -> str:
 
 def json_schema() -> dict[str, Any]:
     """JSON schema (2020-12) of a configuration file, `extends` included."""
-    schema = Config.model_json_schema()
+    schema = config_class().model_json_schema()
     extends = {
         "description": "Files that this one extends, relative to it; later wins.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],

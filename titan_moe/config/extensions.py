@@ -1,6 +1,6 @@
-"""The registries of a user's own regularizers, corpora and trackers, and the import of the modules that fill them.
+"""The registries of a user's own corpora and trackers, and the import of the modules that fill them.
 
-Users import the `register_*` functions from `titan_moe.extend`.
+Loss terms have their registry in `torchtitan_ext.terms`. Users import all of it from `titan_moe.extend`.
 """
 
 import importlib
@@ -13,11 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from titan_moe.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from titan_moe.config.tables import Config
     from titan_moe.data.corpora import Document
-    from torchtitan_ext.terms import LayerView
 
 
 class Tracker(Protocol):
@@ -30,17 +27,8 @@ class Tracker(Protocol):
         """Called once, when the run ends."""
 
 
-regularizers: "dict[str, Callable[[LayerView], Tensor]]" = {}
 corpora: "dict[str, Callable[[], Iterator[Document]]]" = {}
 trackers: "dict[str, Callable[[Config, Path], Tracker]]" = {}
-
-
-def register_regularizer(name: str, function: "Callable[[LayerView], Tensor]") -> None:
-    """Adds a term: `function` gets one MoE layer's `LayerView` and returns a value per token, (T,).
-
-    The trainer takes the mean over tokens and the sum over layers, weighted by `regularizers.custom.NAME`.
-    """
-    regularizers[name] = function
 
 
 def register_corpus(name: str, function: "Callable[[], Iterator[Document]]") -> None:

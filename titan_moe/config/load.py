@@ -15,7 +15,8 @@ import tomli
 from pydantic import BaseModel, ValidationError
 
 from titan_moe.config.checks import check_config
-from titan_moe.config.tables import Config
+from titan_moe.config.extensions import load_modules
+from titan_moe.config.tables import Config, config_class
 from titan_moe.errors import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent.parent / "train_configs"
@@ -40,9 +41,7 @@ def load_config(
     for where, table in settings:
         merge(values, copy.deepcopy(table))
         origins |= dict.fromkeys(dotted_keys(table), where)
-    for key, raw in parse_overrides(overrides):
-        set_value(values, key, override_value(key, raw))
-        origins[key] = COMMAND_LINE
+    apply_overrides(values, origins, overrides, default_origin=str(path))
     config = build(values, origins, default_origin=str(path))
     if not config.job.name:
         config = config.model_copy(update={"job": config.job.model_copy(update={"name": path.stem})})
@@ -56,12 +55,29 @@ def saved_config(
     """The configuration that a checkpoint keeps, checked, with overrides. reset: tables that go back to their defaults."""
     values = {key: value for key, value in copy.deepcopy(values).items() if key not in reset}
     origins: dict[str, str] = {}
-    for key, raw in parse_overrides(overrides):
-        set_value(values, key, override_value(key, raw))
-        origins[key] = COMMAND_LINE
+    apply_overrides(values, origins, overrides, default_origin=origin)
     config = build(values, origins, default_origin=origin)
     check_config(config, lambda key: f"{origins.get(key, origin)}: {key}", world_size)
     return config
+
+
+def apply_overrides(
+    values: dict[str, Any], origins: dict[str, str], overrides: Sequence[str], default_origin: str
+) -> None:
+    """Sets the values that the command line gives. First imports the extension modules: their terms have options too."""
+    pairs = list(parse_overrides(overrides))
+    key = "extensions.modules"
+    modules, origin = values.get("extensions", {}).get("modules", []), origins.get(key, default_origin)
+    for name, raw in pairs:
+        if name == key:
+            modules, origin = override_value(key, raw), COMMAND_LINE
+    if isinstance(modules, list) and all(
+        isinstance(module, str) for module in modules
+    ):  # else `build` says what is wrong
+        load_modules(modules, f"{origin}: {key}")
+    for name, raw in pairs:
+        set_value(values, name, override_value(name, raw))
+        origins[name] = COMMAND_LINE
 
 
 def find_config(name: str) -> Path:
@@ -152,7 +168,7 @@ def override_value(key: str, raw: str) -> Any:
 
 
 def annotation_of(key: str) -> Any:
-    table: Any = Config
+    table: Any = config_class()
     for part in key.split("."):
         if not (isinstance(table, type) and issubclass(table, BaseModel)) or part not in table.model_fields:
             return None
@@ -169,7 +185,7 @@ def set_value(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def all_keys(table: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+def all_keys(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key that a configuration may hold, tables left out."""
     for name, field in table.model_fields.items():
         annotation = field.annotation
@@ -181,7 +197,7 @@ def all_keys(table: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]
 
 def nearest_key(key: str) -> str | None:
     """The valid key that `key` most resembles: one of the same name in another table, else as a whole or by its last part."""
-    keys = list(all_keys())
+    keys = list(all_keys(config_class()))
     namesakes = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     whole = difflib.get_close_matches(key, namesakes, 1, cutoff=0.0) or difflib.get_close_matches(
         key, keys, 1, cutoff=0.6
@@ -196,7 +212,7 @@ def nearest_key(key: str) -> str | None:
 def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) -> Config:
     """Validates the merged values; the first mistake becomes a UserError."""
     try:
-        return Config.model_validate(values)
+        return config_class().model_validate(values)
     except ValidationError as error:
         mistake = error.errors(include_url=False)[0]
     parts = [str(part) for part in mistake["loc"] if not str(part).startswith(("list[", "str", "function-"))]
@@ -210,6 +226,8 @@ def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) 
     if mistake["type"] == "extra_forbidden":
         near = nearest_key(key)
         hint = f"; did you mean {near}?" if near else "; `titan-moe train --help` lists the keys"
+        if key.startswith("regularizers."):
+            hint += "; a term of your own needs its module in extensions.modules"
         raise UserError(f"{origin}: unknown key {key}{hint}")
     value = mistake["input"]
     wanted = mistake["msg"][0].lower() + mistake["msg"][1:]

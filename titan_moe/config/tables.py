@@ -3,13 +3,15 @@
 Checks of one table on its own are constraints on its fields. Checks that need two tables are in `checks.py`.
 """
 
-from typing import Annotated, Literal
+import functools
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from torchtitan_ext.terms import REGISTRY, Term, TermOptions, Weight
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NaturalInt = Annotated[int, Field(ge=0)]
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -81,117 +83,25 @@ class Model(Table):
     moe: MoE = MoE()
 
 
-class Term(Table):
-    """What all terms have."""
-
-    warmup_steps: NaturalInt = 0
-    """Steps over which the weight rises linearly from 0; 0: constant from the first step."""
-
-
-class LoadBalance(Term):
-    """lb, Switch/GShard load balance: E * sum_e f_e P_e."""
-
-    weight: Weight = 0.01
-    """Weight in the objective."""
-    scope: Literal["global", "sequence", "microbatch"] = "global"
-    """Tokens over which load and mean score are taken: all of the micro-step, each sequence, or this rank's."""
-
-
-class ZLoss(Term):
-    """z, router z-loss (ST-MoE): mean squared log-sum-exp of the router logits."""
-
-    weight: Weight = 0.0
-    """Weight in the objective; 1e-3 is customary."""
-
-
-class Specialization(Term):
-    """sp, intra-layer specialization: squared cosine of co-activated experts' SwiGLU activations."""
-
-    weight: Weight = 0.0
-    """Weight in the objective; the paper uses 2e-3."""
-    method: Literal["exact", "sketch", "sample"] = "exact"
-    """All tokens and full width, or an estimator: random projections of the activations, or a random subset of tokens."""
-    sketch_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 64
-    """Numbers per activation (method "sketch"): two independent sketches of half as many each."""
-    sample_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.125
-    """Expected share of the tokens (method "sample")."""
-    above_chance: bool = False
-    """Count of every squared cosine only what exceeds 1 / model.moe.hidden_dim, the mean of independent directions."""
-
-
-class Coupling(Term):
-    """cp, cross-layer coupling: minus the joint top-k routing mass of neighbouring layers."""
-
-    weight: Weight = 0.0
-    """Weight in the objective; the paper uses 1e-3."""
-    source: Literal["all", "activated", "transition"] = "all"
-    """Experts of the earlier layer that the sum runs over, or expert-to-expert transitions over all tokens."""
-    form: Literal["mass", "log"] = "mass"
-    """Minus the mass as in the paper, or minus its logarithm, whose gradient does not fade with many experts."""
-
-
-class Orthogonality(Term):
-    """o, orthogonality of expert outputs (Guo et al.)."""
-
-    weight: Weight = 0.0
-    """Weight in the objective."""
-    variant: Literal["paper", "code"] = "paper"
-    """The paper's pairwise projections, or its published code's projection on the span of the others."""
-    match_lb: bool = False
-    """Scale by the power of ten that brings the term to the size of lb, taken once, at the first step."""
-
-
-class RoutingVariance(Term):
-    """v, variance of the gate weights (Guo et al.)."""
-
-    weight: Weight = 0.0
-    """Weight in the objective."""
-    variant: Literal["paper", "code"] = "paper"
-    """Variance over tokens as in the paper, or over experts as in its published code."""
-    scope: Literal["global", "sequence", "microbatch"] = "sequence"
-    """Tokens over which both means are taken."""
-    match_lb: bool = False
-    """Scale by the power of ten that brings the term to the size of lb, taken once, at the first step."""
-
-
-class ExpertRouterCoupling(Term):
-    """erc, expert-router coupling (Lv et al.)."""
-
-    weight: Weight = 0.0
-    """Weight in the objective."""
-    alpha: Weight = 1.0
-    """Factor on an expert's answer to its own routing vector; others may reach that far unpunished."""
-    detach_router: bool = False
-    """Stop the gradient into the router."""
-
-
 class Regularizers(Table):
-    """The terms beside cross-entropy: means over tokens, summed over layers, weighted."""
+    """The terms beside cross-entropy: means over tokens, summed over layers, weighted. One table per registered term."""
 
     measure: list[str] = []
     """Terms that are measured although their weight is 0."""
-    lb: LoadBalance = LoadBalance()
-    z: ZLoss = ZLoss()
-    sp: Specialization = Specialization()
-    cp: Coupling = Coupling()
-    o: Orthogonality = Orthogonality()
-    v: RoutingVariance = RoutingVariance()
-    erc: ExpertRouterCoupling = ExpertRouterCoupling()
-    custom: dict[str, Weight] = {}
-    """Weights of terms that `extensions.modules` register, by name."""
 
-    def weights(self) -> dict[str, float]:
-        """Weight of every term, built-in ones first, in the order of the tables."""
-        built_in = {name: float(getattr(self, name).weight) for name in ("lb", "z", "sp", "cp", "o", "v", "erc")}
-        return built_in | self.custom
+    def options(self) -> dict[str, TermOptions]:
+        """The options of every term by name, in the order of the tables."""
+        values = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: value for name, value in values if isinstance(value, TermOptions)}
 
-    def warmups(self) -> dict[str, int]:
-        """Warm-up steps of every built-in term."""
-        return {name: int(getattr(self, name).warmup_steps) for name in ("lb", "z", "sp", "cp", "o", "v", "erc")}
-
-    def matched(self) -> list[str]:
-        """Terms with a weight that are scaled to the size of lb."""
-        return [name for name in ("o", "v") if getattr(self, name).match_lb and getattr(self, name).weight > 0]
+    @model_validator(mode="before")
+    @classmethod
+    def _custom_weights(cls, values: Any) -> Any:
+        """Run directories of earlier versions have `custom = {NAME: weight}` in place of a table `[regularizers.NAME]`."""
+        if not isinstance(values, dict) or not isinstance(values.get("custom"), dict):
+            return values
+        rest = {key: value for key, value in values.items() if key != "custom"}
+        return {name: {"weight": weight} for name, weight in values["custom"].items()} | rest
 
 
 class Balancer(Table):
@@ -409,3 +319,16 @@ class Config(Table):
     metrics: Metrics = Metrics()
     profiling: Profiling = Profiling()
     extensions: Extensions = Extensions()
+
+
+def config_class() -> type[Config]:
+    """`Config` with a table `[regularizers.NAME]` for every term that is registered now."""
+    return _config_class(tuple(REGISTRY.values()))
+
+
+@functools.cache
+def _config_class(terms: tuple[type[Term], ...]) -> type[Config]:
+    tables: dict[str, Any] = {term.name: (term.Options, term.Options()) for term in terms}
+    regularizers = create_model("Regularizers", __base__=Regularizers, __doc__=Regularizers.__doc__, **tables)
+    field: Any = (regularizers, regularizers())
+    return create_model("Config", __base__=Config, __doc__=Config.__doc__, regularizers=field)

@@ -21,7 +21,7 @@ class Counts(NamedTuple):
 def meta_model(model: Model, dtype: torch.dtype, terms: Terms | None = None) -> Transformer:
     """The network without storage."""
     with torch.device("meta"):
-        return Transformer(model, terms or Terms({}, model.moe.top_k), dtype)
+        return Transformer(model, terms or Terms(), dtype)
 
 
 def count(network: Transformer, seq_len: int) -> Counts:

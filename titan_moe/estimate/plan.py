@@ -17,11 +17,11 @@ from titan_moe.estimate.traffic import sizes, traffic
 from titan_moe.model.gemm import local
 from titan_moe.model.head import SLICE_LOGITS
 from titan_moe.model.shares import Shares
+from titan_moe.model.terms import terms_of
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.parallelize import CHOICES, PRODUCTS, parallelize
 from titan_moe.runtime.device import GIB
-from titan_moe.train.terms import build_terms
 from torchtitan_ext.dtypes import accumulation_dtype
 
 LLAMA_2_VOCABULARY = 32000
@@ -73,7 +73,7 @@ def sharded_model(config: Config, degrees: Degrees) -> Transformer:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=degrees.world)
     mesh = Mesh(degrees, torch.device("cpu"))
     with torch.device("meta"):
-        model = Transformer(config.model, build_terms(config, mesh.ranks), getattr(torch, config.training.dtype))
+        model = Transformer(config.model, terms_of(config, mesh.ranks), getattr(torch, config.training.dtype))
     parallelize(model, config, mesh)
     return model
 
@@ -166,7 +166,7 @@ def _saved(config: Config, degrees: Degrees, layers: int, mode: str) -> int:
     moe = model.moe.model_copy(update={"hidden_dim": model.moe.hidden_dim // tp, "first_dense_layers": 0})
     size = {"layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "moe": moe}
     with torch.device("meta"):
-        network = Transformer(model.model_copy(update=size), build_terms(config), getattr(torch, config.training.dtype))
+        network = Transformer(model.model_copy(update=size), terms_of(config), getattr(torch, config.training.dtype))
         inputs = meta_inputs(network, config, degrees)
         network.shares = _TokenShares(tp)
         for block in network.blocks():

@@ -6,7 +6,6 @@ Dispatch and combine are siblings of the expert computation: expert parallelism 
 Rows are sorted by expert, gathered once and summed back once. No (T, E, F) tensor, no one-hot matrix.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +18,9 @@ from titan_moe.model.gemm import grouped_linear, local
 from titan_moe.model.shares import ALONE, Shares
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.dtypes import accumulation_dtype
-from torchtitan_ext.losses import normalize_scores
-from torchtitan_ext.ops.gram import gram_through
 from torchtitan_ext.ops.response import lengths, response_through
-from torchtitan_ext.terms import GramRows, LayerView, Sketches, Terms, Tokens, WeightedGram
+from torchtitan_ext.ops.routing import labelled_counts, normalize_scores
+from torchtitan_ext.terms import LayerView, Terms, Tokens
 
 
 class Choice(NamedTuple):
@@ -32,10 +30,6 @@ class Choice(NamedTuple):
     scores_TE: Tensor  # normalised to sum to 1
     topk_ids_TK: Tensor
     gates_TK: Tensor
-
-
-def no_proxies(weight_ED: Tensor) -> None:
-    """For a router that nothing is asked of but its choice."""
 
 
 class Router(nn.Module):
@@ -49,10 +43,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.experts, dim))
         self.register_buffer("expert_bias", torch.zeros(moe.experts, dtype=torch.float32))
 
-    def forward(
-        self, x_TD: Tensor, proxies_of: Callable[[Tensor], Tensor | None] = no_proxies
-    ) -> tuple[Choice, Tensor | None]:
-        """The choice, and what `proxies_of` makes of the routing vectors (erc's noisy ones, if it is on)."""
+    def forward(self, x_TD: Tensor) -> Choice:
         dtype = accumulation_dtype(x_TD.dtype)
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         if self.moe.score == "softmax":
@@ -66,7 +57,7 @@ class Router(nn.Module):
             gates_TK = normalize_scores(gates_TK)
         if self.moe.route_scale != 1.0:
             gates_TK = gates_TK * self.moe.route_scale
-        return Choice(logits_TE, scores_TE, topk_ids_TK, gates_TK), proxies_of(self.weight)
+        return Choice(logits_TE, scores_TE, topk_ids_TK, gates_TK)
 
 
 class Dispatch(NamedTuple):
@@ -105,10 +96,30 @@ class _Gather(torch.autograd.Function):
         return F.embedding_bag(rows_TK, grad_RD.contiguous(), mode="sum"), None, None
 
 
-def gather_tokens(x_TD: Tensor, home: Dispatch) -> Tensor:
+def gather_tokens(x_TD: Tensor, plan: Dispatch) -> Tensor:
     """Each row's token, in the order of the experts: (T, D) -> (R, D)."""
-    x_RD: Tensor = _Gather.apply(x_TD, home.tokens_R, home.rows_TK)
+    x_RD: Tensor = _Gather.apply(x_TD, plan.tokens_R, plan.rows_TK)
     return x_RD
+
+
+class _SumRows(torch.autograd.Function):
+    """Home order back to tokens: the sum of each token's k rows. The inverse of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, tokens_R: Tensor, rows_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_R)
+        return F.embedding_bag(rows_TK, y_RD, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        (tokens_R,) = ctx.saved_tensors
+        return grad_TD.index_select(0, tokens_R), None, None
+
+
+def sum_rows(y_RD: Tensor, plan: Dispatch) -> Tensor:
+    """The sum of each token's rows, in home order: (R, D) -> (T, D)."""
+    out_TD: Tensor = _SumRows.apply(y_RD, plan.tokens_R, plan.rows_TK)
+    return out_TD
 
 
 class _Combine(torch.autograd.Function):
@@ -129,57 +140,60 @@ class _Combine(torch.autograd.Function):
 
 
 class Routed(NamedTuple):
-    """Rows at the experts, and the way home."""
+    """Rows at the experts of this rank, and what it takes to bring their outputs back."""
 
     x_RD: Tensor
-    """Rows of the experts on this rank, sorted by expert."""
+    """Token of each row, sorted by expert."""
     offsets_E: Tensor
-    """End of each of those experts' rows, int32."""
-    home: Dispatch
-    """Of this rank's own tokens: where their rows stand, sorted by expert over all experts."""
+    """End of each expert's rows, int32."""
+    gates: Tensor
+    """Gate weights as `combine` applies them: (T, K), or one per row at the experts."""
+    plan: Dispatch
+    """Of this rank's own tokens over all experts; its row order is the home order."""
     route: Any = None
-    """What a dispatcher between ranks must remember."""
+    """What a dispatcher between ranks remembers of the exchange."""
 
 
 class Dispatcher:
-    """Brings tokens to experts and back. This one has all experts on its own rank; others replace it (parallel/experts.py)."""
+    """Sends tokens to experts and sums their outputs per token. Here all experts are on this rank.
 
-    def dispatch(self, x_TD: Tensor, topk_ids_TK: Tensor, experts: int) -> Routed:
-        home = plan_dispatch(topk_ids_TK, experts)
-        return Routed(gather_tokens(x_TD, home), home.offsets_E, home)
+    parallel/experts.py has the one for expert parallelism. "Home order": rows of this rank's own tokens, sorted by expert.
+    """
 
-    def gram(self, z_RF: Tensor, chosen: GramRows, routed: Routed) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - the interface
-        """z to go on with, and the Gram matrices (N, k, k) of the chosen tokens."""
-        return gram_through(z_RF, chosen.rows_NK)
+    local = True
+    """Whether rows at the experts are in home order."""
 
-    def sketches(
-        self, z_RF: Tensor, keys_T: Tensor, routed: Routed, make: Callable[[Tensor, Tensor], Sketches]
-    ) -> Sketches:
-        """`make(z, key of each row's token)` at the experts, in home order."""
-        return make(z_RF, keys_T.index_select(0, routed.home.tokens_R))
+    def dispatch(self, x_TD: Tensor, topk_ids_TK: Tensor, gates_TK: Tensor, experts: int) -> Routed:
+        """A row for every token and chosen expert, at that expert."""
+        plan = plan_dispatch(topk_ids_TK, experts)
+        return Routed(gather_tokens(x_TD, plan), plan.offsets_E, gates_TK, plan)
 
-    def activations(self, z_RF: Tensor, routed: Routed) -> Tensor:  # noqa: ARG002 - the interface
-        """z of this rank's own tokens, in home order."""
-        return z_RF
-
-    def outputs(self, y_RD: Tensor, routed: Routed) -> Tensor:  # noqa: ARG002 - the interface
-        """The experts' outputs for this rank's own tokens, in home order."""
-        return y_RD
-
-    def combine(self, y_RD: Tensor, gates_TK: Tensor, routed: Routed) -> Tensor:
-        """Outputs in home order, each times its gate weight, summed per token: (R, D) -> (T, D)."""
-        out_TD: Tensor = _Combine.apply(y_RD, gates_TK, routed.home.tokens_R, routed.home.rows_TK)
+    def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
+        """Expert outputs times their gate weights, summed per token: (R, D) -> (T, D)."""
+        out_TD: Tensor = _Combine.apply(y_RD, routed.gates, routed.plan.tokens_R, routed.plan.rows_TK)
         return out_TD
 
-    def response(self, response_EJ: Tensor) -> Tensor:
-        """erc's matrix over all experts, from the columns of those on this rank."""
-        return response_EJ
+    def home(self, x_RX: Tensor, routed: Routed) -> Tensor:  # noqa: ARG002 - the interface
+        """Rows at the experts to the ranks of their tokens, in home order."""
+        return x_RX
+
+    def home_subset(self, x_RX: Tensor, rows_NK: Tensor, routed: Routed) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Only the rows (in home order) that `rows_NK` names, and their indices (N, K) in the result."""
+        return x_RX, rows_NK
+
+    def to_experts(self, keys_T: Tensor, routed: Routed) -> Tensor:
+        """A 32-bit integer per token, at each of its rows at the experts: (T,) -> (R,) int64."""
+        return keys_T.index_select(0, routed.plan.tokens_R)
+
+    def gather_experts(self, x_PE: Tensor) -> Tensor:
+        """Columns of all experts, from those of this rank's: (P, E here) -> (P, E)."""
+        return x_PE
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks, in the layout that the grouped product wants: gate and up (E, 2, F, D), down (E, D, F).
+    """E SwiGLU networks. Weights are laid out as the grouped GEMM wants them: gate and up (E, 2, F, D), down (E, D, F).
 
-    Under expert and tensor parallelism the weights are DTensors sharded over E and F, and this rank computes its own part.
+    Under expert and tensor parallelism they are DTensors sharded over E and F, and this rank computes its shard.
     """
 
     def __init__(self, dim: int, moe: MoE) -> None:
@@ -187,26 +201,49 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(moe.experts, 2, moe.hidden_dim, dim))
         self.down = nn.Parameter(torch.empty(moe.experts, dim, moe.hidden_dim))
 
-    def forward(
-        self,
-        x_RD: Tensor,
-        offsets_E: Tensor,
-        proxies_ED: Tensor | None,
-        on_activations: Callable[[Tensor], tuple[Tensor, Tensor | None]],
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Outputs (R, D), activations z (R, F), Gram matrices that `on_activations` took between the two products, and
-        the squared lengths of these experts' answers to the proxies (E, J)."""
-        gate_up, down = local(self.gate_up), local(self.down)
-        hidden_dim = gate_up.shape[2]
-        gate_up, response = gate_up.flatten(1, 2), None
-        if proxies_ED is not None:
-            gate_up, response = response_through(gate_up, proxies_ED, hidden_dim)
-        z_RF, gram = on_activations(swiglu(grouped_linear(x_RD, gate_up, offsets_E)))
-        return grouped_linear(z_RF, down, offsets_E), z_RF, gram, response
+    def hidden(self, x_RD: Tensor, offsets_E: Tensor, probes_PD: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """SwiGLU activations z (R, F), and squared norms (P, E) of the experts' gate projections of the probes, if given."""
+        gate_up_E2FD = local(self.gate_up)
+        hidden_dim, squares_PE = gate_up_E2FD.shape[2], None
+        gate_up = gate_up_E2FD.flatten(1, 2)
+        if probes_PD is not None:
+            gate_up, squares_PE = response_through(gate_up, probes_PD, hidden_dim)
+        return swiglu(grouped_linear(x_RD, gate_up, offsets_E)), squares_PE
+
+    def output(self, z_RF: Tensor, offsets_E: Tensor) -> Tensor:
+        """Down projection: (R, F) -> (R, D), before the gate weight."""
+        return grouped_linear(z_RF, local(self.down), offsets_E)
+
+
+class RoutedRows(NamedTuple):
+    """What terms use to get at rows that may be on other ranks: torchtitan_ext's `ExpertRows`."""
+
+    dispatcher: Dispatcher
+    shares: Shares
+    routed: Routed
+
+    @property
+    def local(self) -> bool:
+        return self.dispatcher.local
+
+    def first_hidden(self, width: int) -> int:
+        return self.shares.first_row(width)
+
+    def home(self, x_RX: Tensor) -> Tensor:
+        return self.dispatcher.home(x_RX, self.routed)
+
+    def home_subset(self, x_RX: Tensor, rows_NK: Tensor) -> tuple[Tensor, Tensor]:
+        return self.dispatcher.home_subset(x_RX, rows_NK, self.routed)
+
+    def to_experts(self, keys_T: Tensor) -> Tensor:
+        return self.dispatcher.to_experts(keys_T, self.routed)
+
+    def sum_hidden(self, x: Tensor) -> Tensor:
+        return self.shares.leave(x)
 
 
 class MoELayer(nn.Module):
-    """Routed experts, shared experts, and this layer's share of the regularizers."""
+    """Routed experts, shared experts, and this layer's part of the loss terms."""
 
     def __init__(self, dim: int, moe: MoE, terms: Terms, layer: int) -> None:
         """layer: index among the MoE layers, from 0."""
@@ -220,48 +257,42 @@ class MoELayer(nn.Module):
         self.shared = FeedForward(dim, moe.hidden_dim * moe.shared_experts) if moe.shared_experts else None
 
     def forward(self, x_TD: Tensor, carry: Carry, tokens: Tokens) -> tuple[Tensor, Carry, Tensor]:
-        """Output (T, D), this rank's share of it under tensor parallelism, the carry with this layer added, and the chosen
-        experts (T, k)."""
-        choice, proxies = self.router(
-            self.shares.alike(x_TD), lambda weight: self.terms.proxies(weight, self.layer, tokens)
+        """Output (T, D), a partial sum under tensor parallelism; the carry with this layer added; the chosen experts (T, k)."""
+        comm, terms, experts = self.shares, self.terms, self.experts
+        choice = self.router(comm.alike(x_TD))
+        probes = terms.probes(self.router.weight, self.layer, tokens)
+        routed = self.dispatcher.dispatch(
+            x_TD, choice.topk_ids_TK, comm.enter(choice.gates_TK), self.router.moe.experts
         )
-        routed = self.dispatcher.dispatch(x_TD, choice.topk_ids_TK, self.router.moe.experts)
-        chosen = self.terms.gram_rows(routed.home.rows_TK, self.layer, tokens)
+        rows = RoutedRows(self.dispatcher, comm, routed)
+        view = self.view(choice, routed, tokens)
 
-        def take_gram(z_RF: Tensor) -> tuple[Tensor, Tensor | None]:
-            return (z_RF, None) if chosen is None else self.dispatcher.gram(z_RF, chosen, routed)
-
-        if proxies is not None:
-            proxies = self.shares.enter(proxies)
-        y_RD, z_RF, gram, response = self.experts(routed.x_RD, routed.offsets_E, proxies, take_gram)
-        y_RD = self.dispatcher.outputs(y_RD, routed)
-        sketches = self.sketches(z_RF, routed, tokens)
-        out_TD = self.dispatcher.combine(y_RD, self.shares.enter(choice.gates_TK), routed)
+        z_RF, squares_PE = experts.hidden(
+            routed.x_RD, routed.offsets_E, None if probes is None else comm.enter(probes.vectors_PD)
+        )
+        z_RF, observed = terms.observe(z_RF, view, rows)
+        y_RD = experts.output(z_RF, routed.offsets_E)
+        out_TD = self.dispatcher.combine(y_RD, routed)
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
-        view = LayerView(
+
+        if terms.needs.activations:
+            view = view._replace(z_RF=comm.widen(rows.home(z_RF)))
+        if terms.needs.outputs:
+            view = view._replace(y_RD=comm.leave(rows.home(y_RD)))
+        if squares_PE is not None:
+            view = view._replace(responses_PE=self.dispatcher.gather_experts(lengths(comm.leave(squares_PE))))
+        return out_TD, terms.add(view, observed, probes, carry), choice.topk_ids_TK
+
+    def view(self, choice: Choice, routed: Routed, tokens: Tokens) -> LayerView:
+        """What terms see of the router's choice."""
+        weights_T = tokens.weights.flatten()
+        counts_E = labelled_counts(choice.topk_ids_TK, choice.scores_TE.shape[1], weights_T)
+        return LayerView(
+            self.layer,
+            tokens,
             **choice._asdict(),
-            z_RF=self.home_activations(z_RF, routed) if self.terms.needs_activations else None,
-            y_RD=self.shares.leave(y_RD) if self.terms.needs_outputs else None,
-            rows_TK=routed.home.rows_TK,
-            gram=None if gram is None or chosen is None else WeightedGram(self.shares.leave(gram), chosen.weights_N),
-            sketches=sketches,
-            response_EE=None if response is None else self.dispatcher.response(lengths(self.shares.leave(response))),
+            rows_TK=routed.plan.rows_TK,
+            weights_T=weights_T,
+            counts_E=counts_E,
         )
-        return out_TD, self.terms.add(view, carry, self.layer, tokens), choice.topk_ids_TK
-
-    def sketches(self, z_RF: Tensor, routed: Routed, tokens: Tokens) -> Sketches | None:
-        keys_T = self.terms.sketch_keys(self.layer, tokens)
-        if keys_T is None:
-            return None
-        first = self.shares.first_row(z_RF.shape[1])
-
-        def make(z_RF: Tensor, keys_R: Tensor) -> Sketches:
-            return self.terms.sketch(z_RF, keys_R, self.layer, tokens, first)
-
-        found = self.dispatcher.sketches(z_RF, keys_T, routed, make)
-        return Sketches(self.shares.leave(found.sketched_RM), self.shares.leave(found.norms_R))
-
-    def home_activations(self, z_RF: Tensor, routed: Routed) -> Tensor:
-        """z of this rank's own tokens, all hidden units."""
-        return self.shares.widen(self.dispatcher.activations(z_RF, routed))

@@ -141,9 +141,9 @@ class Transformer(nn.Module):
         return self.embed(inputs.tokens), self.empty_carry(inputs.tokens.numel(), inputs.tokens.device)
 
     def empty_carry(self, tokens: int, device: torch.device) -> Carry:
-        experts, width = self.settings.moe.experts, self.terms.previous_width(self.settings.moe.experts)
-        exact = accumulation_dtype(self.dtype)
-        return empty_carry(len(self.terms.names), tokens, self.moe_layers, experts, exact, device, width)
+        terms, experts, exact = self.terms, self.settings.moe.experts, accumulation_dtype(self.dtype)
+        width, measures = terms.carried_width(experts), len(terms.measures)
+        return empty_carry(len(terms.names), tokens, self.moe_layers, experts, exact, device, width, measures)
 
     def run_stage(
         self,

@@ -4,10 +4,10 @@ import torch
 
 from titan_moe.config.tables import Config
 from titan_moe.model.init import init_weights
+from titan_moe.model.terms import terms_of
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.parallelize import parallelize
-from titan_moe.train.terms import build_terms
 
 
 def build_model(config: Config, tokenizer_vocab: int, mesh: Mesh) -> Transformer:
@@ -15,7 +15,7 @@ def build_model(config: Config, tokenizer_vocab: int, mesh: Mesh) -> Transformer
     vocab_size = config.model.vocab_size or tokenizer_vocab
     settings = config.model.model_copy(update={"vocab_size": vocab_size})
     with torch.device("meta"):
-        model = Transformer(settings, build_terms(config, mesh.ranks), getattr(torch, config.training.dtype))
+        model = Transformer(settings, terms_of(config, mesh.ranks), getattr(torch, config.training.dtype))
     parallelize(model, config, mesh)
     model.to_empty(device=mesh.device)
     init_weights(model, config.job.seed)

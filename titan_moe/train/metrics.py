@@ -4,7 +4,6 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,20 +16,19 @@ from tqdm import tqdm
 
 from titan_moe.model.gemm import local
 from titan_moe.train.validation import Validation
-from torchtitan_ext.carry import MEASURES, Carry
+from torchtitan_ext.carry import Carry
 from torchtitan_ext.metrics import dead_share, max_vio
+from torchtitan_ext.terms import Terms
 
 
-def routing_row(carry: Carry, terms: Sequence[str]) -> dict[str, float]:
+def routing_row(carry: Carry, terms: Terms) -> dict[str, float]:
     """The `reg/*` and `moe/*` fields of a row, from the carry summed over the step's micro-batches."""
-    row = {f"reg/{name}": value for name, value in zip(terms, carry.terms.tolist(), strict=True)}
+    row = {f"reg/{name}": value for name, value in zip(terms.names, carry.terms.tolist(), strict=True)}
     if carry.counts.shape[0] == 0:
         return row
     row["moe/max_vio"] = max_vio(carry.counts).mean().item()
     row["moe/dead"] = dead_share(carry.counts).mean().item()
-    means = dict(zip(MEASURES, carry.sums.mean(0).tolist(), strict=True))
-    if "sp" not in terms:
-        del means["overlap"]  # it falls out of sp's products and is not computed for its own sake
+    means = dict(zip(terms.measures, carry.sums.mean(0).tolist(), strict=True))
     return row | {f"moe/{name}": value for name, value in means.items()}
 
 

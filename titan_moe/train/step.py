@@ -74,7 +74,7 @@ def train_step(
     sum_router_gradients(model, mesh)
     sum_norm_gradients(model, mesh.tp)
     norm = clip_gradients(list(model.parameters()), config.training.max_grad_norm, mesh.pp)
-    result = StepResult(loss.item(), ce.item(), carry, routing_row(carry, model.terms.names), norm.item())
+    result = StepResult(loss.item(), ce.item(), carry, routing_row(carry, model.terms), norm.item())
     check_finite(model, result)
     if spikes is not None and spikes.over(result.grad_norm):
         optimizer.zero_grad()

@@ -48,7 +48,6 @@ from titan_moe.train.metrics import (
 from titan_moe.train.optimizer import build_optimizer, lr_fraction, set_lr
 from titan_moe.train.profiling import profiler
 from titan_moe.train.step import StepResult, measure_terms, train_step
-from titan_moe.train.terms import lb_scales, weight_factors
 from titan_moe.train.validation import validate
 from titan_moe.train.watch import RoutingWatch, Spikes
 
@@ -143,7 +142,7 @@ class Trainer:
             set_lr(self.optimizer, config.optimizer.lr * lr_fraction(step, steps, config.lr_scheduler))
             try:
                 batch = next(batches)
-                factors = weight_factors(config, step, self.scales_to_lb(batch, step))
+                factors = self.model.terms.factors(step, self.scales_to_lb(batch, step))
                 result = train_step(self.model, self.optimizer, batch, config, self.mesh, step, factors, self.spikes)
             except TrainingError as error:
                 self.saver.finish()
@@ -184,9 +183,9 @@ class Trainer:
         """The scaling of terms with `match_lb`, measured on the first batch of the run and kept in its checkpoints."""
         if self.scales is None:
             self.scales = {}
-            if self.config.regularizers.matched():
+            if self.model.terms.matched:
                 values = measure_terms(self.model, batch, self.config, self.mesh, step)
-                self.scales = lb_scales(self.config, values)
+                self.scales = self.model.terms.scales_to_lb(values)
                 log.info("scaled to lb: " + ", ".join(f"{name} x {scale:g}" for name, scale in self.scales.items()))
         return self.scales
 

@@ -17,6 +17,14 @@ SLICE_ELEMENTS = 1 << 18  # of gathered float32 values; a slice stays in a CPU's
 GPU_SLICE_ELEMENTS = 1 << 26  # a GPU wants few kernels; this bounds the memory of the gathered rows to 256 MiB
 
 
+def token_rows(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(T, k, F) activations as rows (T, k) and matrix (R, F) for `token_gram`; unchanged if rows are given."""
+    if rows is not None:
+        return rows, x
+    tokens, k, width = x.shape
+    return torch.arange(tokens * k, device=x.device).reshape(tokens, k), x.reshape(tokens * k, width)
+
+
 def _slices(rows_TK: Tensor, width: int) -> list[Tensor]:
     tokens, k = rows_TK.shape
     elements = SLICE_ELEMENTS if rows_TK.device.type == "cpu" else GPU_SLICE_ELEMENTS

@@ -79,3 +79,40 @@ def lengths(squares: Tensor) -> Tensor:
     """M from its squares; the gradient of a zero answer is 0."""
     zero = squares == 0
     return (squares + zero).sqrt() * ~zero
+
+
+@torch.no_grad()
+def coupling_noise_bound(router_weight: Tensor) -> Tensor:
+    """eps_i of erc: half the distance to the nearest other routing vector over the vector's own norm, (E, D) -> (E,)."""
+    if native.direct(router_weight, half=False):
+        return native.coupling_bounds(router_weight)
+    distances = torch.cdist(router_weight, router_weight, compute_mode="donot_use_mm_for_euclid_dist")
+    distances.fill_diagonal_(torch.inf)
+    return distances.amin(1) / (2.0 * router_weight.norm(dim=1)).clamp(min=torch.finfo(router_weight.dtype).tiny)
+
+
+def coupling_noise(router_weight: Tensor, uniform: Tensor) -> Tensor:
+    """erc's delta ~ U(1 - eps_i, 1 + eps_i) from uniform numbers in [0, 1): (E, D), (E, D) -> (E, D)."""
+    bound = coupling_noise_bound(router_weight).unsqueeze(1)
+    return torch.addcmul(1.0 - bound, uniform, 2.0 * bound)
+
+
+def coupling_matrix(probes: Tensor, gate_weight: Tensor) -> Tensor:
+    """erc's M: norms of every expert's gate projection of every probe, (E, D), (E, F, D) -> (E, E).
+
+    The gradient of a zero projection is 0.
+    """
+    gate_weight = gate_weight.to(accumulation_dtype(gate_weight.dtype))
+    activations_jiF = torch.matmul(probes, gate_weight.transpose(1, 2))
+    return lengths(activations_jiF.square().sum(-1).t())
+
+
+def coupling_excess(matrix: Tensor, alpha: float) -> Tensor:
+    """erc from its matrix M (E, E): `(1/E^2) sum_{i != j} max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0)`."""
+    if native.direct(matrix, half=False):
+        return (native.excess_slopes(matrix.detach(), alpha) * matrix).sum()
+    experts = matrix.shape[0]
+    identity = torch.eye(experts, dtype=torch.bool, device=matrix.device)
+    diagonal = alpha * torch.where(identity, matrix, 0.0).sum(1, keepdim=True)  # not `diagonal`: see gram.squared_norms
+    excess = (matrix - diagonal).relu() + (matrix.t() - diagonal).relu()
+    return (excess * ~identity).sum() / experts**2

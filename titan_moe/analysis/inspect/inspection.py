@@ -41,10 +41,8 @@ from titan_moe.model.gemm import whole
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh, from_first
 from titan_moe.train.build import build_model
-from titan_moe.train.terms import build_terms
 from titan_moe.train.validation import Losses, LossSums, evaluate_batch
 from torchtitan_ext.collectives import all_sum
-from torchtitan_ext.losses import chance_overlap, coupling_noise_bound
 from torchtitan_ext.metrics import (
     cluster_agreement,
     dead_share,
@@ -57,6 +55,8 @@ from torchtitan_ext.metrics import (
     mean_gate_imbalance,
     routing_silhouette,
 )
+from torchtitan_ext.ops.response import coupling_noise_bound
+from torchtitan_ext.terms.specialization import chance_overlap
 
 DIGITS = 7  # significant ones of the numbers in matrices
 UNSAFE = re.compile(r"[^\w.-]")  # in a file's name
@@ -126,8 +126,7 @@ class Watched:
         self.model = build_model(config, self.prepared.tokenizer.vocab_size, mesh)
         if self.model.moe_layers == 0:
             raise UserError("the model has no MoE layer; there is nothing to inspect")
-        plain = build_terms(config.model_copy(update={"regularizers": type(config.regularizers)()}), mesh.ranks)
-        self.recorder = Recorder(**{**vars(plain), "weights": {}})
+        self.recorder = Recorder()
         record(self.model, self.recorder, inputs=options.cluster_tokens > 0)
 
     def tally(self, **more: Any) -> Tally:
@@ -160,7 +159,7 @@ class Watched:
     def go_through(self, tally: Tally) -> Losses:
         """Streams the text through the model; the tally fills and is summed over ranks."""
         mesh, model = self.mesh, self.model
-        self.recorder.tally[:] = [tally]
+        self.recorder.tally = tally
         size = micro_batch_size(self.config, mesh.degrees)
         sums = LossSums()
         step = size * mesh.degrees.data

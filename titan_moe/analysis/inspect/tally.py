@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh
-from torchtitan_ext.carry import Carry
 from torchtitan_ext.collectives import all_sum
-from torchtitan_ext.losses import normalize_scores
 from torchtitan_ext.metrics import domain_load, token_entropy
 from torchtitan_ext.ops.gram import squared_cosines, token_gram
-from torchtitan_ext.terms import LayerView, Terms, Tokens
+from torchtitan_ext.ops.routing import normalize_scores
+from torchtitan_ext.terms import LayerView, Needs, Setting, Term, TermOptions, Terms
 
 PER_TOKEN = ("entropy", "topk_mass", "margin", "overlap", "overlap_y", "squared_gates")
 Places = npt.NDArray[np.int64]
@@ -78,8 +77,9 @@ class Tally:
         self.best_gates = torch.full((*shape, self.examples), -torch.inf, dtype=torch.float64, device=self.device)
         self.best_places = torch.full((*shape, self.examples), -1, dtype=torch.int64, device=self.device)
 
-    def add_layer(self, layer: int, view: LayerView, tokens: Tokens, inputs_TD: Tensor | None) -> None:
-        """One layer's view of a batch."""
+    def add_layer(self, view: LayerView, inputs_TD: Tensor | None) -> None:
+        """One layer's view of a batch, and its router inputs."""
+        layer, tokens = view.layer, view.tokens
         labelled_T = (tokens.weights > 0).flatten()
         places_T = (tokens.sequences.unsqueeze(1) * self.seq_len + tokens.places).flatten()
         ids_TK, weights_T = view.topk_ids_TK, labelled_T.to(torch.float64)
@@ -169,34 +169,30 @@ def margins(scores_TE: Tensor, top_k: int) -> Tensor:
     return best[:, top_k - 1] - best[:, top_k]
 
 
-@dataclass(frozen=True)
-class Recorder(Terms):
-    """No term, but every layer's view goes to a tally."""
+class Recorder(Term):
+    """A term without a value: passes what it sees of every layer to the tally."""
 
-    tally: list[Tally] = field(default_factory=list)
-    """The one to fill now; a list because the recorder itself does not change."""
-    inputs: dict[int, Tensor] = field(default_factory=dict)
-    """By layer, what its router saw last."""
+    name = "recorder"
+    needs = Needs(activations=True, outputs=True)
 
-    @property
-    def needs_activations(self) -> bool:
-        return True
+    def __init__(self) -> None:
+        super().__init__(TermOptions(), Setting(top_k=0))
+        self.tally: Tally | None = None
+        """The one to fill now."""
+        self.inputs: dict[int, Tensor] = {}
+        """By layer, the latest router inputs."""
 
-    @property
-    def needs_outputs(self) -> bool:
-        return True
-
-    def add(self, view: LayerView, carry: Carry, layer: int, tokens: Tokens) -> Carry:
-        for tally in self.tally:
-            tally.add_layer(layer, view, tokens, self.inputs.pop(layer, None))
-        return super().add(view, carry, layer, tokens)
+    def value(self, view: LayerView) -> Tensor:
+        if self.tally is not None:
+            self.tally.add_layer(view, self.inputs.pop(view.layer, None))
+        return view.weights_T.new_zeros(())
 
 
 def record(model: Transformer, recorder: Recorder, inputs: bool) -> None:
-    """Has every MoE layer of a model report to the recorder; inputs: with what its router sees."""
-    model.terms = recorder
+    """Replaces the terms of every MoE layer by the recorder. inputs: record the router inputs too."""
+    model.terms = Terms([recorder])
     for moe in model.moe_modules():
-        moe.terms = recorder
+        moe.terms = model.terms
 
         def keep(module: nn.Module, arguments: tuple[Tensor, ...], layer: int = moe.layer) -> None:  # noqa: ARG001
             recorder.inputs[layer] = arguments[0].detach()

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from titan_moe.analysis.report.runs import Run
+from torchtitan_ext.terms import REGISTRY
 
 INK = "#101112"  # what the page replaces with its own text colour
 COLOURS = ("#3b8fd6", "#e8743b", "#2ca58d", "#c2549d", "#a98f00", "#7a6ff0", "#8a8a8a")
@@ -40,15 +41,7 @@ STYLE: Any = {
 POINTS = 300  # of a curve, at most; each is then a mean over as many steps
 WIDTH, HEIGHT = 3.3, 2.3  # inches of one panel
 COLUMNS = 3
-TERMS = {
-    "lb": "load balance",
-    "z": "router z",
-    "sp": "sp: overlap in a layer",
-    "cp": "cp: coupling of layers",
-    "o": "orthogonality",
-    "v": "routing variance",
-    "erc": "expert-router coupling",
-}
+TERMS = {name: term.title or name for name, term in REGISTRY.items()}
 
 Row = dict[str, Any]
 

@@ -1,0 +1,291 @@
+"""What a loss term is: a name, options, what it needs of an MoE layer, its value there, and the bytes that it sends.
+
+Each regularizer is one subclass of `Term` in one file, registered by `@register`. Configuration tables, `--help`, the JSON
+schema, checks, metrics, plots and `titan-moe plan` read all that they need from it.
+
+Term files import torch inside functions, not at the top: the command line reads their options and must not wait for torch.
+
+Shapes: T tokens of a microbatch (B sequences of S), E experts, K chosen experts, R routed rows, F expert hidden width,
+D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from torchtitan_ext.collectives import Ranks
+
+COUNT_BYTES = 8  # int64
+
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class TermOptions(BaseModel):
+    """The options of a term: its table `[regularizers.NAME]`. The docstring under a field is its help text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    weight: Weight = 0.0
+    """Weight in the objective."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the weight rises linearly from 0; 0: constant from the first step."""
+
+
+class MatchedOptions(TermOptions):
+    """Options of a term that can be scaled to the size of lb."""
+
+    match_lb: bool = False
+    """Multiply by the power of ten that brings the term to the size of lb, computed once, at the first step."""
+
+
+class ModelFacts(NamedTuple):
+    """What a term's checks may depend on."""
+
+    experts: int
+    top_k: int
+    moe_layers: int
+
+
+class Setting(NamedTuple):
+    """What a term may know of the run beside its options."""
+
+    top_k: int
+    hidden_dim: int = 0
+    """Hidden width F of an expert, over all tensor-parallel ranks."""
+    seed: int = 0
+    ranks: Ranks | None = None
+    """The process groups of the ranks that hold the other tokens of a microbatch; None: there are none."""
+
+
+class Tokens(NamedTuple):
+    """The tokens of a microbatch on this rank: B sequences of S tokens."""
+
+    weights: Tensor
+    """(B, S), 1 / (labelled tokens of the global batch) on labelled tokens and 0 elsewhere; at least float32."""
+    sequences: Tensor
+    """(B,) int64, index of each sequence in the global batch: random draws per token are keyed by it."""
+    step: Tensor
+    """() int64, the optimizer step: every random draw is keyed by it."""
+    places: Tensor
+    """(S,) int64, position of each token in its full sequence: random draws per token are keyed by it."""
+    share: float = 1.0
+    """Factor on terms without a sum over tokens (erc), so that they add up to one over ranks and microbatches; 0: skip them."""
+
+
+class LayerView(NamedTuple):
+    """What a term sees of one MoE layer and one microbatch."""
+
+    layer: int
+    """Index among the MoE layers, from 0."""
+    tokens: Tokens
+    logits_TE: Tensor
+    """Router logits, at least float32."""
+    scores_TE: Tensor
+    """Routing scores, normalised to sum to 1."""
+    topk_ids_TK: Tensor
+    """The chosen experts, balancing bias included; int64."""
+    gates_TK: Tensor
+    """Gate weights of the chosen experts."""
+    rows_TK: Tensor
+    """Row of `z_RF` and `y_RD` that belongs to token i and its a-th expert; int64."""
+    weights_T: Tensor
+    """`tokens.weights`, flat."""
+    counts_E: Tensor
+    """Assignments of this rank's labelled tokens to experts; int64."""
+    z_RF: Tensor | None = None
+    """SwiGLU activations, one row per token and chosen expert; None unless a term needs `activations`."""
+    y_RD: Tensor | None = None
+    """Expert outputs before the gate weight, likewise; None unless a term needs `outputs`."""
+    responses_PE: Tensor | None = None
+    """`[p, e]`: norm of expert e's gate projection of this term's probe p; None if it gave none."""
+    previous: Tensor | None = None
+    """(T, n), what this term's `carried` returned at the MoE layer before; zeros at the first."""
+    observed: Any = None
+    """What this term's `observe` returned."""
+
+    def detach(self) -> LayerView:
+        """The same values without gradients. `observed` stays: `Term.observe` detaches what has no weight."""
+        import torch
+
+        tensors: dict[str, Any] = {
+            name: value.detach() for name, value in self._asdict().items() if isinstance(value, torch.Tensor)
+        }
+        return self._replace(**tensors)
+
+
+class Needs(NamedTuple):
+    """What a term needs beyond router outputs. What no enabled term needs is neither computed nor sent."""
+
+    activations: bool = False
+    """`LayerView.z_RF`: all hidden units of the activations of this rank's tokens."""
+    outputs: bool = False
+    """`LayerView.y_RD`: the expert outputs of this rank's tokens."""
+
+
+class Probes(NamedTuple):
+    """The probes of all terms, one below the other."""
+
+    vectors_PD: Tensor
+    counts: dict[str, int]
+    """How many of them belong to each term, in order."""
+
+
+class ExpertRows(Protocol):
+    """Access to rows at the experts, which may be on other ranks. The model's MoE layer implements it.
+
+    "Home order" is the order of `LayerView.rows_TK`: the rows of this rank's own tokens, sorted by expert.
+    """
+
+    @property
+    def local(self) -> bool:
+        """Whether all experts are on this rank, so that rows at the experts are in home order."""
+
+    def home(self, x_RX: Tensor) -> Tensor:
+        """Rows at the experts to the ranks of their tokens, in home order. Differentiable."""
+
+    def home_subset(self, x_RX: Tensor, rows_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """Only the rows that `rows_NK` names, and their indices (N, K) in the result. Differentiable."""
+
+    def to_experts(self, keys_T: Tensor) -> Tensor:
+        """A 32-bit integer per token, at each of its rows at the experts: (T,) -> (R,) int64."""
+
+    def sum_hidden(self, x: Tensor) -> Tensor:
+        """The sum over tensor-parallel ranks, each of which has summed over its own hidden units."""
+
+    def first_hidden(self, width: int) -> int:
+        """Index of this rank's first hidden unit, of `width` on each tensor-parallel rank."""
+
+
+class Line(NamedTuple):
+    """One purpose of communication in a training step."""
+
+    collective: str
+    what: str
+    bytes: int
+    """That one rank hands to the collective in a step."""
+
+
+class Sizes(NamedTuple):
+    """What traffic formulas are made of. Bytes are per number."""
+
+    steps: int
+    """Microbatches of a rank in a step."""
+    tokens: int
+    """Tokens of a rank in a microbatch."""
+    sequences: int
+    """Sequences, or parts of them, of a rank in a microbatch."""
+    compute: int
+    """Bytes of a number in the compute dtype."""
+    exact: int
+    """Bytes of a number in the dtype of losses and reductions."""
+    forwards: int
+    """Forward passes of a block for one backward pass: 2 when activations are recomputed."""
+    moe_layers: int
+    """MoE layers of this rank."""
+    experts: int
+    top_k: int
+    hidden: int
+    """Hidden units of an expert on this rank."""
+    dim: int
+    ep: int
+    tp: int
+    cp: int
+    token_ranks: int
+    """Ranks, or groups of tensor-parallel ranks, that hold tokens of the same microbatch."""
+
+    @property
+    def rows(self) -> int:
+        """Routed rows of this rank's tokens in a microbatch."""
+        return self.tokens * self.top_k
+
+    @property
+    def layer_passes(self) -> int:
+        """Forward passes of MoE layers in a step."""
+        return self.steps * self.moe_layers * self.forwards
+
+    def scope_ranks(self, scope: str) -> int:
+        """Ranks over which a term of this scope sums."""
+        return {"global": self.token_ranks, "sequence": self.cp, "microbatch": 1}[scope]
+
+
+class Term:
+    """A loss term. Subclasses set `name`, `title` and `Options`, define `value`, and override what else they need."""
+
+    name: ClassVar[str]
+    """Key of its table `[regularizers.NAME]` and of its metric `reg/NAME`."""
+    title: ClassVar[str] = ""
+    """In plots; the name when empty."""
+    Options: ClassVar[type[TermOptions]] = TermOptions
+    needs: ClassVar[Needs] = Needs()
+    measures: ClassVar[tuple[str, ...]] = ()
+    """Names of what `measure` returns, for metrics `moe/NAME`."""
+
+    def __init__(self, options: Any, setting: Setting) -> None:
+        """options: an instance of this class's `Options`."""
+        self.options, self.setting = options, setting
+
+    @classmethod
+    def problems(cls, options: Any, model: ModelFacts) -> Iterable[tuple[str, str]]:  # noqa: ARG003 - the interface
+        """(option, what is wrong and what to do) for each combination that cannot work."""
+        return ()
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the term has a gradient; otherwise it is only measured."""
+        return bool(self.options.weight > 0)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The process groups of the ranks that hold the other tokens of a microbatch."""
+        from torchtitan_ext.collectives import Ranks
+
+        return self.setting.ranks or Ranks()
+
+    def probes(self, router_weight_ED: Tensor, layer: int, tokens: Tokens) -> Tensor | None:  # noqa: ARG002 - the interface
+        """Vectors (P, D), in at least float32, whose gate projections by every expert this term needs (`responses_PE`)."""
+        return None
+
+    def observe(self, z_RF: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, Any]:  # noqa: ARG002 - the interface
+        """Called between activation and down projection with the activations at the experts.
+
+        Returns the activations to continue with, and a named tuple of tensors for `LayerView.observed`.
+        """
+        return z_RF, None
+
+    def value(self, view: LayerView) -> Tensor:
+        """The term's part from this layer and microbatch: (). Parts are summed over layers, microbatches and ranks."""
+        raise NotImplementedError
+
+    def carried_width(self, experts: int) -> int:  # noqa: ARG002 - the interface
+        """Numbers per token that `carried` returns."""
+        return 0
+
+    def carried(self, view: LayerView) -> Tensor:
+        """(T, n), given to this term at the next MoE layer as `LayerView.previous`."""
+        raise NotImplementedError
+
+    def measure(self, view: LayerView, value: Tensor) -> Mapping[str, Tensor]:  # noqa: ARG002 - the interface
+        """Values () of `measures`, without gradients; value: what `value` returned."""
+        return {}
+
+    def traffic(self, sizes: Sizes) -> Iterable[Line]:  # noqa: ARG002 - the interface
+        """What the term itself sends in a step. Rows for `needs` are counted elsewhere."""
+        return ()
+
+
+REGISTRY: dict[str, type[Term]] = {}
+"""Every term by name, built-in ones first."""
+
+TermClass = TypeVar("TermClass", bound=type[Term])
+
+
+def register(term: TermClass) -> TermClass:
+    """Class decorator: makes a term known to configuration, training, plan and plots."""
+    REGISTRY[term.name] = term
+    return term

@@ -1,0 +1,172 @@
+"""The enabled terms of a run, and how one MoE layer adds them to the carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torchtitan_ext.terms.base import (
+    REGISTRY,
+    ExpertRows,
+    LayerView,
+    MatchedOptions,
+    Needs,
+    Probes,
+    Setting,
+    Term,
+    Tokens,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from torchtitan_ext.carry import Carry
+
+TOKEN_MEASURES = ("entropy", "topk_mass")
+"""Measures of every MoE layer, whatever terms are enabled."""
+
+
+def build_terms(
+    options: Mapping[str, Any],
+    setting: Setting,
+    measure: Sequence[str] = (),
+    registry: Mapping[str, type[Term]] = REGISTRY,
+) -> Terms:
+    """The terms that must be computed: those with a weight, and those to be measured.
+
+    options: by name, a term's options as its `Options` instance, as a table, or its weight alone. measure: names of terms to
+    compute at weight 0 too. Raises KeyError for an unknown name, pydantic.ValidationError for a wrong option.
+    """
+    terms = []
+    for name in dict.fromkeys([*options, *measure]):
+        kind = registry[name]
+        given = options.get(name, {"weight": 0.0})
+        if isinstance(given, int | float):
+            given = {"weight": float(given)}
+        chosen = kind.Options.model_validate(given) if isinstance(given, Mapping) else given
+        if chosen.weight > 0 or name in measure:
+            terms.append(kind(chosen, setting))
+    order = list(registry)
+    return Terms(sorted(terms, key=lambda term: order.index(term.name)))
+
+
+def _union(needs: Iterable[Needs]) -> Needs:
+    return Needs(*(any(flags) for flags in zip(Needs(), *needs, strict=True)))
+
+
+class Terms:
+    """The enabled terms, in the order of `Carry.terms`."""
+
+    def __init__(self, terms: Sequence[Term] = ()) -> None:
+        self.terms = tuple(terms)
+        self.names = tuple(term.name for term in terms)
+        self.measures = (*TOKEN_MEASURES, *(name for term in terms for name in term.measures))
+        """Names of the columns of `Carry.sums`."""
+        self.needs = _union(term.needs for term in terms)
+        self.needs_gradient = _union(term.needs for term in terms if term.weighted)
+        """What the gradient of some term passes through."""
+
+    def objective(self, terms: Tensor, factors: Mapping[str, float] | None = None) -> Tensor:
+        """The weighted sum of `Carry.terms` (N,), to be added to the cross-entropy.
+
+        factors: multiply the weights at this step (warm-up, scaling to lb); 1 when not given.
+        """
+        factors = factors or {}
+        weights = [term.options.weight * factors.get(term.name, 1.0) for term in self.terms]
+        return terms @ terms.new_tensor(weights)
+
+    def factors(self, step: int, scales: Mapping[str, float]) -> dict[str, float]:
+        """What each weight is multiplied by at a step (1 is the first): warm-up, and the scale from `scales_to_lb`."""
+        warmups = {term.name: term.options.warmup_steps for term in self.terms}
+        return {
+            name: (min(1.0, step / steps) if steps else 1.0) * scales.get(name, 1.0) for name, steps in warmups.items()
+        }
+
+    @property
+    def matched(self) -> list[str]:
+        """Terms with a weight that are scaled to the size of lb."""
+        return [
+            term.name
+            for term in self.terms
+            if term.weighted and isinstance(term.options, MatchedOptions) and term.options.match_lb
+        ]
+
+    def scales_to_lb(self, values: Mapping[str, float]) -> dict[str, float]:
+        """`10^round(log10(R_lb / |R|))` of every matched term; 1 for a term that is 0. values: terms of the first step."""
+        return {
+            name: 10.0 ** round(math.log10(values["lb"] / abs(values[name]))) if values[name] else 1.0
+            for name in self.matched
+        }
+
+    def carried_width(self, experts: int) -> int:
+        """Numbers per token that terms carry from one MoE layer to the next."""
+        return sum(term.carried_width(experts) for term in self.terms)
+
+    def probes(self, router_weight_ED: Tensor, layer: int, tokens: Tokens) -> Probes | None:
+        """The vectors whose gate projections terms need, if one does."""
+        import torch
+
+        asked = {term.name: term.probes(router_weight_ED, layer, tokens) for term in self.terms}
+        given = {name: vectors for name, vectors in asked.items() if vectors is not None}
+        if not given:
+            return None
+        vectors = list(given.values())
+        counts = {name: len(part) for name, part in given.items()}
+        return Probes(torch.cat(vectors) if len(vectors) > 1 else vectors[0], counts)
+
+    def observe(self, z_RF: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, dict[str, Any]]:
+        """Between activation and down projection: the activations to continue with, and what each term took from them."""
+        observed = {}
+        for term in self.terms:
+            z_RF, observed[term.name] = term.observe(z_RF, view, rows)
+        return z_RF, observed
+
+    def add(self, view: LayerView, observed: Mapping[str, Any], probes: Probes | None, carry: Carry) -> Carry:
+        """The carry with this layer's terms and measures added.
+
+        view: with the responses of all probes. observed, probes: from the methods of the same names.
+        """
+        import torch
+
+        dtype, experts = carry.terms.dtype, view.scores_TE.shape[-1]
+        widths = [term.carried_width(experts) for term in self.terms]
+        previous = carry.previous.split(widths, dim=1) if sum(widths) else [None] * len(widths)
+        responses: dict[str, Tensor] = {}
+        if probes is not None:
+            assert view.responses_PE is not None
+            parts = view.responses_PE.split(list(probes.counts.values()))
+            responses = dict(zip(probes.counts, parts, strict=True))
+        values, measures = [], token_measures(view)
+        for term, before in zip(self.terms, previous, strict=True):
+            name = term.name
+            own = view._replace(previous=before, observed=observed.get(name), responses_PE=responses.get(name))
+            own = own if term.weighted else own.detach()
+            value = term.value(own)
+            values.append(value.to(dtype))
+            with torch.no_grad():
+                measures |= term.measure(own, value)
+        with torch.no_grad():
+            counts = torch.select_scatter(carry.counts, view.counts_E, 0, view.layer)
+            columns = torch.stack([measures[name] for name in self.measures])
+            sums = torch.select_scatter(carry.sums, columns.to(carry.sums.dtype), 0, view.layer)
+        carried = [term.carried(view) for term, width in zip(self.terms, widths, strict=True) if width]
+        after = carried[0] if len(carried) == 1 else torch.cat(carried, dim=1) if carried else carry.previous
+        return carry._replace(
+            terms=carry.terms + torch.stack(values) if values else carry.terms, previous=after, counts=counts, sums=sums
+        )
+
+
+def token_measures(view: LayerView) -> dict[str, Tensor]:
+    """TOKEN_MEASURES: weighted sums over tokens, without gradients."""
+    import torch
+
+    from torchtitan_ext.metrics import token_entropy
+    from torchtitan_ext.ops.routing import weighted_sum
+
+    with torch.no_grad():
+        mass_T = view.scores_TE.gather(1, view.topk_ids_TK).sum(1)
+        return {
+            "entropy": weighted_sum(token_entropy(view.scores_TE), view.weights_T),
+            "topk_mass": weighted_sum(mass_T, view.weights_T),
+        }

@@ -1,0 +1,62 @@
+"""o, orthogonality of expert outputs (Guo et al., "Advancing Expert Specialization for Better MoE", Eq. 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from torchtitan_ext.terms.base import LayerView, MatchedOptions, ModelFacts, Needs, Term, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def orthogonality_loss(
+    y: Tensor,
+    variant: str = "paper",
+    eps: float = 1e-6,
+    *,
+    rows: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """o: squared norm of the projections of a token's expert outputs on each other.
+
+    y: (T, k, D) outputs of each token's chosen experts before the gate weight; or (R, D) with rows: (T, k) int64. variant
+    "paper": mean over tokens of the sum over ordered pairs of `|| <a,b> / (<b,b> + eps) b ||^2`. variant "code": mean over
+    tokens and chosen experts of the squared norm of the projection on the span of the other chosen experts' outputs.
+    Raises ValueError for an unknown variant. Source: Guo et al., Eq. 6, and their published code.
+    """
+    from torchtitan_ext.ops.gram import squared_projections, squared_span_projections, token_gram, token_rows
+    from torchtitan_ext.ops.routing import weighted_sum
+
+    rows, y = token_rows(y, rows)
+    gram = token_gram(y, rows)
+    if variant == "paper":
+        return weighted_sum(squared_projections(gram, eps), weights)
+    if variant == "code":
+        return weighted_sum(squared_span_projections(gram), weights)
+    raise ValueError(f"orthogonality_loss: variant={variant!r} is not one of 'paper', 'code'")
+
+
+class OrthogonalityOptions(MatchedOptions):
+    """o, orthogonality of expert outputs (Guo et al.)."""
+
+    variant: Literal["paper", "code"] = "paper"
+    """The paper's pairwise projections, or its published code's projection on the span of the others."""
+
+
+@register
+class Orthogonality(Term):
+    name = "o"
+    title = "orthogonality"
+    Options = OrthogonalityOptions
+    needs = Needs(outputs=True)
+
+    @classmethod
+    def problems(cls, options: Any, model: ModelFacts) -> Iterable[tuple[str, str]]:  # noqa: ARG003 - the interface
+        if model.top_k == 1:
+            yield "weight", "o compares the experts of a token, and model.moe.top_k = 1; set the weight to 0"
+
+    def value(self, view: LayerView) -> Tensor:
+        assert view.y_RD is not None
+        return orthogonality_loss(view.y_RD, self.options.variant, rows=view.rows_TK, weights=view.weights_T)

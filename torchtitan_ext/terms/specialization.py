@@ -1,0 +1,237 @@
+"""sp, intra-layer specialization: squared cosines of the activations of a token's experts (Hu et al., Eq. 4).
+
+The value is a function of one small Gram matrix per token, taken between the activation and the down projection. When experts
+are on other ranks, the activations (of all tokens or of a sample), or sketches of them, are sent to the ranks of their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from torchtitan_ext.terms.base import (
+    ExpertRows,
+    LayerView,
+    Line,
+    ModelFacts,
+    Sizes,
+    Term,
+    TermOptions,
+    Weight,
+    register,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def specialization_loss(
+    z: Tensor, *, rows: Tensor | None = None, weights: Tensor | None = None, above_chance: bool = False
+) -> Tensor:
+    """sp: mean over tokens of the sum over ordered pairs of chosen experts of `cos(z_e, z_v)^2`, in [0, k(k-1)].
+
+    z: (T, k, F) SwiGLU activations of each token's chosen experts; or (R, F) in any order together with rows: (T, k)
+    int64, the row of token i's a-th expert. A zero vector has cosine 0 with everything. weights: (T,), replace 1/T.
+    above_chance: count of every squared cosine only what exceeds 1/F, the mean for independent directions, so that experts
+    that overlap by chance alone get no gradient (our variant). Source: Hu et al., Eq. 4.
+    """
+    from torchtitan_ext.ops.gram import squared_cosines, token_gram, token_rows
+    from torchtitan_ext.ops.routing import weighted_sum
+
+    rows, z = token_rows(z, rows)
+    floor = chance_overlap(z.shape[-1]) if above_chance else 0.0
+    return weighted_sum(squared_cosines(token_gram(z, rows), floor), weights)
+
+
+def chance_overlap(width: int) -> float:
+    """The mean squared cosine of independent random directions in `width` dimensions."""
+    return 1.0 / width
+
+
+def sketched_specialization_loss(
+    z: Tensor, rows: Tensor, sketch: Tensor, signs: Tensor, *, weights: Tensor | None = None
+) -> Tensor:
+    """sp from two independent sketches of the activations and their exact norms.
+
+    z: (R, F), rows: (T, k). sketch: (m, F) of +-1, m even; its halves are the two sketches. signs: (T, F) of +-1, the same for
+    a token's k rows. Row z becomes `S (r * z) / sqrt(m / 2)`; each half estimates an inner product without bias, and the
+    product of both estimates its square without bias. Unlike the exact value a token's estimate may be negative. Raises
+    ValueError for an odd m.
+    """
+    from torchtitan_ext.ops.routing import weighted_sum
+
+    tokens, k = rows.shape
+    gathered = z[rows].flatten(0, 1)
+    sketched, norms = sketch_rows(gathered, signs.repeat_interleave(k, 0), sketch)
+    return weighted_sum(sketched_cosines(sketched.unflatten(0, (tokens, k)), norms.unflatten(0, (tokens, k))), weights)
+
+
+def sketch_rows(z: Tensor, signs: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
+    """What sp by sketches needs of each row: `S (r * z)` (R, m) in the dtype of z, and its squared norm (R,).
+
+    z: (R, F), signs: (R, F), sketch: (m, F). Both are sums over hidden units, so tensor-parallel parts add up.
+    """
+    from torchtitan_ext.ops.routing import accumulate
+
+    exact = accumulate(z)
+    return ((exact * signs) @ sketch.t()).to(z.dtype), exact.square().sum(-1)
+
+
+def sketched_cosines(sketched: Tensor, norms: Tensor) -> Tensor:
+    """Estimates of each token's sum of squared cosines: sketches (T, k, m), squared norms (T, k) -> (T,)."""
+    import torch
+
+    from torchtitan_ext.ops.routing import accumulate
+
+    if sketched.shape[2] % 2:
+        raise ValueError(f"sketched_specialization_loss: {sketched.shape[2]} sketch dimensions can't be halved")
+    half = sketched.shape[2] // 2
+    parts = accumulate(sketched).unflatten(2, (2, half)).transpose(1, 2)
+    products = (parts @ parts.transpose(2, 3)) / half
+    positive = norms > 0
+    inverse = positive / torch.where(positive, norms, 1.0)
+    squares = products[:, 0] * products[:, 1] * inverse.unsqueeze(2) * inverse.unsqueeze(1)
+    off_diagonal = ~torch.eye(norms.shape[1], dtype=torch.bool, device=norms.device)
+    return (squares * off_diagonal).sum((1, 2))
+
+
+class SpecializationOptions(TermOptions):
+    """sp, intra-layer specialization: squared cosine of co-activated experts' SwiGLU activations."""
+
+    weight: Weight = 0.0
+    """Weight in the objective; the paper uses 2e-3."""
+    method: Literal["exact", "sketch", "sample"] = "exact"
+    """All tokens and full width, or an estimator: random projections of the activations, or a random subset of tokens."""
+    sketch_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    """Numbers per activation (method "sketch"): two independent sketches of half as many each."""
+    sample_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.125
+    """Expected fraction of the tokens (method "sample")."""
+    above_chance: bool = False
+    """Count of every squared cosine only what exceeds 1 / model.moe.hidden_dim, the mean of independent directions."""
+
+
+class Grams(NamedTuple):
+    """Gram matrices of N tokens."""
+
+    gram_NKK: Tensor
+    weights_N: Tensor
+
+
+class Sketches(NamedTuple):
+    """Sketches of this rank's routed rows, in home order."""
+
+    sketched_RM: Tensor
+    """In the dtype of z."""
+    norms_R: Tensor
+    """Squared norms, in at least float32."""
+
+
+@register
+class Specialization(Term):
+    name = "sp"
+    title = "sp: overlap in a layer"
+    Options = SpecializationOptions
+    measures = ("overlap",)
+
+    @classmethod
+    def problems(cls, options: Any, model: ModelFacts) -> Iterable[tuple[str, str]]:
+        if model.top_k == 1:
+            yield "weight", "sp compares the experts of a token, and model.moe.top_k = 1; set the weight to 0"
+        if options.above_chance and options.method == "sketch":
+            yield (
+                "above_chance",
+                "a sketch does not give single cosines; set regularizers.sp.method to 'exact' or 'sample'",
+            )
+
+    def observe(self, z_RF: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, Any]:
+        if self.options.method == "sketch":
+            return z_RF, self._sketches(z_RF, view, rows)
+        from torchtitan_ext.ops.gram import gram_through, token_gram
+
+        rows_NK, weights_N = self._selected(view)
+        source = z_RF if self.weighted else z_RF.detach()
+        if not rows.local:
+            # A selection may be empty by chance, but every rank takes part in the exchange.
+            all_rows = self.options.method == "exact"
+            source, rows_NK = (rows.home(source), rows_NK) if all_rows else rows.home_subset(source, rows_NK)
+            gram_NKK = token_gram(source, rows_NK)
+        elif self.weighted:
+            z_RF, gram_NKK = gram_through(z_RF, rows_NK)
+        else:
+            gram_NKK = token_gram(source, rows_NK)
+        return z_RF, Grams(rows.sum_hidden(gram_NKK), weights_N)
+
+    def _selected(self, view: LayerView) -> tuple[Tensor, Tensor]:
+        """Rows (N, K) and weights (N,) of the tokens whose Gram matrices are taken."""
+        from torchtitan_ext.ops import draws
+
+        tokens, weights_T = view.tokens, view.tokens.weights.flatten()
+        if self.options.method == "exact":
+            return view.rows_TK, weights_T
+        key = (draws.SP_SAMPLE, self.setting.seed, view.layer, tokens.step)
+        fraction, positions = self.options.sample_fraction, {"rows_B": tokens.sequences, "columns_S": tokens.places}
+        chosen_N = draws.drawn(fraction, *key, **positions, device=view.rows_TK.device)
+        return view.rows_TK.index_select(0, chosen_N), weights_T.index_select(0, chosen_N) / fraction
+
+    def _sketches(self, z_RF: Tensor, view: LayerView, rows: ExpertRows) -> Sketches:
+        import torch
+
+        from torchtitan_ext.dtypes import accumulation_dtype
+        from torchtitan_ext.ops import draws
+
+        tokens, device, seed = view.tokens, z_RF.device, self.setting.seed
+        dtype, width, first = accumulation_dtype(z_RF.dtype), z_RF.shape[1], rows.first_hidden(z_RF.shape[1])
+        key = (seed, view.layer, tokens.step)
+        keys_BS = draws.keyed_bits(draws.SP_SIGNS, *key, tokens.sequences.unsqueeze(1), tokens.places, device=device)
+        distinct, index_R = draws.distinct(rows.to_experts(keys_BS.flatten()))
+        signs_RF = draws.signs_of(distinct, width, dtype, first).index_select(0, index_R)
+        dims = torch.arange(self.options.sketch_dim, device=device)
+        bits = draws.keyed_bits(draws.SP_SKETCH, *key, dims, device=device)
+        source = z_RF if self.weighted else z_RF.detach()
+        sketched, norms = sketch_rows(source, signs_RF, draws.signs_of(bits, width, dtype, first))
+        sketched, norms = rows.home(sketched), rows.home(norms)
+        return Sketches(rows.sum_hidden(sketched), rows.sum_hidden(norms))
+
+    def value(self, view: LayerView) -> Tensor:
+        above_chance = self.options.above_chance
+        return self._value(view, chance_overlap(self.setting.hidden_dim) if above_chance else 0.0)
+
+    def _value(self, view: LayerView, floor: float) -> Tensor:
+        from torchtitan_ext.ops.gram import squared_cosines
+        from torchtitan_ext.ops.routing import weighted_sum
+
+        seen = view.observed
+        if isinstance(seen, Sketches):
+            rows_TK = view.rows_TK
+            return weighted_sum(sketched_cosines(seen.sketched_RM[rows_TK], seen.norms_R[rows_TK]), view.weights_T)
+        return weighted_sum(squared_cosines(seen.gram_NKK, floor), seen.weights_N)
+
+    def measure(self, view: LayerView, value: Tensor) -> Mapping[str, Tensor]:
+        """overlap: the mean squared cosine, of all of it with `above_chance` too."""
+        k = view.topk_ids_TK.shape[1]
+        if k == 1:
+            return {"overlap": view.weights_T.new_zeros(())}
+        squares = self._value(view.detach(), 0.0) if self.options.above_chance else value.detach()
+        return {"overlap": squares / (k * (k - 1))}
+
+    def traffic(self, sizes: Sizes) -> Iterable[Line]:
+        options, s = self.options, sizes
+        fraction = options.sample_fraction if options.method == "sample" else 1.0
+        rows = int(fraction * s.rows)
+        trips = s.forwards + (
+            1 if self.weighted else 0
+        )  # to the tokens' ranks in every forward pass; the gradient back
+        if options.method == "sketch":
+            sketch = options.sketch_dim * s.compute + s.exact
+            sent, keys = s.rows * trips * sketch, s.forwards * s.rows * 4
+            summed = s.rows * sketch
+        else:
+            sent = rows * trips * s.hidden * s.compute
+            keys = s.forwards * s.rows if options.method == "sample" else 0  # one byte a row: is it wanted
+            summed = rows * s.top_k * s.exact
+        if s.ep > 1:
+            yield Line("all-to-all", "sp: activations", s.steps * s.moe_layers * (sent + keys))
+        if s.tp > 1:
+            yield Line("all-reduce", "sp: sums over hidden units", s.layer_passes * summed)
