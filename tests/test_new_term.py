@@ -64,9 +64,13 @@ def test_it_is_in_metrics_and_report_warms_up_and_changes_the_model(tiny_config:
     assert "drift" in page.read_text()
 
 
+def plan_of(words: list[str], world: int) -> str:
+    return plan_text(load_config("debug", words, world_size=world), world)
+
+
 def test_plan_counts_the_activations_that_it_asks_for(module: str) -> None:
     words = [*TINY, module, WEIGHT, "--parallelism.ep=2", "--training.dtype=float32"]
-    with_term = plan_text(load_config("debug", words, world_size=2), 2)
+    (with_term,) = launch(1, plan_of, words, 2, group=False)  # in a process of its own: it makes a fake process group
     assert "all-to-all, activations for terms" in with_term
     # 2 sequences of 32 tokens on each of 2 ranks, 2 experts each, 24 hidden units, float32, 3 layers, there and back
     size = 2 * 32 * 2 * 24 * 4 * 3 * 2

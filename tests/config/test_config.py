@@ -10,6 +10,7 @@ import tomli
 
 from titan_moe.config.describe import json_schema, options_help, to_toml
 from titan_moe.config.load import CONFIG_DIR, all_keys, load_config
+from titan_moe.config.tables import config_class
 from titan_moe.errors import UserError
 
 
@@ -73,7 +74,7 @@ FILES = {
     "[regularizers.o]\nweight = 1.0\n[model.moe]\ntop_k = 1": r"o compares the experts of a token",
     "[regularizers]\nsp.weight = 0\nerc.weight = 1.0\n[model.moe]\ntop_k = 1\nexperts = 1": r"erc compares experts",
     "[regularizers.sp]\nweight = 1.0\nsketch_dim = 7": r"sp\.sketch_dim = 7: .*multiple of 2",
-    "[regularizers.sp]\nabove_chance = true\nmethod = 'sketch'\nweight = 1.0": r"sp\.above_chance: a sketch does not give single",
+    "[regularizers.sp]\nabove_chance = true\nmethod = 'sketch'\nweight = 1.0": r"sp\.above_chance: a sketch does not give",
     "[regularizers.cp]\nsource = 'transition'\nform = 'log'\nweight = 1.0": r"cp\.form: 'log' takes each token's mass",
     "[checkpoint]\nupcycle_path = 'a'\nload_path = 'b'": r"checkpoint\.upcycle_path: weights come from there or from",
     "[checkpoint]\nupcycle_path = 'a'\n[model.moe]\nshared_experts = 1": r"upcycle_path: .*shared_experts",
