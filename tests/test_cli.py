@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import titan_moe.verbs as titan_moe_verbs
 from tests.conftest import ROOT, THREADS, titan_moe
+from titan_moe.cli import VERBS, parse
+from titan_moe.errors import UserError
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -167,9 +172,97 @@ def test_prepare_says_what_it_made(tiny_options: list[str]) -> None:
     assert done.stdout.startswith("train ")
 
 
-def test_help_and_unknown_verbs() -> None:
-    assert "--training.steps=" in titan_moe("train", "--help").stdout
-    assert "usage" in titan_moe("--help").stdout
+def test_help_lists_verbs_and_options() -> None:
+    overview = titan_moe("--help")
+    assert overview.returncode == 0
+    assert "usage: titan-moe" in overview.stdout
+    for verb, (_, meaning) in VERBS.items():
+        assert re.search(rf"^ +{verb} +{meaning[:30]}", overview.stdout, re.MULTILINE)
+    train = titan_moe("train", "--help")
+    assert train.returncode == 0
+    assert "--training.steps=" in train.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verbs_help_has_usage_defaults_and_examples_that_parse(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse([verb, "--help"])
+    assert not end.value.code
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: titan-moe {verb} ")
+    assert "(default: " in re.sub(r"\s+", " ", text)
+    examples = re.findall(rf"^(?:examples?:)? +titan-moe ({verb} .*)$", text, re.MULTILINE)
+    assert examples
+    for example in examples:
+        assert parse(shlex.split(example)).run
+
+
+def test_overview_imports_no_verb() -> None:
+    code = "import sys, titan_moe.cli as cli\ntry:\n cli.parse(['-h'])\nexcept SystemExit:\n print(sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "'titan_moe.verbs.arguments'" in modules
+    for slow in (
+        "torch",
+        "pydantic",
+        "titan_moe.config",
+        *(f"titan_moe.verbs.{module}" for module, _ in VERBS.values()),
+    ):
+        assert f"'{slow}'" not in modules
+
+
+def test_a_new_verb_is_a_file_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "count.py").write_text(
+        "def add_arguments(parser):\n    parser.add_argument('words', nargs='*')\n\n"
+        "def run(arguments):\n    return len(arguments.words)\n"
+    )
+    monkeypatch.setattr("titan_moe.verbs.__path__", [*titan_moe_verbs.__path__, str(tmp_path)])
+    monkeypatch.setitem(VERBS, "count", ("count", "count words"))
+    arguments = parse(["count", "a", "b"])
+    assert arguments.run(arguments) == 2
+
+
+@pytest.mark.parametrize("override", [["--training.dtype", "float64"], ["--training.dtype=float64"]])
+@pytest.mark.parametrize("position", range(5))
+def test_an_override_may_stand_anywhere(override: list[str], position: int) -> None:
+    words = ["runs/a", "--all", "runs/b", "--examples=3"]
+    arguments = parse(["inspect", *words[:position], *override, *words[position:]])
+    assert arguments.overrides == ["--training.dtype=float64"]
+    assert (arguments.runs, arguments.all, arguments.examples) == ([Path("runs/a"), Path("runs/b")], True, 3)
+
+
+MISTAKES = {
+    "": "a verb is missing; there are train, prepare,",
+    "trian": "no verb 'trian'; did you mean 'train'?",
+    "nonsense": "no verb 'nonsense'; there are train, prepare,",
+    "--config debug": "no verb '--config'",
+    "train --conf debug": "command line: unknown option --conf; did you mean --config?",
+    "train --chekc": "command line: unknown option --chekc; did you mean --check?",
+    "train --steps=3": "command line: unknown option --steps; did you mean --training.steps?",
+    "train --steps 3": "command line: unknown option --steps; did you mean --training.steps?",
+    "train runs/debug": "command line: 'runs/debug' is not an option; options look like --section.key=value",
+    "train --config": "argument --config: expected one argument; see `titan-moe train --help`",
+    "train --training.steps": "command line: --training.steps needs a value: --training.steps=...",
+    "train --training.steps --check": "command line: --training.steps needs a value: --training.steps=...",
+    "train --check=yes": "argument --check: ignored explicit argument 'yes'; see `titan-moe train --help`",
+    "plan --world=two": "--world = 'two': number of ranks to plan for, 1 or more",
+    "plan --world 0": "--world = '0': number of ranks to plan for, 1 or more",
+    "inspect": "the following arguments are required: RUN; see `titan-moe inspect --help`",
+    "place runs/a runs/b": "command line: 'runs/b' is not an option",
+    "report runs/a --training.steps=3": "command line: unknown option --training.steps",
+    "report runs/a --outptu=x": "command line: unknown option --outptu; did you mean --output?",
+    "sweep": "the following arguments are required: --config; see `titan-moe sweep --help`",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_on_the_command_line(words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(shlex.split(words))
+    assert str(caught.value).startswith(MISTAKES[words])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_verb_is_one_line_and_status_2() -> None:
     unknown = titan_moe("trian")
     assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert "no verb 'trian'" in unknown.stderr
+    assert unknown.stderr == "error: no verb 'trian'; did you mean 'train'?\n"

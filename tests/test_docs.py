@@ -1,4 +1,4 @@
-"""What README and guides show is right: commands name real options, the snippets run, the links lead somewhere."""
+"""The commands of README and docs parse and make valid configurations, their snippets run, their links exist."""
 
 import re
 import shlex
@@ -8,9 +8,9 @@ import pytest
 
 from tests.conftest import ROOT
 from titan_moe.analysis.sweep.grid import cell_config, cells_of, read_sweep
+from titan_moe.cli import parse
 from titan_moe.config import extensions
 from titan_moe.config.load import load_config
-from titan_moe.verbs.words import take_flag, take_number, take_option
 from torchtitan_ext.terms import REGISTRY
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -21,7 +21,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_commands_have_valid_options(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_commands_parse_and_their_configurations_are_valid(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for block in blocks(page, "python"):
         if block.startswith("# "):
             (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block)
@@ -33,37 +35,26 @@ def test_commands_have_valid_options(page: Path, tmp_path: Path, monkeypatch: py
             while words and re.match(r"[A-Z_]+=", words[0]):
                 words = words[1:]
             if words and words[0].endswith(("run_train.sh", "titan-moe")) and "--help" not in words:
-                verb, options = (words[1], words[2:]) if words[0].endswith("titan-moe") else ("train", words[1:])
-                check_options(verb, options, line)
+                verb = [] if words[0].endswith("titan-moe") else ["train"]
+                check_command([*verb, *words[1:]], line)
     finally:
         for table in (REGISTRY, extensions.corpora, extensions.trackers):
             table.clear()
         REGISTRY.update(before)
 
 
-def check_options(verb: str, options: list[str], line: str) -> None:
-    world = re.search(r"NPROC=(\d+)", line)
-    ranks = (int(world.group(1)) if world else 1) * (2 if "NNODES=2" in line else 1)
-    if verb == "sweep":
-        name, options = take_option(options, "--config", "")
-        _, options = take_option(options, "--output", "")
-        _, options = take_flag(options, "--tables")
-        _, options = take_number(options, "--processes", 1, "")
-        base, options = take_option(options, "--base", "")
-        path, sweep = read_sweep(name, base)
+def check_command(words: list[str], line: str) -> None:
+    """Parses a command and builds every configuration that it would run, for the number of ranks that its line sets."""
+    nproc = re.search(r"NPROC=(\d+)", line)
+    ranks = (int(nproc.group(1)) if nproc else 1) * (2 if "NNODES=2" in line else 1)
+    arguments = parse(words)
+    if words[0] == "sweep":
+        path, sweep = read_sweep(arguments.config, arguments.base)
         for cell in cells_of(path, sweep):
-            cell_config(cell, sweep, Path("runs"), options, ranks)
-        return
-    if verb in ("inspect", "place", "report"):
-        for flag in ("--all", "--by-paths"):
-            _, options = take_flag(options, flag)
-        for option in ("--output", "--text", "--sequences", "--cluster-tokens", "--examples", "--ranks"):
-            _, options = take_option(options, option, "")
-        options = [word for word in options if word.startswith("-")]
-    if verb == "plan":
-        ranks, options = take_number(options, "--world", ranks, "")
-    name, options = take_option(options, "--config", "debug")
-    load_config(name, options, world_size=ranks)
+            cell_config(cell, sweep, Path("runs"), arguments.overrides, ranks)
+    else:
+        name, world = getattr(arguments, "config", "debug"), getattr(arguments, "world", ranks)
+        load_config(name, arguments.overrides, world_size=world)
 
 
 def test_readme_snippets() -> None:

@@ -1,12 +1,4 @@
-"""The verbs of `titan-moe`.
-
-    titan-moe train [--config NAME or PATH] [--section.key=value ...]
-    titan-moe prepare [--config NAME or PATH] [--section.key=value ...]
-    titan-moe plan [--config NAME or PATH] [--world N] [--section.key=value ...]
-    titan-moe inspect CHECKPOINT or RUN DIRECTORY ... [--all] [--text PATH] [--section.key=value ...]
-    titan-moe place CHECKPOINT or RUN DIRECTORY [--ranks N] [--by-paths] [--text PATH] [--section.key=value ...]
-    titan-moe report RUN DIRECTORY ... [--output DIR]
-    titan-moe sweep --config NAME or PATH [--processes N] [--output DIR] [--tables] [--section.key=value ...]
+"""The command line, `titan-moe VERB ...`: parses the words, runs the verb, and turns errors into exit statuses.
 
 Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after SIGINT and SIGTERM, 1 anything else.
 """
@@ -17,45 +9,41 @@ import logging
 import os
 import signal
 import sys
-from types import FrameType
-from typing import NoReturn
+from argparse import Namespace
 
-from titan_moe.config.describe import options_help
 from titan_moe.errors import LostRanksError, TrainingError, UserError
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.log import log_file
+from titan_moe.verbs.arguments import Parser
 
-VERBS = ("train", "prepare", "plan", "inspect", "place", "report", "sweep")
+VERBS = {  # verb: (module in titan_moe.verbs, one line of `titan-moe --help`)
+    "train": ("train", "train a model, or continue an interrupted run"),
+    "prepare": ("prepare", "tokenise the training text into the cache"),
+    "plan": ("plan", "count parameters, FLOPs, and the memory and traffic of a rank, without training"),
+    "inspect": ("inspect", "measure routing and expert specialization of checkpoints"),
+    "place": ("place", "order experts so that little routed traffic leaves a rank"),
+    "report": ("report", "write a page of curves, heat maps and tables about runs"),
+    "sweep": ("sweep", "run a grid of configurations and compare them"),
+}
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-
-USAGE = """usage: titan-moe VERB [--config NAME or PATH] [--section.key=value ...]
-
-  train   trains; --check only checks configuration and inputs and prepares the data
-  prepare tokenises the text into the cache, as `train` would, and says what came of it
-  plan    no training: parameters, FLOPs, and memory and traffic of one of --world N ranks
-  inspect CHECKPOINT or RUN DIRECTORY ...: routing and specialization measures on the run's validation text or on --text PATH;
-          --all: every checkpoint of the run; --sequences N, --cluster-tokens N, --examples N, --output FILE
-  place   CHECKPOINT or RUN DIRECTORY: an order of experts with little traffic over --ranks N, or --by-paths; --output FILE
-  report  RUN DIRECTORY ...: a page of curves, heat maps and tables with what inspect found; --output DIR (default: RUN/report)
-  sweep   runs a grid of configurations, --processes N at a time, and compares them; --output DIR (default: runs/sweeps/NAME);
-          --base NAME: start its cells from that configuration instead; --tables only writes the tables again
-
-NAME is a file of train_configs/ (default: debug), for sweep of train_configs/sweeps/. `titan-moe VERB --help` lists options.
-"""
 
 
 def main() -> None:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, _exit_143)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     keep_freed_memory()
     try:
-        status = run(sys.argv[1:])
+        arguments = parse(sys.argv[1:])
+        status: int = arguments.run(arguments)
     except UserError as error:
         status = fail(error, str(error), 2)
-    except LostRanksError as error:
-        leave(fail(error, str(error), 1))
     except TrainingError as error:
         status = fail(error, str(error), 1)
+        if isinstance(error, LostRanksError):  # an orderly shutdown would wait for the lost ranks
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             fail(error, None, 1)
@@ -72,8 +60,42 @@ def main() -> None:
     sys.exit(status)
 
 
+def parse(words: list[str]) -> Namespace:
+    """Parses a command line; `arguments.run(arguments)` of the result runs the verb and returns its exit status.
+
+    Prints help and exits for `--help`. Raises UserError.
+    """
+    parser = Parser(prog="titan-moe", epilog="`titan-moe VERB --help` describes a verb and its options.")
+    parsers = parser.add_subparsers(title="verbs", metavar="VERB")
+    verbs = {verb: parsers.add_parser(verb, help=line) for verb, (_, line) in VERBS.items()}
+    if words[:1] in (["-h"], ["--help"]):
+        parser.parse_args(words)
+    verb, *words = words or [""]
+    from titan_moe.config.load import all_keys, nearest, split_overrides, unknown_word  # slow, so not for `--help`
+
+    if verb not in VERBS:
+        near = nearest(verb, list(VERBS))
+        hint = f"did you mean {near!r}?" if near else f"there are {', '.join(VERBS)}"
+        raise UserError(f"{f'no verb {verb!r}' if verb else 'a verb is missing'}; {hint}")
+    module = importlib.import_module(f"titan_moe.verbs.{VERBS[verb][0]}")
+    parser = verbs[verb]
+    parser.description = module.__doc__
+    module.add_arguments(parser)
+    overrides, words = split_overrides(words)
+    arguments, unknown = parser.parse_known_intermixed_args(words)
+    valid = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
+    if "overrides" in arguments:
+        valid += all_keys()
+    else:
+        unknown += overrides
+    if unknown:
+        raise unknown_word(unknown[0], valid)
+    arguments.overrides, arguments.run = overrides, module.run
+    return arguments
+
+
 def fail(error: Exception, line: str | None, status: int) -> int:
-    """Tells the user in one line (None: a traceback will), the rank's log, and the process that started this one."""
+    """Reports an error in one line (None: a traceback follows) on stderr, in the rank's log, and to the launcher."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from titan_moe.runtime.lifesigns import record_failure
 
@@ -81,33 +103,6 @@ def fail(error: Exception, line: str | None, status: int) -> int:
     if line is not None:
         print(f"error: {line}", file=sys.stderr)
     log_file.error(line or "unexpected", exc_info=None if line else error)
-    return status
-
-
-def leave(status: int) -> NoReturn:
-    """Ends a process whose process group is broken: taking that down in order would wait for the lost ranks."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _exit_143(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signal's signature
-    sys.exit(143)
-
-
-def run(arguments: list[str]) -> int:
-    """Runs one verb and returns its exit status. Raises UserError, TrainingError."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0 if arguments else 2
-    verb, rest = arguments[0], arguments[1:]
-    if verb not in VERBS:
-        raise UserError(f"no verb {verb!r}; there are {', '.join(VERBS)}")
-    if "-h" in rest or "--help" in rest:
-        print(USAGE + options_help())
-        return 0
-    status: int = importlib.import_module(f"titan_moe.verbs.{verb}").run(rest)  # alone: most of them need much
     return status
 
 

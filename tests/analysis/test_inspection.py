@@ -222,7 +222,7 @@ def test_from_the_command_line(run: Path, tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "": "error: inspect needs a checkpoint or a run directory",
+    "": "error: the following arguments are required: RUN; see `titan-moe inspect --help`",
     "/nowhere": "error: /nowhere: neither a checkpoint nor a run directory with one",
     "{run} --text /nowhere": "error: --text = '/nowhere': neither a corpus",
     "{run} --sequences=-3": "error: --sequences = '-3': sequences of the text to read, 0 or more",

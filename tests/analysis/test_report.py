@@ -208,9 +208,9 @@ def test_in_a_browser(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path) -> None:
     run = made_run(tmp_path, "one", [])
     for words, message in (
-        ([], "report: which runs?"),
+        ([], "error: the following arguments are required: RUN; see `titan-moe report --help`"),
         (["/nowhere"], "error: /nowhere: not a run directory: "),
-        ([str(run), "--nonsense"], "report: no option '--nonsense'"),
+        ([str(run), "--nonsense"], "error: command line: unknown option --nonsense"),
     ):
         done = titan_moe("report", *words)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)

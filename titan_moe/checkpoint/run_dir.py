@@ -94,6 +94,18 @@ class RunDir:
         """Steps of the finished checkpoints, oldest first."""
         return saved_steps(self.checkpoints)
 
+    def finished(self, steps: int) -> str | None:
+        """How to continue a run that has a checkpoint of step `steps` or later; None for any other run."""
+        saved = self.saved_steps()
+        if not saved or saved[-1] < steps:
+            return None
+        return (
+            f"{self.path} is finished: {saved[-1]} steps.\n"
+            f"  more steps:   --training.steps={2 * saved[-1]}\n"
+            f"  a fresh run:  --job.name={self.path.name}-2\n"
+            f"  its curves:   tensorboard --logdir {self.path.parent}"
+        )
+
     def set_aside(self, checkpoint: Path, reason: str) -> Path:
         """Renames a checkpoint that is not to be loaded; nothing is ever deleted here."""
         number = 1

@@ -12,7 +12,7 @@ FLOAT8_MULTIPLE = 16
 def check_config(config: Config, origin: Origin, world_size: int) -> None:
     """Raises UserError for a combination that can't work."""
     check_model(config, origin)
-    check_parallelism(config, origin, world_size)
+    check_degrees(config, resolve(config.parallelism, world_size, origin), origin)
     check_regularizers(config, origin)
     check_float8(config, origin)
     check_start(config, origin)
@@ -38,10 +38,6 @@ def check_model(config: Config, origin: Origin) -> None:
             f"{origin('model.moe.first_dense_layers')} = {moe.first_dense_layers} "
             f"is more than model.layers = {model.layers}"
         )
-
-
-def check_parallelism(config: Config, origin: Origin, world_size: int) -> None:
-    check_degrees(config, resolve(config.parallelism, world_size, origin), origin)
 
 
 def check_regularizers(config: Config, origin: Origin) -> None:
@@ -101,6 +97,18 @@ def check_start(config: Config, origin: Origin) -> None:
         raise UserError(f"{where}: a dense layer has nothing for model.moe.shared_experts to start from; set that to 0")
     if config.model.moe.first_dense_layers:
         raise UserError(f"{where}: every layer becomes an MoE; set model.moe.first_dense_layers to 0")
+
+
+def check_vocabulary(config: Config, pieces: int) -> None:
+    """Checks the model's vocabulary against the tokenizer's number of pieces. Raises UserError."""
+    size, tp = config.model.vocab_size or pieces, config.parallelism.tp
+    if size < pieces:
+        raise UserError(
+            f"model.vocab_size = {size} is less than the tokenizer's {pieces} pieces; raise it or set it to 0"
+        )
+    if size % tp:
+        better = -(-size // tp) * tp
+        raise UserError(f"parallelism.tp = {tp} must divide the vocabulary of {size}; set model.vocab_size = {better}")
 
 
 def check_names(config: Config, origin: Origin) -> None:

@@ -1,48 +1,35 @@
-"""What the tables say of themselves: `--help`, the JSON schema, and the `config.toml` of a run directory.
+"""The configuration as text: the options in `titan-moe train --help`, the JSON schema, and a run's `config.toml`.
 
-python -m titan_moe.config.describe > titan_moe/config/schema.json      writes the schema that the package ships
+python -m titan_moe.config.describe > titan_moe/config/schema.json      updates the schema that the package ships
 """
 
 import json
 import textwrap
-from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from titan_moe.config.load import fields, is_table
 from titan_moe.config.tables import Config, config_class
 
 
 def options_help(width: int = 110) -> str:
-    """Every option with type, default and meaning, table by table."""
+    """All options by table, each with its default, type and meaning."""
     lines: list[str] = []
-    for prefix, table in tables(config_class()):
-        lines.append(f"\n[{prefix}]  {table.__doc__ or ''}")
-        for name, field in table.model_fields.items():
-            if is_table(field.annotation):
-                continue
+    for key, field in fields():
+        if is_table(field.annotation):
+            lines.append(f"\n[{key}]  {field.annotation.__doc__ or ''}")
+        else:
             default = json.dumps(field.get_default(call_default_factory=True))
-            lines.append(f"  --{prefix}.{name}={default}  ({type_name(field)})")
+            lines.append(f"  --{key}={default}  ({type_name(field)})")
             lines += textwrap.wrap(field.description or "", width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
-def tables(table: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    for name, field in table.model_fields.items():
-        annotation: Any = field.annotation
-        if is_table(annotation):
-            yield f"{prefix}{name}", annotation
-            yield from tables(annotation, f"{prefix}{name}.")
-
-
-def is_table(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
 def type_name(field: FieldInfo) -> str:
+    """A field's type with its bounds, for example "int, >= 1" or '"softmax" | "sigmoid"'."""
     annotation: Any = field.annotation
     if get_origin(annotation) is Literal:
         return " | ".join(json.dumps(choice) for choice in get_args(annotation))
@@ -55,7 +42,7 @@ def type_name(field: FieldInfo) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema (2020-12) of a configuration file, `extends` included."""
+    """The JSON schema (draft 2020-12) of a configuration file, with its `extends` key."""
     schema = config_class().model_json_schema()
     extends = {
         "description": "Files that this one extends, relative to it; later wins.",
@@ -67,7 +54,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def to_toml(config: Config) -> str:
-    """The whole configuration, every key with its value, as TOML that `load_config` reads back."""
+    """All keys of a configuration with their values, as TOML that `load_config` reads."""
     return tomli_w.dumps(config.model_dump())
 
 

@@ -1,10 +1,9 @@
-"""From TOML files and command-line overrides to a checked `Config`.
+"""Builds a checked `Config` from TOML files and command-line overrides.
 
-`extends = "base.toml"` (or a list) at the top of a file merges tables key by key, later wins; the command line wins over
-files. Every error is one line that names where the value came from, its key, and what would be right.
+`extends = "base.toml"` (or a list) at the top of a file merges tables key by key; later files win, and the command line
+wins over files. Every error is one line that names the source of the value, its key, and a valid choice.
 """
 
-import copy
 import difflib
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import tomli
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from titan_moe.config.checks import check_config
 from titan_moe.config.extensions import load_modules
@@ -21,10 +21,11 @@ from titan_moe.errors import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent.parent / "train_configs"
 COMMAND_LINE = "command line"
+MODULES = "extensions.modules"
 
 
 def load_config(
-    name: str = "debug",
+    name: str | None = "debug",
     overrides: Sequence[str] = (),
     *,
     world_size: int = 1,
@@ -32,16 +33,29 @@ def load_config(
 ) -> Config:
     """Reads, merges and checks a configuration.
 
-    name: a file of `train_configs/` with or without `.toml`, or a path. settings: tables that win over the file, later over
-    earlier, each with where it stands. overrides: `--section.key=value` words, which win over all. world_size: processes that
-    the layout must fit. Raises UserError.
+    name: a file of `train_configs/` with or without `.toml`, or a path; None: no file. settings: (source, table) pairs
+    that win over the file, later over earlier. overrides: `--section.key=value` words, which win over all. world_size:
+    the number of processes that the parallelism degrees must fit. Raises UserError.
     """
-    path = find_config(name)
-    values, origins = read_file(path)
-    for where, table in settings:
-        merge(values, copy.deepcopy(table))
-        origins |= dict.fromkeys(dotted_keys(table), where)
-    apply_overrides(values, origins, overrides, default_origin=str(path))
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    path = Path("defaults") if name is None else find_config(name)
+    if name is not None:
+        merge_file(values, origins, path)
+    for source, table in settings:
+        merge(values, origins, table, source)
+    pairs = parse_overrides(overrides)
+    for key, raw in pairs:
+        if key == MODULES:  # before the other overrides: the terms that the modules register have options too
+            set_value(values, key, override_value(key, raw))
+            origins[key] = COMMAND_LINE
+    table = values.get("extensions")
+    modules = table.get("modules") if isinstance(table, dict) else None
+    if isinstance(modules, list) and all(isinstance(module, str) for module in modules):  # else `build` raises
+        load_modules(modules, f"{origins.get(MODULES, path)}: {MODULES}")
+    for key, raw in pairs:
+        set_value(values, key, override_value(key, raw))
+        origins[key] = COMMAND_LINE
     config = build(values, origins, default_origin=str(path))
     if not config.job.name:
         config = config.model_copy(update={"job": config.job.model_copy(update={"name": path.stem})})
@@ -52,47 +66,28 @@ def load_config(
 def saved_config(
     values: dict[str, Any], origin: str, overrides: Sequence[str], *, world_size: int, reset: Sequence[str] = ()
 ) -> Config:
-    """The configuration that a checkpoint keeps, checked, with overrides. reset: tables that go back to their defaults."""
-    values = {key: value for key, value in copy.deepcopy(values).items() if key not in reset}
-    origins: dict[str, str] = {}
-    apply_overrides(values, origins, overrides, default_origin=origin)
-    config = build(values, origins, default_origin=origin)
-    check_config(config, lambda key: f"{origins.get(key, origin)}: {key}", world_size)
-    return config
-
-
-def apply_overrides(
-    values: dict[str, Any], origins: dict[str, str], overrides: Sequence[str], default_origin: str
-) -> None:
-    """Sets the values that the command line gives. First imports the extension modules: their terms have options too."""
-    pairs = list(parse_overrides(overrides))
-    key = "extensions.modules"
-    modules, origin = values.get("extensions", {}).get("modules", []), origins.get(key, default_origin)
-    for name, raw in pairs:
-        if name == key:
-            modules, origin = override_value(key, raw), COMMAND_LINE
-    if isinstance(modules, list) and all(
-        isinstance(module, str) for module in modules
-    ):  # else `build` says what is wrong
-        load_modules(modules, f"{origin}: {key}")
-    for name, raw in pairs:
-        set_value(values, name, override_value(name, raw))
-        origins[name] = COMMAND_LINE
+    """The configuration stored in a checkpoint (origin), overridden and checked. reset: tables to set to defaults."""
+    kept = {key: value for key, value in values.items() if key not in reset}
+    return load_config(None, overrides, world_size=world_size, settings=[(origin, kept)])
 
 
 def find_config(name: str) -> Path:
+    """The file that `name` means: a path, or a file of `train_configs/` with or without `.toml`. Raises UserError."""
     candidates = [Path(name), CONFIG_DIR / name, CONFIG_DIR / f"{name}.toml"]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
-    near = difflib.get_close_matches(Path(name).stem, known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}, or give a path"
+    near = nearest(Path(name).stem, known)
+    hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}, or give a path"
     raise UserError(f"--config: no configuration {name!r}: {hint}")
 
 
-def read_file(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """The merged values of a file and the files it extends, and for each dotted key the file it came from."""
+def merge_file(values: dict[str, Any], origins: dict[str, str], path: Path, seen: tuple[Path, ...] = ()) -> None:
+    """Merges the files that a file extends, in order, and then its own values. Raises UserError.
+
+    origins: receives the source file of each dotted key. seen: the files that extend this one.
+    """
     if path.resolve() in seen:
         raise UserError(f"{path}: extends: the files extend each other in a circle")
     try:
@@ -105,61 +100,71 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: extends: must be a path or a list of paths, relative to this file")
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
     for base in bases:
-        base_path = path.parent / base
-        if not base_path.is_file():
-            base_path = CONFIG_DIR / base  # so that a file anywhere can extend a shipped one
+        # A file anywhere may extend a shipped one by its name.
+        base_path = path.parent / base if (path.parent / base).is_file() else CONFIG_DIR / base
         if not base_path.is_file():
             raise UserError(f"{path}: extends: no file {str(base_path)!r}")
-        base_values, base_origins = read_file(base_path, (*seen, path.resolve()))
-        merge(values, base_values)
-        origins |= base_origins
-    merge(values, own)
-    origins |= dict.fromkeys(dotted_keys(own), str(path))
-    return values, origins
+        merge_file(values, origins, base_path, (*seen, path.resolve()))
+    merge(values, origins, own, str(path))
 
 
-def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def dotted_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        yield f"{prefix}{key}"
+def merge(
+    values: dict[str, Any], origins: dict[str, str], table: dict[str, Any], origin: str, prefix: str = ""
+) -> None:
+    """Overwrites values by those of `table`, key by key inside tables, and records their origin by dotted key."""
+    for key, value in table.items():
+        origins[f"{prefix}{key}"] = origin
         if isinstance(value, dict):
-            yield from dotted_keys(value, f"{prefix}{key}.")
+            inner = values[key] = values[key] if isinstance(values.get(key), dict) else {}
+            merge(inner, origins, value, origin, f"{prefix}{key}.")
+        else:
+            values[key] = value
 
 
-def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """`--a.b=c` and `--a.b c` words as (key, text) pairs."""
-    rest = list(words)
+def parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The (key, text) pairs of `--section.key=value` and `--section.key value` words; UserError for any other word."""
+    overrides, others = split_overrides(words)
+    if others:
+        raise unknown_word(others[0], all_keys())
+    return [(key, raw) for key, _, raw in (word[2:].partition("=") for word in overrides)]
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits command-line words into overrides, each as one word `--section.key=value`, and all others, in order.
+
+    An override is a long option with a dot in its name. Raises UserError where one has no value.
+    """
+    overrides, others, rest = [], [], list(words)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--"):
-            raise UserError(f"{COMMAND_LINE}: {word!r} is not an option; options look like --section.key=value")
-        key, equals, raw = word[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"{COMMAND_LINE}: {word} needs a value: {word}=...")
-            raw = rest.pop(0)
-        if "." not in key:
-            near = nearest_key(key)
-            raise UserError(f"{COMMAND_LINE}: unknown option --{key}{f'; did you mean --{near}?' if near else ''}")
-        yield key, raw
+        name, equals, _ = word.partition("=")
+        if not name.startswith("--") or "." not in name:
+            others.append(word)
+        elif equals:
+            overrides.append(word)
+        elif not rest or rest[0].startswith("--"):
+            raise UserError(f"{COMMAND_LINE}: {word} needs a value: {word}=...")
+        else:
+            overrides.append(f"{word}={rest.pop(0)}")
+    return overrides, others
+
+
+def unknown_word(word: str, valid: Sequence[str]) -> UserError:
+    """The error for a command-line word that nothing reads. valid: names of options, without dashes."""
+    name = word.partition("=")[0]
+    if not name.startswith("-"):
+        return UserError(f"{COMMAND_LINE}: {word!r} is not an option; options look like --section.key=value")
+    near = nearest(name.lstrip("-"), valid)
+    return UserError(f"{COMMAND_LINE}: unknown option {name}{f'; did you mean --{near}?' if near else ''}")
 
 
 def override_value(key: str, raw: str) -> Any:
-    """The text of an override as the type its key has: text stays text for string keys, else it is read as TOML."""
-    annotation = annotation_of(key)
-    if annotation is str:
+    """Converts the text of an override to its key's type: string keys keep the text, others are read as TOML."""
+    field = dict(fields()).get(key)
+    if field and field.annotation is str:
         return raw
-    if annotation == list[str] and not raw.lstrip().startswith("["):
+    if field and field.annotation == list[str] and not raw.lstrip().startswith("["):
         return [part for part in raw.split(",") if part]
     try:
         return tomli.loads(f"value = {raw}")["value"]
@@ -167,16 +172,8 @@ def override_value(key: str, raw: str) -> Any:
         return raw
 
 
-def annotation_of(key: str) -> Any:
-    table: Any = config_class()
-    for part in key.split("."):
-        if not (isinstance(table, type) and issubclass(table, BaseModel)) or part not in table.model_fields:
-            return None
-        table = table.model_fields[part].annotation
-    return table
-
-
 def set_value(values: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key of nested tables. Raises UserError where a part of the key is not a table."""
     *tables, last = key.split(".")
     for table in tables:
         values = values.setdefault(table, {})
@@ -185,46 +182,53 @@ def set_value(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def all_keys(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key that a configuration may hold, tables left out."""
-    for name, field in table.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from all_keys(annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+def is_table(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def nearest_key(key: str) -> str | None:
-    """The valid key that `key` most resembles: one of the same name in another table, else as a whole or by its last part."""
-    keys = list(all_keys(config_class()))
-    namesakes = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    whole = difflib.get_close_matches(key, namesakes, 1, cutoff=0.0) or difflib.get_close_matches(
-        key, keys, 1, cutoff=0.6
-    )
-    if whole:
-        return whole[0]
-    last = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
-    near = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), 1, cutoff=0.6)
-    return last[near[0]] if near else None
+def fields(table: type[BaseModel] | None = None, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """The dotted key of every table and option with its field: a table, then its options, then the tables inside it."""
+    for name, field in sorted(
+        (table or config_class()).model_fields.items(), key=lambda item: is_table(item[1].annotation)
+    ):
+        yield f"{prefix}{name}", field
+        annotation: Any = field.annotation
+        if is_table(annotation):
+            yield from fields(annotation, f"{prefix}{name}.")
+
+
+def all_keys() -> list[str]:
+    """The dotted keys of all options."""
+    return [key for key, field in fields() if not is_table(field.annotation)]
+
+
+def nearest(name: str, valid: Sequence[str]) -> str | None:
+    """The valid name closest to `name`, first by its last dotted part, then as a whole; None: none is similar."""
+
+    def similarity(other: str) -> list[float]:
+        pairs = ((name.rpartition(".")[2], other.rpartition(".")[2]), (name, other))
+        return [difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs]
+
+    best = max(valid, key=similarity)
+    return best if max(similarity(best)) >= 0.6 else None
 
 
 def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) -> Config:
-    """Validates the merged values; the first mistake becomes a UserError."""
+    """Validates the merged values; raises UserError for the first mistake."""
     try:
         return config_class().model_validate(values)
     except ValidationError as error:
         mistake = error.errors(include_url=False)[0]
     parts = [str(part) for part in mistake["loc"] if not str(part).startswith(("list[", "str", "function-"))]
-    # Inside a list or a union the location goes deeper than the key; name the key, the deepest that has an origin.
+    # Inside a list or a union pydantic's location is longer than the key: take its longest prefix that has an origin.
     key = ".".join(parts)
     known = [".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in origins]
     below = next((name for name in origins if name.startswith(f"{key}.")), None)
-    if not known and below is not None:  # an override names no table on its way
+    if not known and below is not None:  # an override of section.key adds no origin for the table `section`
         key, known = below, [below]
     origin = origins[known[0]] if known else default_origin
     if mistake["type"] == "extra_forbidden":
-        near = nearest_key(key)
+        near = nearest(key, all_keys())
         hint = f"; did you mean {near}?" if near else "; `titan-moe train --help` lists the keys"
         if key.startswith("regularizers."):
             hint += "; a term of your own needs its module in extensions.modules"
@@ -235,7 +239,7 @@ def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) 
 
 
 def world_size_from_environment() -> int:
-    """Processes of this run as torchrun (or run_train.sh's check) announces them."""
+    """The number of processes of this run: WORLD_SIZE, set by torchrun and run_train.sh, else 1. Raises UserError."""
     raw = os.environ.get("WORLD_SIZE", "1")
     if not raw.isdigit() or int(raw) < 1:
         raise UserError(f"environment: WORLD_SIZE={raw!r} is not a positive number of processes")

@@ -1,9 +1,9 @@
-"""Text to tokenised shards, once: the results lie in a cache, keyed by corpus and tokenizer.
+"""Tokenises a corpus into shards, once: a cache keeps them under a key of corpus and tokenizer.
 
-    ids of a document = bos, its pieces, eos
+    token ids of a document = bos, its pieces, eos
 
-Validation documents are chosen by a hash of their text, so the same text never lands on both sides. A corpus of only a few
-documents (one long file, say) is first cut at line ends.
+A hash of a document's text decides whether it is for training or validation, so the same text is never in both splits.
+A corpus of fewer than 20 documents (one long file, for example) is first cut into pieces at line ends.
 """
 
 import contextlib
@@ -14,11 +14,13 @@ import sys
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from titan_moe.config.checks import check_vocabulary
 from titan_moe.config.tables import Config
 from titan_moe.data.corpora import Corpus, Document, open_corpus
 from titan_moe.data.shards import FORMAT_VERSION, SPLITS, Manifest, ShardWriter, Split, read_manifest, write_manifest
@@ -29,6 +31,9 @@ FEW_DOCUMENTS = 20
 CUT_CHARACTERS = 4096
 BATCH_CHARACTERS = 1 << 21
 
+Documents: TypeAlias = Iterator[tuple[Document, str]]
+"""Documents with the split that each belongs to."""
+
 
 class Prepared(NamedTuple):
     tokenizer: Tokenizer
@@ -37,28 +42,37 @@ class Prepared(NamedTuple):
 
 
 def cache_root(config: Config) -> Path:
-    """Where tokenizers, shards and downloaded packages are kept."""
-    if config.data.cache_dir:
-        return Path(config.data.cache_dir).expanduser()
-    if os.environ.get("TITAN_MOE_CACHE"):
-        return Path(os.environ["TITAN_MOE_CACHE"]).expanduser()
+    """The directory of cached tokenizers, shards and downloaded packages."""
+    chosen = config.data.cache_dir or os.environ.get("TITAN_MOE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titan_moe"
 
 
-def prepare(config: Config) -> Prepared:
-    """The tokenizer and shards of a configuration, made if they aren't in the cache. Raises UserError."""
-    root = cache_root(config)
-    corpus = open_corpus(config.data.corpus, "data.corpus", root)
+def prepare(config: Config, text: str = "") -> Prepared:
+    """The tokenizer and shards of a configuration, made unless the cache has them. Raises UserError.
+
+    text: a corpus to tokenise in place of `data.corpus`, all of it as one split "text", with the same tokenizer.
+    """
+    root, data = cache_root(config), config.data
+    corpus = open_corpus(data.corpus, "data.corpus", root)
+    source = open_corpus(text, "--text", root) if text else corpus
     try:
         tokenizer = cached_tokenizer(config, corpus, root)
-        key = [corpus.fingerprint, tokenizer.fingerprint, config.data.tokens, config.data.validation_fraction]
+        check_vocabulary(config, tokenizer.vocab_size)
+        key: list[object] = [source.fingerprint, tokenizer.fingerprint]
+        key = ["text", *key] if text else [*key, data.tokens, data.validation_fraction]
         folder = root / "tokens" / digest(*key, FORMAT_VERSION)
         if not (folder / "manifest.json").exists():
-            documents = split_documents(corpus, config.data.validation_fraction)
-            make_shards(corpus, tokenizer, folder, documents, SPLITS, config.data.tokens or sys.maxsize)
+            documents = (
+                ((document, "text") for document in source.documents())
+                if text
+                else split_documents(source, data.validation_fraction)
+            )
+            splits, budget = (("text",), 0) if text else (SPLITS, data.tokens)
+            make_shards(source, tokenizer, folder, documents, splits, budget or sys.maxsize)
     except OSError as error:
-        place = error.filename or root
-        raise UserError(f"data.cache_dir: {place}: can't be written: {error.strerror}") from error
+        raise UserError(f"data.cache_dir: {error.filename or root}: can't be written: {error.strerror}") from error
     return Prepared(tokenizer, folder, read_manifest(folder))
 
 
@@ -73,41 +87,38 @@ def cached_tokenizer(config: Config, corpus: Corpus, root: Path) -> Tokenizer:
     path = root / "tokenizers" / f"{digest(corpus.fingerprint, size)}.model"
     if not path.exists():
         print(f"Training a tokenizer of {size} pieces on {corpus.name}", file=sys.stderr)
-        texts = (
-            document.text
-            for document, split in split_documents(corpus, config.data.validation_fraction)
-            if split == "train"
-        )
-        model = train_tokenizer(texts, size)
+        documents = split_documents(corpus, config.data.validation_fraction)
+        model = train_tokenizer((document.text for document, split in documents if split == "train"), size)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        fresh = path.with_name(
+            f"{path.name}.{os.getpid()}"
+        )  # renamed when complete, so that no other process reads a part
         fresh.write_bytes(model)
         fresh.replace(path)
     return read_tokenizer(str(path), "data.cache_dir: the cached tokenizer")
 
 
-def split_documents(corpus: Corpus, validation_fraction: float) -> Iterator[tuple[Document, str]]:
-    """Every document with the split it belongs to. The first one always validates, so that any budget leaves some."""
+def split_documents(corpus: Corpus, validation_fraction: float) -> Documents:
+    """All documents with their splits. The first is for validation, which thus has text under any token budget."""
     documents = corpus.documents()
     first = list(islice(documents, FEW_DOCUMENTS))
     everything: Iterator[Document] = chain(first, documents)
     if len(first) < FEW_DOCUMENTS:
         everything = (piece for document in first for piece in cut(document))
-    opening: str | None = None
+    first_text: str | None = None
     for document in everything:
-        if opening is None:
-            opening = document.text
-        validates = document.text == opening or hashed_share(document.text) < validation_fraction
+        first_text = document.text if first_text is None else first_text
+        validates = document.text == first_text or uniform_hash(document.text) < validation_fraction
         yield document, "validation" if validates else "train"
 
 
-def hashed_share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+def uniform_hash(text: str) -> float:
+    """A hash of the text, uniform in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") / 2**64
 
 
 def cut(document: Document) -> Iterator[Document]:
-    """The document in pieces of about CUT_CHARACTERS, cut after line ends where there are any."""
+    """Cuts a document into pieces of CUT_CHARACTERS to 2 * CUT_CHARACTERS, at a line end if one is in that range."""
     text, start = document.text, 0
     while start < len(text):
         end = start + CUT_CHARACTERS
@@ -117,40 +128,22 @@ def cut(document: Document) -> Iterator[Document]:
         start = end
 
 
-def prepare_text(source: str, tokenizer: Tokenizer, root: Path) -> Prepared:
-    """All of a text as the one split "text", with a tokenizer that there is. source: as data.corpus. Raises UserError."""
-    corpus = open_corpus(source, "--text", root)
-    folder = root / "tokens" / digest("text", corpus.fingerprint, tokenizer.fingerprint, FORMAT_VERSION)
-    try:
-        if not (folder / "manifest.json").exists():
-            make_shards(corpus, tokenizer, folder, ((document, "text") for document in corpus.documents()), ("text",))
-    except OSError as error:
-        raise UserError(f"data.cache_dir: {error.filename or root}: can't be written: {error.strerror}") from error
-    return Prepared(tokenizer, folder, read_manifest(folder))
-
-
 def make_shards(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    folder: Path,
-    documents: Iterator[tuple[Document, str]],
-    splits: tuple[str, ...],
-    budget: int = sys.maxsize,
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, documents: Documents, splits: tuple[str, ...], budget: int
 ) -> None:
-    """Tokenises documents, each with its split, into `folder`, which appears only when it is whole. budget: tokens of the
-    first split after which no more are taken."""
+    """Tokenises documents, each given with its split, into `folder`, which is created complete or not at all.
+
+    budget: stop when the first split has this many tokens. Raises UserError for too little text.
+    """
     if not tokenizer.lossless:
-        print(
-            "Note: this tokenizer does not give every text back exactly (bits per byte count source bytes)",
-            file=sys.stderr,
-        )
+        print("Note: this tokenizer can't restore every text; bits per byte count bytes of the source", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder.parent)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
     fresh.mkdir(exist_ok=True)
     try:
         write_manifest(fresh, write_splits(corpus, tokenizer, fresh, documents, splits, budget))
-        with contextlib.suppress(OSError):  # another process may have been first; its shards are the same
+        with contextlib.suppress(OSError):  # another process may have made the same shards first
             fresh.rename(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -161,7 +154,7 @@ def make_shards(
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Deletes what a killed process left half made."""
+    """Deletes the incomplete shards of killed processes, whose ids end the directory names."""
     for path in parent.glob(".*.*"):
         owner = path.name.rsplit(".", 1)[-1]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc").exists():
@@ -169,33 +162,26 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def write_splits(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    folder: Path,
-    documents: Iterator[tuple[Document, str]],
-    names: tuple[str, ...],
-    budget: int,
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, documents: Documents, names: tuple[str, ...], budget: int
 ) -> Manifest:
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     writers = {split: ShardWriter(folder, split, dtype) for split in names}
     domains: list[str] = []
-    with tqdm(
-        total=corpus.total_bytes,
-        unit="B",
-        unit_scale=True,
-        desc=f"Tokenising {corpus.name}",
-        disable=not sys.stderr.isatty(),
-    ) as bar:
+    bytes_read = 0
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(f"Tokenising {corpus.name}", total=corpus.total_bytes)
         for batch in batches(documents):
             ids = tokenizer.encode_batch([document.text for document, _ in batch], os.cpu_count() or 1)
             for (document, split), document_ids in zip(batch, ids, strict=True):
                 if document.domain not in domains:
                     domains.append(document.domain)
                 size = len(document.text.encode("utf-8"))
-                bar.update(size)
+                bytes_read += size
                 if writers[names[0]].tokens < budget:
-                    whole = np.array([tokenizer.bos, *document_ids, tokenizer.eos], dtype=np.int64)
-                    writers[split].add(whole, domains.index(document.domain), size)
+                    with_ends = np.array([tokenizer.bos, *document_ids, tokenizer.eos], dtype=np.int64)
+                    writers[split].add(with_ends, domains.index(document.domain), size)
+            bar.update(task, completed=bytes_read)
             if writers[names[0]].tokens >= budget:
                 break
     splits = {name: writer.finish() for name, writer in writers.items()}
@@ -205,6 +191,7 @@ def write_splits(
 
 
 def check_size(corpus: Corpus, splits: dict[str, Split]) -> None:
+    """Raises UserError where a split has no text."""
     if sum(split.tokens for split in splits.values()) == 0:
         raise UserError(f"data.corpus: the corpus {corpus.name} is empty")
     for name, split in splits.items():
@@ -212,8 +199,8 @@ def check_size(corpus: Corpus, splits: dict[str, Split]) -> None:
             raise UserError(f"data.corpus: {corpus.name} has too little text, nothing is left for {name}; give more")
 
 
-def batches(documents: Iterator[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:
-    """Documents in groups of about BATCH_CHARACTERS."""
+def batches(documents: Documents) -> Iterator[list[tuple[Document, str]]]:
+    """Groups documents into lists of at least BATCH_CHARACTERS characters."""
     batch: list[tuple[Document, str]] = []
     size = 0
     for document, split in documents:

@@ -1,5 +1,6 @@
 """Who is still there: every rank leaves signs of life in the rendezvous store, so that the loss of a node has a name."""
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -9,7 +10,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -128,6 +129,28 @@ class Alarm:
     def stop(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self.file.close()
+
+
+@contextlib.contextmanager
+def watched(log: Path, timeout_seconds: int) -> Iterator[Callable[[], None]]:
+    """Watches over a rank of a distributed run; without a process group it does nothing.
+
+    A collective that fails in the block raises LostRanksError, which names the ranks that are gone. A rank that makes no
+    progress for `timeout_seconds` writes its stacks to `log` and exits. Yields the function that reports progress.
+    """
+    if not dist.is_initialized():
+        yield lambda: None
+        return
+    signs, alarm = LifeSigns(), Alarm(log, timeout_seconds)
+    try:
+        yield alarm.set
+    except Exception as error:
+        if is_collective_failure(error):
+            raise signs.explain(error) from error
+        raise
+    finally:
+        alarm.stop()
+        signs.stop()
 
 
 def record_failure(error: BaseException, status: int) -> None:

@@ -1,27 +1,34 @@
-"""titan-moe inspect: routing and specialization measures of checkpoints, on their validation text or on another."""
+"""Measures routing and expert specialization of checkpoints, on the run's validation text or on another text.
 
+examples: titan-moe inspect runs/debug --all
+          titan-moe inspect runs/debug --text docs --sequences 100
+"""
+
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from titan_moe.analysis.inspect.inspection import Options, from_checkpoint, inspect, place_of, table, write_result
 from titan_moe.config.load import world_size_from_environment
-from titan_moe.verbs.common import print_table, ranks_of
-from titan_moe.verbs.words import take_flag, take_number, take_option, take_text
+from titan_moe.verbs.arguments import add_number, add_overrides, add_runs
 
 
-def run(words: list[str]) -> int:
-    every, words = take_flag(words, "--all")
-    output, words = take_option(words, "--output", "")
-    clustered, words = take_number(words, "--cluster-tokens", 2048, "tokens to cluster", 0)
-    examples, words = take_number(words, "--examples", 8, "tokens shown for each expert", 0)
-    text, sequences, paths, overrides = take_text(words, "inspect")
-    checkpoints, config = from_checkpoint(paths, every, overrides, world_size_from_environment())
+def add_arguments(parser: ArgumentParser) -> None:
+    add_runs(parser)
+    parser.add_argument("--all", action="store_true", help="all checkpoints of a run (default: its newest)")
+    add_number(parser, "--cluster-tokens", 2048, "tokens to cluster", 0)
+    add_number(parser, "--examples", 8, "tokens shown for each expert", 0)
+    meaning = "JSON file, or a directory for several checkpoints (default: RUN/inspect/)"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=meaning)
+    add_overrides(parser)
+
+
+def run(arguments: Namespace) -> int:
+    from titan_moe.analysis.inspect.inspection import Options, from_checkpoint, inspect, write_results
+    from titan_moe.analysis.processes import ranks_of
+
+    options = Options(arguments.text, arguments.sequences, arguments.cluster_tokens, arguments.examples)
+    world = world_size_from_environment()
+    checkpoints, config = from_checkpoint(arguments.runs, arguments.all, arguments.overrides, world)
     with ranks_of(config) as mesh:
-        results = inspect(checkpoints, config, mesh, Options(text, sequences, clustered, examples))
-    for checkpoint, result in zip(checkpoints, results, strict=bool(results)):
-        path = place_of(checkpoint, text)
-        if output:
-            path = Path(output) / path.name if len(checkpoints) > 1 else Path(output)
-        write_result(result, path)
-        print_table(table(result))
-        print(path)
+        results = inspect(checkpoints, config, mesh, options)
+    write_results(checkpoints, results, options.text, arguments.output)
     return 0

@@ -1,13 +1,22 @@
-"""titan-moe plan: parameters, FLOPs, memory and traffic of one of `--world` ranks, without a training."""
+"""Counts parameters and FLOPs, and estimates the memory and traffic of one rank, without training.
 
-from titan_moe.config.load import world_size_from_environment
-from titan_moe.verbs.words import configured, take_number
+example: titan-moe plan --config medium --world 16 --parallelism.ep=4
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from titan_moe.config.load import load_config, world_size_from_environment
+from titan_moe.verbs.arguments import add_config, add_number
 
 
-def run(words: list[str]) -> int:
-    world, words = take_number(words, "--world", world_size_from_environment(), "the number of ranks to plan for")
-    config = configured(words, world)
-    from titan_moe.estimate.plan import plan_text  # takes seconds: after the checks
+def add_arguments(parser: ArgumentParser) -> None:
+    add_number(parser, "--world", world_size_from_environment(), "number of ranks to plan for")
+    add_config(parser)
 
-    print(plan_text(config, world))
+
+def run(arguments: Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides, world_size=arguments.world)
+    from titan_moe.estimate.plan import plan_text  # imports torch, so after the checks
+
+    print(plan_text(config, arguments.world))
     return 0

@@ -1,22 +1,29 @@
-"""titan-moe prepare: tokenises the text into the cache, as `train` would, and says what came of it."""
+"""Tokenises the training text into the cache, as `titan-moe train` would, and prints what it contains.
 
-from titan_moe.data.prepare import prepare
-from titan_moe.verbs.train import check_vocabulary
-from titan_moe.verbs.words import configured
+example: titan-moe prepare --config debug --data.corpus=docs --tokenizer.vocab_size=1024
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from titan_moe.config.load import load_config, world_size_from_environment
+from titan_moe.verbs.arguments import add_config
 
 
-def run(words: list[str]) -> int:
-    config = configured(words)
-    found = prepare(config)
-    check_vocabulary(config, found.tokenizer.vocab_size)
-    for name, split in found.manifest.splits.items():
+def add_arguments(parser: ArgumentParser) -> None:
+    add_config(parser)
+
+
+def run(arguments: Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides, world_size=world_size_from_environment())
+    from titan_moe.data.prepare import prepare
+
+    tokenizer, folder, manifest = prepare(config)
+    for name, split in manifest.splits.items():
         print(
             f"{name:<12} {split.tokens:,} tokens in {split.documents:,} documents, {split.source_bytes:,} bytes of text "
             f"({split.source_bytes / split.tokens:.2f} per token), {len(split.shards)} shard(s)"
         )
-    print(f"{'domains':<12} {', '.join(domain or 'none' for domain in found.manifest.domains)}")
-    print(
-        f"{'tokenizer':<12} {found.tokenizer.vocab_size:,} pieces{'' if found.tokenizer.lossless else ', not lossless'}"
-    )
-    print(f"{'shards':<12} {found.folder}")
+    print(f"{'domains':<12} {', '.join(domain or 'none' for domain in manifest.domains)}")
+    print(f"{'tokenizer':<12} {tokenizer.vocab_size:,} pieces{'' if tokenizer.lossless else ', not lossless'}")
+    print(f"{'shards':<12} {folder}")
     return 0

@@ -1,17 +1,19 @@
-"""titan-moe report: a page of curves, heat maps and tables from run directories and what inspect found in them."""
+"""Writes one HTML page of curves, heat maps and tables about runs, with the results that `titan-moe inspect` wrote.
 
+example: titan-moe report runs/debug runs/without --output runs/comparison
+"""
+
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from titan_moe.analysis.report.report import write_report
-from titan_moe.errors import UserError
-from titan_moe.verbs.words import take_option
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: report/ in the first RUN)")
 
 
-def run(words: list[str]) -> int:
-    output, words = take_option(words, "--output", "")
-    unknown = next((word for word in words if word.startswith("-")), None)
-    if unknown is not None or not words:
-        wrong = f"no option {unknown!r}" if unknown else "which runs?"
-        raise UserError(f"report: {wrong}; titan-moe report RUN DIRECTORY ... [--output DIR]")
-    print(write_report([Path(word) for word in words], Path(output) if output else Path(words[0]) / "report"))
+def run(arguments: Namespace) -> int:
+    from titan_moe.analysis.report.report import write_report
+
+    print(write_report(arguments.runs, arguments.output or arguments.runs[0] / "report"))
     return 0

@@ -1,18 +1,25 @@
-"""titan-moe sweep: a grid of configurations, some at a time, and its comparisons."""
+"""Runs a grid of configurations, several at a time, and writes tables that compare them; a killed sweep continues.
 
+example: titan-moe sweep --config nano_lr --processes 2 --training.steps=800
+"""
+
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from titan_moe.analysis.sweep.sweep import run_sweep
-from titan_moe.errors import UserError
-from titan_moe.verbs.words import take_flag, take_number, take_option
+from titan_moe.verbs.arguments import add_number, add_overrides
 
 
-def run(words: list[str]) -> int:
-    only_tables, words = take_flag(words, "--tables")
-    name, words = take_option(words, "--config", "")
-    folder, words = take_option(words, "--output", "")
-    base, words = take_option(words, "--base", "")
-    processes, words = take_number(words, "--processes", 1, "runs at the same time")
-    if not name:
-        raise UserError("--config: which sweep? a file of train_configs/sweeps/ by name, or a path")
-    return run_sweep(name, base, Path(folder) if folder else None, words, processes, only_tables)
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="a file of train_configs/sweeps/ by name, or a path")
+    parser.add_argument("--base", default="", help="the configuration to start from (default: the one the sweep names)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: runs/sweeps/CONFIG)")
+    parser.add_argument("--tables", action="store_true", help="only write the tables of finished runs again")
+    add_number(parser, "--processes", 1, "runs at the same time")
+    add_overrides(parser)
+
+
+def run(arguments: Namespace) -> int:
+    from titan_moe.analysis.sweep.sweep import run_sweep
+
+    a = arguments
+    return run_sweep(a.config, a.base, a.output, a.overrides, a.processes, a.tables)

@@ -1,88 +1,59 @@
-"""titan-moe train: one rank's part of a run. What takes long to import comes after the checks."""
+"""Trains a model, or continues a run from its newest checkpoint. Each rank of a distributed run is one such process.
+
+examples: titan-moe train --config debug --training.steps=1000
+          torchrun --nproc-per-node 2 -m titan_moe.cli train --parallelism.ep=2
+"""
 
 import os
 import warnings
+from argparse import ArgumentParser, Namespace
 
-from titan_moe.checkpoint.run_dir import RunDir
-from titan_moe.config.load import world_size_from_environment
-from titan_moe.config.tables import Config
-from titan_moe.data.prepare import prepare
-from titan_moe.errors import UserError
-from titan_moe.runtime.log import start_log
-from titan_moe.verbs.words import configured, take_flag
+from titan_moe.config.degrees import resolve
+from titan_moe.config.describe import options_help
+from titan_moe.config.load import load_config, world_size_from_environment
+from titan_moe.verbs.arguments import add_config
 
-FINISHED = 64  # what `train --check` tells run_train.sh: the run is done, there is nothing to start
+FINISHED = 64  # the exit status by which `train --check` tells run_train.sh that the run has all its steps
 
 
-def run(words: list[str]) -> int:
-    """`--check`: only checks configuration and inputs, and prepares the data; returns FINISHED when the run is done."""
-    check_only, words = take_flag(words, "--check")
-    config = configured(words)
-    rank = int(os.environ.get("RANK", "0"))
-    run_dir = RunDir(config, rank)
-    if finished(config, run_dir):
-        return FINISHED if check_only else 0
-    if check_only:
-        prepared = prepare(config)
-        check_vocabulary(config, prepared.tokenizer.vocab_size)
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--check", action="store_true", help="only check configuration and inputs, and prepare the data"
+    )
+    add_config(parser)
+    parser.epilog = f"options of the configuration, with their defaults:\n{options_help()}"
+
+
+def run(arguments: Namespace) -> int:
+    world = world_size_from_environment()
+    config = load_config(arguments.config, arguments.overrides, world_size=world)
+    from titan_moe.checkpoint.run_dir import RunDir
+    from titan_moe.data.prepare import prepare
+
+    run_dir = RunDir(config, int(os.environ.get("RANK", "0")))
+    if finished := run_dir.finished(config.training.steps):
+        print(finished)
+        return FINISHED if arguments.check else 0
+    if arguments.check:
+        prepare(config)
         return 0
-    from titan_moe.config.degrees import resolve
     from titan_moe.parallel.mesh import Mesh, from_first, limit_waiting, start_processes, stop_processes
     from titan_moe.runtime.device import pick_device
-    from titan_moe.runtime.lifesigns import Alarm, LifeSigns, is_collective_failure
+    from titan_moe.runtime.lifesigns import watched
+    from titan_moe.runtime.log import start_log
 
-    device = pick_device()
-    start_processes(device, config.parallelism.timeout_seconds)
+    device, timeout = pick_device(), config.parallelism.timeout_seconds
+    start_processes(device, timeout)
     from_first(run_dir.open)
     prepared = from_first(lambda: prepare(config))
-    check_vocabulary(config, prepared.tokenizer.vocab_size)
     # torchdata 0.11 sets a hint that torch 2.13 no longer reads.
     warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-    from titan_moe.train.trainer import Trainer
+    from titan_moe.train.trainer import Trainer  # takes seconds, so after the checks
 
-    start_log(run_dir.log, rank)
-    degrees = resolve(config.parallelism, world_size_from_environment(), str)
-    if degrees.world == 1:
-        return Trainer(config, prepared, run_dir, Mesh(degrees, device)).run()
-    signs, alarm = LifeSigns(), Alarm(run_dir.log, config.parallelism.timeout_seconds)
-    try:
-        mesh = Mesh(degrees, device)
-        limit_waiting(config.parallelism.timeout_seconds)
-        status = Trainer(config, prepared, run_dir, mesh, alarm.set).run()
-    except Exception as error:
-        if is_collective_failure(error):
-            raise signs.explain(error) from error
-        raise
-    finally:
-        alarm.stop()
-        signs.stop()
+    start_log(run_dir.log, run_dir.rank)
+    with watched(run_dir.log, timeout) as progress:
+        mesh = Mesh(resolve(config.parallelism, world, str), device)
+        limit_waiting(timeout)
+        status = Trainer(config, prepared, run_dir, mesh, progress).run()
     stop_processes()
     return status
-
-
-def finished(config: Config, run_dir: RunDir) -> bool:
-    """Whether the run is done, and if so says how to go on."""
-    steps = run_dir.saved_steps()
-    if not steps or steps[-1] < config.training.steps:
-        return False
-    print(
-        f"{run_dir.path} is finished: {steps[-1]} steps.\n"
-        f"  more steps:   --training.steps={2 * steps[-1]}\n"
-        f"  a fresh run:  --job.name={config.job.name}-2\n"
-        f"  its curves:   tensorboard --logdir {run_dir.path.parent}"
-    )
-    return True
-
-
-def check_vocabulary(config: Config, pieces: int) -> None:
-    if config.model.vocab_size and config.model.vocab_size < pieces:
-        raise UserError(
-            f"model.vocab_size = {config.model.vocab_size} is less than the tokenizer's {pieces} pieces; "
-            "raise it or set it to 0"
-        )
-    size = config.model.vocab_size or pieces
-    if size % config.parallelism.tp:
-        better = -(-size // config.parallelism.tp) * config.parallelism.tp
-        raise UserError(
-            f"parallelism.tp = {config.parallelism.tp} must divide the vocabulary of {size}; set model.vocab_size = {better}"
-        )

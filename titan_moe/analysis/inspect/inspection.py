@@ -5,6 +5,7 @@ With several checkpoints of one model the text goes through each, and each is co
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm
 
 from titan_moe.analysis.inspect.tally import (
     PER_TOKEN,
@@ -26,6 +28,7 @@ from titan_moe.analysis.inspect.tally import (
     record,
     unchanged_choices,
 )
+from titan_moe.analysis.processes import print_table
 from titan_moe.checkpoint.dcp import load_checkpoint
 from titan_moe.checkpoint.resume import damage
 from titan_moe.checkpoint.run_dir import STATE_FILE, changed_keys, read_state, saved_steps
@@ -33,7 +36,7 @@ from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.load import saved_config
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import Windows, permuted, validation_batches
-from titan_moe.data.prepare import Prepared, cache_root, prepare, prepare_text
+from titan_moe.data.prepare import prepare
 from titan_moe.data.shards import TokenStream
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.errors import UserError
@@ -118,7 +121,8 @@ class Watched:
     def __init__(self, config: Config, mesh: Mesh, options: Options) -> None:
         """Raises UserError."""
         self.config, self.mesh, self.options = config, mesh, options
-        self.prepared, split = from_first(lambda: text_of(config, options))
+        self.prepared = from_first(lambda: prepare(config, options.text))
+        split = "text" if options.text else "validation"
         self.stream = TokenStream(self.prepared.folder, self.prepared.manifest, split)
         seq_len, end = config.training.seq_len, self.prepared.tokenizer.eos
         self.windows = Windows(self.stream, seq_len, end, config.model.document_mask)
@@ -164,21 +168,14 @@ class Watched:
         sums = LossSums()
         step = size * mesh.degrees.data
         batches = validation_batches(self.windows, self.sequences, step)
-        count, quiet = -(-self.sequences // step), not mesh.first
-        for batch in tqdm(batches, total=count, unit="batch", leave=False, disable=quiet or None):
+        quiet = not (mesh.first and sys.stderr.isatty())
+        count, console = -(-self.sequences // step), Console(stderr=True)
+        for batch in track(batches, "Inspecting", count, console=console, transient=True, disable=quiet):
             found = evaluate_batch(model, batch, size, mesh)
             sums.add(found, self.prepared.tokenizer)
             tally.add_pairs(found.neighbours, found.labelled)
         tally.sum_over_ranks(mesh)
         return sums.over_ranks(mesh)
-
-
-def text_of(config: Config, options: Options) -> tuple[Prepared, str]:
-    """The text, prepared, and the split of it to read."""
-    own = prepare(config)
-    if not options.text:
-        return own, "validation"
-    return prepare_text(options.text, own.tokenizer, cache_root(config)), "text"
 
 
 def sampled_places(count: int, wanted: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":
@@ -327,12 +324,22 @@ def rounded(x: Tensor) -> Any:
     return short(x.double().tolist())
 
 
-def write_result(result: dict[str, Any], path: Path) -> None:
-    """As JSON; whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}")
-    fresh.write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
-    fresh.replace(path)
+def write_results(checkpoints: Sequence[Path], results: list[dict[str, Any]], text: str, output: Path | None) -> None:
+    """Prints the result of each checkpoint as a table, and writes it as JSON, completely or not at all.
+
+    output: a file, or a directory for several checkpoints; None: `inspect/` of the run directory. results: empty on ranks
+    other than 0, which write nothing.
+    """
+    for checkpoint, result in zip(checkpoints, results, strict=bool(results)):
+        path = place_of(checkpoint, text)
+        if output:
+            path = output / path.name if len(checkpoints) > 1 else output
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".{path.name}")
+        fresh.write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
+        fresh.replace(path)
+        print_table(table(result))
+        print(path)
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -20,6 +20,8 @@ from titan_moe.analysis.place.placement import (
     round_robin,
     traffic,
 )
+from titan_moe.analysis.processes import print_table
+from titan_moe.checkpoint.expert_order import write_order
 from titan_moe.config.tables import Config
 from titan_moe.parallel.mesh import Mesh
 from torchtitan_ext.metrics import match_experts
@@ -96,3 +98,22 @@ def table(found: Placement, ranks: int, batch: int) -> Table:
 def facts(found: Placement) -> dict[str, Any]:
     """For the file."""
     return {name: {text: one._asdict() for text, one in arm.items()} for name, arm in found.arms.items()}
+
+
+def write_placement(
+    checkpoint: Path, config: Config, mesh: Mesh, options: Options, ranks: int | None, output: Path | None
+) -> None:
+    """Writes an order of experts for so many ranks (None: by paths) as JSON, and prints the traffic that it saves.
+
+    output: the file; None: one in the run directory. Raises UserError.
+    """
+    name = f"order-{ranks}-ranks.json" if ranks else "order-by-paths.json"
+    path = output or checkpoint.parent.parent / name
+    placement = for_ranks(checkpoint, config, mesh, options, ranks) if ranks else None
+    order = placement.order if placement else by_paths(checkpoint, config, mesh, options)
+    if not mesh.first:
+        return
+    if placement and ranks:
+        print_table(table(placement, ranks, config.training.batch_size))
+    write_order(path, order, checkpoint=str(checkpoint), traffic=facts(placement) if placement else {})
+    print(path)

@@ -28,7 +28,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from titan_moe.config.load import CONFIG_DIR, load_config, read_file, set_value
+from titan_moe.config.load import CONFIG_DIR, load_config, merge_file, set_value
 from titan_moe.config.tables import Config, Table
 from titan_moe.errors import UserError
 
@@ -83,7 +83,8 @@ def read_sweep(name: str, base: str = "") -> tuple[Path, Sweep]:
     if path is None:
         known = ", ".join(sorted(file.stem for file in SWEEPS.glob("*.toml")))
         raise UserError(f"--config: no sweep {name!r}; there are {known}, or give a path")
-    content, _ = read_file(path)
+    content: dict[str, Any] = {}
+    merge_file(content, {}, path)
     try:
         sweep = Sweep.model_validate(content | ({"config": base} if base else {}))
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What several verbs need."""
+"""The processes, and the tables on the console, of verbs that run a trained model."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from titan_moe.runtime.device import pick_device
 
 @contextlib.contextmanager
 def ranks_of(config: Config) -> Iterator[Mesh]:
-    """This process among those of the environment, for work that is no training."""
+    """The mesh of the process group that the environment describes; the group ends with the block."""
     device = pick_device()
     start_processes(device, config.parallelism.timeout_seconds)
     yield Mesh(resolve(config.parallelism, world_size_from_environment(), str), device)
@@ -23,5 +23,6 @@ def ranks_of(config: Config) -> Iterator[Mesh]:
 
 
 def print_table(table: Table) -> None:
+    """Prints a table, at least 200 columns wide where stdout is not a terminal."""
     console = Console()
     Console(width=max(console.width, 200) if not console.is_terminal else None).print(table)

@@ -1,0 +1,52 @@
+"""Command-line options that several verbs share, and the argument parser of all verbs."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+from titan_moe.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError for a mistake, accepts no abbreviated options, and keeps the line breaks of help texts."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Accepts `--section.key=value` and `--section.key value` words, as `arguments.overrides`.
+
+    `titan_moe.cli` collects these words before argparse sees the others; this entry shows them in `--help`.
+    """
+    meaning = "any option of the configuration, also as --section.key=VALUE; `titan-moe train --help` lists them"
+    parser.add_argument("--section.key", dest="overrides", default=[], metavar="VALUE", help=meaning)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config` and overrides: `load_config(arguments.config, arguments.overrides)` reads them."""
+    meaning = "a file of train_configs/ by name, or a path (default: %(default)s)"
+    parser.add_argument("--config", default="debug", help=meaning)
+    add_overrides(parser)
+
+
+def add_number(parser: argparse.ArgumentParser, option: str, default: int, meaning: str, least: int = 1) -> None:
+    """Adds an option for an integer of at least `least`. UserError names the option, the value and the meaning."""
+
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise UserError(f"{option} = {text!r}: {meaning}, {least} or more")
+        return int(text)
+
+    parser.add_argument(option, type=number, default=default, metavar="N", help=f"{meaning} (default: {default})")
+
+
+def add_runs(parser: argparse.ArgumentParser, count: str | None = "+") -> None:
+    """Adds run directories or checkpoints, and the text to run their model on."""
+    parser.add_argument("runs", nargs=count, type=Path, metavar="RUN", help="a run directory or one of its checkpoints")
+    meaning = "text to read, as data.corpus (default: the run's validation text)"
+    parser.add_argument("--text", default="", metavar="CORPUS", help=meaning)
+    add_number(parser, "--sequences", 0, "sequences of the text to read; 0: all", 0)
