@@ -75,9 +75,9 @@ def main() -> None:
 def fail(error: Exception, line: str | None, status: int) -> int:
     """Tells the user in one line (None: a traceback will), the rank's log, and the process that started this one."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from titan_moe.runtime.lifesigns import record_failure
+        from titan_moe.runtime.launch import record_error
 
-        record_failure(error, status)
+        record_error(error, status)
     if line is not None:
         print(f"error: {line}", file=sys.stderr)
     log_file.error(line or "unexpected", exc_info=None if line else error)

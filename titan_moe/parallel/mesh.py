@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from titan_moe.config.degrees import Degrees
 from torchtitan_ext.collectives import Group, Ranks
@@ -74,7 +75,11 @@ def start_processes(device: torch.device, timeout_seconds: int) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, timeout=timeout)
+    store, rank, ranks = next(rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a restart, and still has the addresses of the ranks that ran before.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
 
 
 def limit_waiting(timeout_seconds: int) -> None:

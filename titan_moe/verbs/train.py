@@ -29,7 +29,7 @@ def run(words: list[str]) -> int:
     from titan_moe.config.degrees import resolve
     from titan_moe.parallel.mesh import Mesh, from_first, limit_waiting, start_processes, stop_processes
     from titan_moe.runtime.device import pick_device
-    from titan_moe.runtime.lifesigns import Alarm, LifeSigns, is_collective_failure
+    from titan_moe.runtime.heartbeat import Heartbeat, Watchdog, is_collective_failure
 
     device = pick_device()
     start_processes(device, config.parallelism.timeout_seconds)
@@ -44,18 +44,18 @@ def run(words: list[str]) -> int:
     degrees = resolve(config.parallelism, world_size_from_environment(), str)
     if degrees.world == 1:
         return Trainer(config, prepared, run_dir, Mesh(degrees, device)).run()
-    signs, alarm = LifeSigns(), Alarm(run_dir.log, config.parallelism.timeout_seconds)
+    heartbeat, watchdog = Heartbeat(), Watchdog(run_dir.log, config.parallelism.timeout_seconds)
     try:
         mesh = Mesh(degrees, device)
         limit_waiting(config.parallelism.timeout_seconds)
-        status = Trainer(config, prepared, run_dir, mesh, alarm.set).run()
+        status = Trainer(config, prepared, run_dir, mesh, watchdog.reset).run()
     except Exception as error:
         if is_collective_failure(error):
-            raise signs.explain(error) from error
+            raise heartbeat.explain(error) from error
         raise
     finally:
-        alarm.stop()
-        signs.stop()
+        watchdog.stop()
+        heartbeat.stop()
     stop_processes()
     return status
 
