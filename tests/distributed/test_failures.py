@@ -67,7 +67,7 @@ def test_a_non_finite_value_on_one_rank_stops_all_ranks_before_the_update(
 @pytest.mark.parametrize(
     ("body", "status", "last"),
     [
-        ('raise ValueError("my mistake")', 1, "rank 1 failed, status 1: my mistake"),
+        ('raise ValueError("my mistake")', 1, "rank 1 failed, status 1: ValueError: my mistake"),
         ("os.kill(os.getpid(), 9)", 137, "rank 1 died of SIGKILL"),
         ("os.kill(os.getpid(), 11)", 139, "rank 1 died of SIGSEGV"),
     ],

@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
+from titan_moe.errors import TrainingError, UserError
 from titan_moe.runtime.stopping import STOPPING
 
 SAVE_SECONDS = 300  # for the ranks to finish their step and save after a signal; torchrun kills them later
@@ -33,8 +34,8 @@ SAVE_SECONDS = 300  # for the ranks to finish their step and save after a signal
 def main() -> None:
     """Entry point."""
     logging.disable()  # torchrun's own log lines
-    # torchrun would handle SIGHUP even if `nohup` has set it to be ignored.
-    handled = [number.name for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by `nohup`
+    handled = [number.name for number in STOPPING if number not in ignored]
     defaults = ["--signals-to-handle", ",".join(handled), "--shutdown-timeout", str(SAVE_SECONDS)]
     options = parse_args([*defaults, *sys.argv[1:]])
     try:
@@ -90,7 +91,8 @@ def record_error(error: BaseException, status: int) -> None:
     status: the exit status that this process is about to exit with."""
     now = time.time()
     details = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(now))}
-    message = {"message": str(error) or type(error).__name__, "extraInfo": details, "time": now, "status": status}
+    line = str(error) if isinstance(error, UserError | TrainingError) else f"{type(error).__name__}: {error}"
+    message = {"message": line, "extraInfo": details, "time": now, "status": status}
     path = os.environ["TORCHELASTIC_ERROR_FILE"]
     part = Path(f"{path}.part")
     part.write_text(json.dumps({"message": message}))
