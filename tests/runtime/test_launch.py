@@ -8,6 +8,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from titan_moe.errors import LostRanksError, TrainingError
+from titan_moe.runtime import launch, stopping
 from titan_moe.runtime.launch import record_error, report_failure
 
 
@@ -61,3 +62,7 @@ def test_ranks_that_exit_because_another_one_failed_come_last(failed, capsys: py
 def test_nothing_is_reported_when_ranks_saved_after_a_signal(failed, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_failure({0: failed(0, 143), 1: failed(1, 143)}) == 143
     assert capsys.readouterr().err == ""
+
+
+def test_the_launcher_forwards_the_signals_that_stop_a_run() -> None:
+    assert launch.STOPPING == stopping.STOPPING

@@ -26,8 +26,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.run import parse_args, run
 
 from titan_moe.errors import TrainingError, UserError
-from titan_moe.runtime.stopping import STOPPING
 
+# As in stopping.py, whose imports would take this process more than a second.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SAVE_SECONDS = 300  # for the ranks to finish their step and save after a signal; torchrun kills them later
 
 
