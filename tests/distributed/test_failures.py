@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -84,6 +85,22 @@ def test_the_first_failing_rank_is_reported_last_and_sets_the_exit_status(
     assert lines[-1].endswith("logs/rank-1.log")
     assert "torch/distributed/elastic" not in done.stderr  # torchrun's own report
     assert not processes_of(tmp_path)
+
+
+def test_a_rank_that_waits_for_the_others_in_vain_says_so(tiny_options: list[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "titan_moe.cli", "train", *tiny_options, "--parallelism.timeout_seconds=2"],
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: not all ranks started within 2 s: ")
 
 
 def test_a_stuck_rank_is_reported_and_its_stack_is_written(tiny_options: list[str], tmp_path: Path) -> None:
