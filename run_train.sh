@@ -30,7 +30,8 @@ for name in NPROC NNODES NODE_RANK RDZV_TIMEOUT MAX_RESTARTS; do
     case "${!name:-0}" in *[!0-9]*) _fail "$name = '${!name}' is not a number" ;; esac
 done
 if [ "$NNODES" -gt 1 ]; then
-    [ "${NODE_RANK:-$NNODES}" -lt "$NNODES" ] || _fail "NODE_RANK = '${NODE_RANK:-}' must be this node's number, 0 to $((NNODES - 1))"
+    [ "${NODE_RANK:-$NNODES}" -lt "$NNODES" ] ||
+        _fail "NODE_RANK = '${NODE_RANK:-}' must be this node's number, 0 to $((NNODES - 1))"
     case "${RDZV_ENDPOINT:-}" in
     *?:*[0-9]) ;;
     *) _fail "RDZV_ENDPOINT = '${RDZV_ENDPOINT:-}' must be host:port of node 0, the same on every node" ;;
@@ -53,7 +54,8 @@ if [ "$NNODES" = 1 ]; then
     nodes=(--local-addr localhost) # not the host name, which may not resolve
 else
     # torchrun's default, the static rendezvous. c10d keeps asking node 0's store, and blocks when that node is lost.
-    nodes=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-conf "timeout=${RDZV_TIMEOUT:-600}")
+    nodes=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --rdzv-endpoint "$RDZV_ENDPOINT"
+        --rdzv-conf "timeout=${RDZV_TIMEOUT:-600}")
 fi
 exec "$PYTHON" -m titan_moe.runtime.launch --nproc-per-node "$NPROC" "${nodes[@]}" --max-restarts "${MAX_RESTARTS:-0}" \
     -m titan_moe.cli train "$@"

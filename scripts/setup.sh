@@ -1,7 +1,7 @@
 # Sourced by run_train.sh and scripts/test.sh: sets $PYTHON to an interpreter that has all requirements.
 #
-# Tried in this order: the active environment, if it has the packages that pyproject.toml requires; `.venv`, if complete;
-# a new `.venv`, installed from requirements.txt (an incomplete or broken one is deleted first).
+# Tried in this order: the active environment, if it has the packages that pyproject.toml requires; `.venv`, if
+# complete; a new `.venv`, installed from requirements.txt (an incomplete or broken one is deleted first).
 
 _root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 _venv="$_root/.venv"

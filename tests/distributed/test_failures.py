@@ -116,11 +116,14 @@ def test_a_stuck_rank_is_reported_and_its_stack_is_written(tiny_options: list[st
 
 
 def test_a_restarted_run_equals_an_undisturbed_one(tiny_options: list[str], tmp_path: Path) -> None:
-    words = [*tiny_options, *EXACT, *TERMS, "--training.steps=12", "--checkpoint.interval=2"]
-    assert run_train(2, *words, "--job.name=reference").returncode == 0
     mark = tmp_path / "killed"
     body = f"(not os.path.exists({str(mark)!r})) and (open({str(mark)!r}, 'x').close(), os.kill(os.getpid(), 9))"
-    done = run_train(2, *words, "--job.name=restarted", extension(tmp_path, body), MAX_RESTARTS="1")
+    words = [*tiny_options, *EXACT, *TERMS, "--training.steps=12", "--checkpoint.interval=2"]
+    words += [extension(tmp_path, body), CUSTOM]
+    mark.touch()
+    assert run_train(2, *words, "--job.name=reference").returncode == 0
+    mark.unlink()
+    done = run_train(2, *words, "--job.name=restarted", MAX_RESTARTS="1")
     assert mark.exists()
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(tmp_path / "runs" / "restarted", tmp_path / "runs" / "reference")

@@ -1,4 +1,4 @@
-"""SIGTERM in every phase of a run: it saves and ends soon, and continues with bitwise the rows of an undisturbed run."""
+"""SIGTERM in every phase of a run: it saves, ends soon, and continues bitwise like an undisturbed run."""
 
 import json
 import signal

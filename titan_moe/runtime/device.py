@@ -44,7 +44,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def peak_allocated(work: Callable[[], object]) -> int:
-    """Peak of live CPU allocations made during `work`, in bytes. Runs `work` under the profiler, so only for benchmarks."""
+    """Peak of live CPU allocations made during `work`, in bytes. For benchmarks: it runs `work` under the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     live = peak = 0

@@ -21,7 +21,7 @@ GRACE_SECONDS = 30  # that a stuck rank lives on after the other ranks' collecti
 
 
 class Heartbeat:
-    """This rank's heartbeat, and the view of all other ranks'. A collective: every rank of the process group makes one."""
+    """This rank's heartbeat, and a view of all other ranks'. Every rank of the process group must create one."""
 
     def __init__(self) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -57,7 +57,7 @@ class Heartbeat:
             with contextlib.suppress(dist.DistError):
                 found.append(self.silent_ranks())
 
-        # In a daemon thread: a store on a lost node may block for a quarter of an hour, and this process must exit before.
+        # In a daemon thread, so that this process can exit: a store on a lost node may block for a quarter of an hour.
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(STORE_SECONDS + WINDOW)

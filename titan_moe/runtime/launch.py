@@ -47,8 +47,8 @@ def main() -> None:
         sys.exit(128 + error.sigval)
     except DistError as error:
         print(
-            f"error: RDZV_ENDPOINT = {options.rdzv_endpoint}: {str(error).splitlines()[0].rstrip('.')}; start the same command"
-            f" on each of the {options.nnodes} nodes, NODE_RANK counting from 0, or raise RDZV_TIMEOUT",
+            f"error: RDZV_ENDPOINT = {options.rdzv_endpoint}: {str(error).splitlines()[0].rstrip('.')}; start the same"
+            f" command on each of the {options.nnodes} nodes, NODE_RANK counting from 0, or raise RDZV_TIMEOUT",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -73,11 +73,11 @@ def report_failure(failures: dict[int, ProcessFailure]) -> int:
 
 
 def failure_time(failure: ProcessFailure) -> float:
-    """Seconds since the epoch at which a rank failed; infinity for one that exited because of another rank's failure."""
+    """When a rank failed, in seconds since the epoch; infinity if it exited because of another rank's failure."""
     record = error_record(failure)
     if record:
         return float(record["time"])
-    # Killed, by torchrun too if it did not stop in time. Who exits without a record does so because another rank failed.
+    # Killed from outside, or later by torchrun. A rank that exits without a record does so because another one failed.
     return failure.timestamp if failure.exitcode < 0 else math.inf
 
 
