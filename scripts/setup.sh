@@ -1,7 +1,7 @@
-# Sourced by run_train.sh and scripts/test.sh: leaves in $PYTHON an interpreter that has all requirements.
+# Sourced by run_train.sh and scripts/test.sh: sets $PYTHON to an interpreter that has all requirements.
 #
-# In this order: the active environment, when it already has what pyproject.toml asks for; `.venv`, when it is whole;
-# a new `.venv` made from requirements.txt (once; a half-made or broken one is made again).
+# Tried in this order: the active environment, if it has the packages that pyproject.toml requires; `.venv`, if
+# complete; a new `.venv`, installed from requirements.txt (an incomplete or broken one is deleted first).
 
 _root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 _venv="$_root/.venv"
@@ -42,7 +42,7 @@ _setup() {
     fi
     PYTHON="$_venv/bin/python"
     if _has_requirements "$PYTHON" "$@"; then return 0; fi
-    # Two commands started at once must not build the same folder together: the second waits, then finds it whole.
+    # Of two commands started at once, the second must wait until the first has installed `.venv`.
     (
         if command -v flock >/dev/null 2>&1; then flock 9; fi
         _has_requirements "$PYTHON" "$@" || _make_venv

@@ -97,9 +97,9 @@ def parse(words: list[str]) -> Namespace:
 def fail(error: Exception, line: str | None, status: int) -> int:
     """Reports an error in one line (None: a traceback follows) on stderr, in the rank's log, and to the launcher."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from titan_moe.runtime.lifesigns import record_failure
+        from titan_moe.runtime.launch import record_error
 
-        record_failure(error, status)
+        record_error(error, status)
     if line is not None:
         print(f"error: {line}", file=sys.stderr)
     log_file.error(line or "unexpected", exc_info=None if line else error)

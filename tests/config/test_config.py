@@ -10,7 +10,6 @@ import tomli
 
 from titan_moe.config.describe import json_schema, options_help, to_toml
 from titan_moe.config.load import CONFIG_DIR, all_keys, load_config
-from titan_moe.config.tables import config_class
 from titan_moe.errors import UserError
 
 

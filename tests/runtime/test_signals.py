@@ -1,4 +1,4 @@
-"""SIGTERM in every phase of a run: it ends soon, all is saved, and what goes on from there is bitwise the undisturbed run."""
+"""SIGTERM in every phase of a run: it saves, ends soon, and continues bitwise like an undisturbed run."""
 
 import json
 import signal
@@ -41,9 +41,9 @@ PHASES: dict[str, Callable[[Path], bool]] = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run that nobody disturbs."""
-    folder = tmp_path_factory.mktemp("whole")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run without signals."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     data = [f"--data.corpus={corpus_dir}", f"--data.cache_dir={cache_dir}", f"--job.output_dir={folder}"]
     done = titan_moe("train", *TINY, *data, *WORDS)
     assert done.returncode == 0, done.stderr
@@ -55,8 +55,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir:
     [(phase, "false") for phase in PHASES] + [("save", "true"), ("validation", "true")],
 )
 @pytest.mark.slow
-def test_sigterm_in(
-    phase: str, background: str, whole: list[dict[str, Any]], tiny_options: list[str], tmp_path: Path
+def test_a_run_continues_after_sigterm_in(
+    phase: str, background: str, undisturbed: list[dict[str, Any]], tiny_options: list[str], tmp_path: Path
 ) -> None:
     words = [*tiny_options, *WORDS, f"--checkpoint.async_save={background}"]
     run = tmp_path / "runs" / "cut"
@@ -73,57 +73,56 @@ def test_sigterm_in(
     assert not list((run / "checkpoints").glob(".*"))
     again = titan_moe("train", *words, "--job.name=cut")
     assert again.returncode == 0, again.stderr
-    assert untimed(rows(run)) == whole
+    assert untimed(rows(run)) == undisturbed
 
 
 @pytest.mark.parametrize("signals", [(0,), (0, 0), (3,), (3, 3)], ids=str)
-def test_sigterm_within_a_validation(
+def test_sigterm_during_a_validation_loses_no_row(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, signals: tuple[int, ...]
 ) -> None:
-    """signals: the step of the validation that each run is stopped in, one after the other; no row may be lost."""
+    """signals: for each run in turn, the step of the validation during which it gets SIGTERM."""
     options = ["--validation.sequences=8", "--training.deterministic=true", "--checkpoint.interval=2"]
-    wanted = untimed(train(tiny_config("--job.name=undisturbed", *options)))
+    expected = untimed(train(tiny_config("--job.name=undisturbed", *options)))
     waiting = list(signals)
-    at: list[int] = []  # the step of the validation under way
-    whole, parts = Trainer.validate, trainer.validate
+    at: list[int] = []  # the step of the running validation
+    validate_at, validate = Trainer.validate, trainer.validate
 
     def remember_step(self: Trainer, step: int, *others: Any, **named: Any) -> bool:
         at[:] = [step]
-        return whole(self, step, *others, **named)
+        return validate_at(self, step, *others, **named)
 
     def with_signal(*others: Any) -> Any:
-        *rest, broken_off = others
         if at == waiting[:1]:
             signal.raise_signal(signal.SIGTERM)
             waiting.pop(0)
-        return parts(*rest, broken_off)
+        return validate(*others)
 
     monkeypatch.setattr(Trainer, "validate", remember_step)
     monkeypatch.setattr(trainer, "validate", with_signal)
     for _ in signals:
-        found = untimed(train(tiny_config("--job.name=cut", *options)))
-        assert len(found) < len(wanted)
+        before = untimed(train(tiny_config("--job.name=cut", *options)))
+        assert len(before) < len(expected)
     assert not waiting
-    assert untimed(train(tiny_config("--job.name=cut", *options))) == wanted
+    assert untimed(train(tiny_config("--job.name=cut", *options))) == expected
 
 
-def test_a_signal_that_comes_while_ranks_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_the_vote_to_stop_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Stopping(None, torch.device("cpu"))
 
-    def meanwhile(x: torch.Tensor, group: Group) -> torch.Tensor:
+    def signal_and_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
         signal.raise_signal(signal.SIGUSR1)
         return all_sum(x, group)
 
     with run.signals():
         assert not run.agreed()
         with monkeypatch.context() as patch:
-            patch.setattr(stopping, "all_sum", meanwhile)
+            patch.setattr(stopping, "all_sum", signal_and_sum)
             assert not run.agreed()
         assert run.agreed()
     assert run.signal == signal.SIGUSR1
 
 
-def test_sigterm_while_data_is_prepared(tiny_options: list[str], tmp_path: Path) -> None:
+def test_sigterm_during_data_preparation(tiny_options: list[str], tmp_path: Path) -> None:
     words = [
         *tiny_options,
         f"--data.cache_dir={tmp_path / 'fresh'}",

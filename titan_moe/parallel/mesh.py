@@ -9,8 +9,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from titan_moe.config.degrees import Degrees
+from titan_moe.errors import LostRanksError
 from torchtitan_ext.collectives import Group, Ranks
 
 T = TypeVar("T")
@@ -74,7 +76,15 @@ def start_processes(device: torch.device, timeout_seconds: int) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, timeout=timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store, rank, ranks = next(rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a restart, and still has the addresses of the ranks that ran before.
+        store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise LostRanksError(f"not all ranks started within {timeout_seconds} s: {reason}") from error
 
 
 def limit_waiting(timeout_seconds: int) -> None:

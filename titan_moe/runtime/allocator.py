@@ -1,4 +1,4 @@
-"""The C library's allocator. Nothing here imports torch, as it must be told before threads start."""
+"""Settings of the C library's memory allocator. Does not import torch, which starts threads."""
 
 import ctypes
 import sys
@@ -7,9 +7,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed blocks, for all threads together. By default it returns every large buffer to the system, and
-    the page faults of getting it back cost a CPU two fifths of the backward pass (docs/benchmarks.md); and each thread keeps
-    an arena of its own, where the buffers of background checkpoints pile up. Before threads start."""
+    """Tells glibc to keep freed memory, in one arena for all threads. Call it before any thread starts.
+
+    By default glibc returns every large buffer to the system, and the page faults of getting it back cost a CPU two
+    fifths of the backward pass (docs/benchmarks.md). Also, each thread would keep an arena of its own, so that the
+    buffers of checkpoints written in the background would pile up."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)

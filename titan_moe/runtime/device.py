@@ -22,7 +22,7 @@ PEAK_BFLOAT16 = {
 
 
 def pick_device() -> torch.device:
-    """This process's: the GPU of its local rank, else the CPU."""
+    """The GPU of this process's local rank, or the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -32,11 +32,11 @@ def pick_device() -> torch.device:
 
 def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a property of the module
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory of this process so far: allocated bytes on a GPU, resident ones on a CPU."""
+    """Peak memory of this process so far, in GiB: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024
@@ -44,7 +44,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def peak_allocated(work: Callable[[], object]) -> int:
-    """Largest sum of live CPU allocations made during `work`, in bytes; for benchmarks, since it runs under the profiler."""
+    """Peak of live CPU allocations made during `work`, in bytes. For benchmarks: it runs `work` under the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     live = peak = 0
@@ -56,7 +56,7 @@ def peak_allocated(work: Callable[[], object]) -> int:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU is measured against: the data sheet's for a known GPU, else those of a large product here and now."""
+    """Peak FLOP/s, to compute MFU: from the data sheet for a known GPU, else measured with a large matrix product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAK_BFLOAT16.items():

@@ -1,16 +1,16 @@
-"""Where a run's lines go: to the console, and with the time to its log file."""
+"""Logging of a run: to the console, and with timestamps to this rank's log file."""
 
 import logging
 import sys
 from pathlib import Path
 
-log_file = logging.getLogger("titan_moe.file")  # for what the console is told otherwise
+log_file = logging.getLogger("titan_moe.file")  # to the log file only: errors, which stderr gets in another form
 log_file.propagate = False
 log_file.addHandler(logging.NullHandler())  # until there is a run directory
 
 
 def start_log(path: Path, rank: int) -> None:
-    """Sends log lines to stdout, and with the time to the file `path`. Ranks other than 0 print only warnings."""
+    """Sends log lines to stdout, and with timestamps to the file `path`. Ranks other than 0 print only warnings."""
     logger = logging.getLogger("titan_moe")
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -39,7 +39,7 @@ def run(arguments: Namespace) -> int:
         return 0
     from titan_moe.parallel.mesh import Mesh, from_first, limit_waiting, start_processes, stop_processes
     from titan_moe.runtime.device import pick_device
-    from titan_moe.runtime.lifesigns import watched
+    from titan_moe.runtime.heartbeat import watched
     from titan_moe.runtime.log import start_log
 
     device, timeout = pick_device(), config.parallelism.timeout_seconds

@@ -69,7 +69,8 @@ class Work:
         config = self.configs[cell.name]
         steps = RunDir(config).saved_steps()
         if not steps or steps[-1] < config.training.steps:
-            module = ["titan_moe.cli", "train"] if self.world == 1 else ["titan_moe.runtime.launch"]
+            launcher = ["titan_moe.runtime.launch", "--nproc-per-node", str(self.world), "-m"] if self.world > 1 else []
+            module = [*launcher, "titan_moe.cli", "train"]
             return [sys.executable, "-m", *module, "--config", str(self.folder / "configs" / f"{cell.name}.toml")]
         run = self.folder / "runs" / cell.name
         sparse = config.model.layers > config.model.moe.first_dense_layers

@@ -1,0 +1,141 @@
+"""Which ranks are alive: every rank counts up a key in the process group's store, so that the error after a failed
+collective can name a lost node or rank."""
+
+import contextlib
+import faulthandler
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from titan_moe.errors import LostRanksError
+
+INTERVAL = 2.0  # seconds between two heartbeats
+WINDOW = 3 * INTERVAL  # a rank without a heartbeat for so many seconds is lost
+STORE_SECONDS = 10.0  # a store that takes longer to respond is lost, too
+GRACE_SECONDS = 30  # that a stuck rank lives on after the other ranks' collectives have timed out
+
+
+class Heartbeat:
+    """This rank's heartbeat, and a view of all other ranks'. Every rank of the process group must create one."""
+
+    def __init__(self) -> None:
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        self.hosts = [""] * self.ranks
+        dist.all_gather_object(self.hosts, socket.gethostname())
+        self.count = 0
+        self.beat()
+        dist.barrier()  # from here on every rank's key exists
+        self.stopped = threading.Event()
+        threading.Thread(target=self.keep_beating, daemon=True).start()
+
+    def beat(self) -> None:
+        self.count += 1
+        self.store.set(f"alive/{self.rank}", str(self.count))
+
+    def keep_beating(self) -> None:
+        while not self.stopped.wait(INTERVAL):
+            try:
+                self.beat()
+            except dist.DistError:
+                return  # the store is gone, so nobody can read heartbeats any more
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def explain(self, error: Exception) -> LostRanksError:
+        """An error that names the ranks without a heartbeat. error: what the failed collective raised."""
+        reason = re.sub(r"\[\S*gloo/\S*\] ", "", str(error).strip().splitlines()[0]).partition(". ")[0][:300]
+        found: list[list[int]] = []
+
+        def ask() -> None:
+            with contextlib.suppress(dist.DistError):
+                found.append(self.silent_ranks())
+
+        # In a daemon thread, so that this process can exit: a store on a lost node may block for a quarter of an hour.
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(STORE_SECONDS + WINDOW)
+        if found:
+            silent = found[0]
+        elif self.hosts[0] == self.hosts[self.rank]:
+            silent = [0]  # the store is gone, and with it rank 0
+        else:
+            silent = [rank for rank in range(self.ranks) if self.hosts[rank] == self.hosts[0]]
+        if silent:
+            return LostRanksError(f"a collective failed: {self.in_words(silent)} gone ({reason})")
+        return LostRanksError(
+            f"a collective failed: all ranks are alive, and one of them is stuck; where, its log will say ({reason})"
+        )
+
+    def silent_ranks(self) -> list[int]:
+        """Ranks without a heartbeat for `WINDOW` seconds, except those that exit because of a failed collective."""
+        keys = [f"alive/{rank}" for rank in range(self.ranks)]
+        before = self.store.multi_get(keys)
+        time.sleep(WINDOW)
+        after = self.store.multi_get(keys)
+        silent = [rank for rank in range(self.ranks) if before[rank] == after[rank] and rank != self.rank]
+        lost = [rank for rank in silent if not self.store.check([f"exiting/{rank}"])]
+        self.store.set(f"exiting/{self.rank}", "1")
+        return lost
+
+    def in_words(self, ranks: Iterable[int]) -> str:
+        """ "node b (ranks 2, 3) is" for all ranks of another node, "rank 3 on b is" for some of them."""
+        lost = sorted(ranks)
+        parts = []
+        for host in dict.fromkeys(self.hosts[rank] for rank in lost):
+            own = [rank for rank in lost if self.hosts[rank] == host]
+            numbers = f"rank{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}"
+            all_of_node = len(own) == self.hosts.count(host) and host != self.hosts[self.rank]
+            parts.append(f"node {host} ({numbers})" if all_of_node else f"{numbers} on {host}")
+        plural = len(parts) > 1 or (not parts[0].startswith("node") and len(lost) > 1)
+        return f"{' and '.join(parts)} {'are' if plural else 'is'}"
+
+
+def is_collective_failure(error: Exception) -> bool:
+    """Whether a collective raised it: gloo raises plain RuntimeErrors that name its own source files."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+class Watchdog:
+    """Ends this process if `reset` is not called for some time, and before that writes all threads' stacks to a log."""
+
+    def __init__(self, path: Path, seconds: int) -> None:
+        """path: the log. seconds: after which a collective times out; the watchdog waits `GRACE_SECONDS` longer."""
+        self.file = path.open("a")
+        self.seconds = seconds + GRACE_SECONDS
+
+    def reset(self) -> None:
+        """Starts the time anew."""
+        faulthandler.dump_traceback_later(self.seconds, file=self.file, exit=True)
+
+    def stop(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self.file.close()
+
+
+@contextlib.contextmanager
+def watched(log: Path, timeout_seconds: int) -> Iterator[Callable[[], None]]:
+    """Watches over a rank of a distributed run; without a process group it does nothing.
+
+    A collective that fails in the block raises LostRanksError, which names the ranks that are gone. A rank that makes no
+    progress for `timeout_seconds` writes its stacks to `log` and exits. Yields the function that reports progress.
+    """
+    if not dist.is_initialized():
+        yield lambda: None
+        return
+    heartbeat, watchdog = Heartbeat(), Watchdog(log, timeout_seconds)
+    try:
+        yield watchdog.reset
+    except Exception as error:
+        if is_collective_failure(error):
+            raise heartbeat.explain(error) from error
+        raise
+    finally:
+        watchdog.stop()
+        heartbeat.stop()
