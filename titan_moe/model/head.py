@@ -1,4 +1,4 @@
-"""Vocabulary projection and cross-entropy, a slice of the tokens at a time: the logits never exist whole.
+"""Vocabulary projection and cross-entropy, a slice of the tokens at a time, so that all logits never exist at once.
 
 T tokens, D model width, V vocabulary.
 """
@@ -16,7 +16,7 @@ SLICE_LOGITS = 1 << 24  # logits alive at once: 64 MiB in float32; smaller slice
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The forward pass computes the gradients too, since a slice's logits are there once: three products instead of four."""
+    """The forward pass also computes the gradients while it has a slice's logits: three products instead of four."""
 
     @staticmethod
     def forward(
@@ -36,17 +36,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             weights = weights_T[part].to(exact)
             logits = (h_tD @ w_VD.t()).to(exact)
             labels = labels_T[part].unsqueeze(1) - first
-            here = (labels >= 0) & (labels < rows)  # all of them, unless other ranks have parts of the vocabulary
+            on_rank = (labels >= 0) & (labels < rows)  # all, unless other ranks have parts of the vocabulary
             labels = labels.clamp(0, rows - 1)
-            wanted = shares.total(logits.gather(1, labels) * here)
+            label_logits = shares.total(logits.gather(1, labels) * on_rank)
             highest = shares.highest(logits.amax(-1, keepdim=True))
             exponentials = logits.sub_(highest).exp_()
             sums = shares.total(exponentials.sum(-1, keepdim=True))
-            total += ((sums.log() + highest - wanted).squeeze(1) * weights).sum()
+            total += ((sums.log() + highest - label_logits).squeeze(1) * weights).sum()
             if grad_TD is None and grad_VD is None:
                 continue
             scale = weights.unsqueeze(1)
-            grad_logits = exponentials.mul_(scale / sums).scatter_add_(1, labels, -scale * here).to(dtype)
+            grad_logits = exponentials.mul_(scale / sums).scatter_add_(1, labels, -scale * on_rank).to(dtype)
             if grad_TD is not None:
                 grad_TD[part] = grad_logits @ w_VD
             if grad_VD is not None:
@@ -78,8 +78,8 @@ def chunked_cross_entropy(
     """`sum_i weights_i * CE_i` in at least float32.
 
     hidden_TD: (T, D) after the last norm. weight_VD: (V, D). labels_T: (T,) int64, any valid id where the weight is 0.
-    weights_T: (T,), 1 / (labelled tokens of the global batch), or 0 where there is no label. shares: where weight_VD is this
-    rank's part of the vocabulary.
+    weights_T: (T,), 1 / (labelled tokens of the global batch), or 0 where there is no label. shares: tensor-parallel
+    communication, if weight_VD is this rank's part of the vocabulary.
     """
     result: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, weights_T, shares)
     return result
