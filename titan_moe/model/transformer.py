@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from titan_moe.config.tables import Model
 from titan_moe.model.attention import Attention, RMSNorm, rotary_tables
+from titan_moe.model.comm import SINGLE_RANK, TPComm
 from titan_moe.model.feed_forward import FeedForward
 from titan_moe.model.gemm import Linear, linear, local
 from titan_moe.model.head import chunked_cross_entropy
 from titan_moe.model.moe import MoELayer
-from titan_moe.model.shares import ALONE, Shares
 from torchtitan_ext.carry import Carry, empty_carry
 from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.terms import Terms, Tokens
@@ -52,12 +52,12 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then a dense or MoE feed-forward layer, each with a residual connection."""
+    """Pre-norm block: attention, then a dense or MoE feed-forward layer, each with a residual connection."""
 
     def __init__(self, model: Model, terms: Terms, layer: int) -> None:
         super().__init__()
         moe = model.moe
-        self.shares: Shares = ALONE
+        self.comm: TPComm = SINGLE_RANK
         self.attention_norm = RMSNorm(model.dim, model.norm_eps)
         self.attention = Attention(model)
         self.feed_forward_norm = RMSNorm(model.dim, model.norm_eps)
@@ -80,9 +80,9 @@ class Block(nn.Module):
 
         Under tensor parallelism h_BSD holds this rank's tokens; carry, rotary tables, mask and tokens cover all tokens.
         """
-        x_BSD = self.shares.gather(self.attention_norm(h_BSD))
-        h_BSD = h_BSD + self.shares.scatter(self.attention(x_BSD, rotary, mask_BSS))
-        x_BSD = self.shares.gather(self.feed_forward_norm(h_BSD))
+        x_BSD = self.comm.gather_sequence(self.attention_norm(h_BSD))
+        h_BSD = h_BSD + self.comm.reduce_scatter_sequence(self.attention(x_BSD, rotary, mask_BSS))
+        x_BSD = self.comm.gather_sequence(self.feed_forward_norm(h_BSD))
         x_TD = x_BSD.flatten(0, 1)
         topk_ids = None
         if self.moe is not None:
@@ -92,7 +92,7 @@ class Block(nn.Module):
             out_TD = self.feed_forward(x_TD)
             # Copies: FSDP's hooks on a block's inputs and outputs do not allow outputs that alias inputs.
             carry = carry._replace(terms=carry.terms.clone(), previous=carry.previous.clone())
-        return h_BSD + self.shares.scatter(out_TD.view_as(x_BSD)), carry, topk_ids
+        return h_BSD + self.comm.reduce_scatter_sequence(out_TD.view_as(x_BSD)), carry, topk_ids
 
 
 class Transformer(nn.Module):
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         super().__init__()
         assert model.vocab_size > 0, "the vocabulary size comes from the tokenizer"
         self.settings = model
-        self.shares: Shares = ALONE
+        self.comm: TPComm = SINGLE_RANK
         self.terms = terms
         self.dtype = dtype
         self.moe_layers = model.layers - model.moe.first_dense_layers
@@ -139,10 +139,10 @@ class Transformer(nn.Module):
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Embedding vectors (B, S, D). Under tensor parallelism each rank looks up its part of the vocabulary."""
         embedding_VD = local(self.embedding)
-        rows_BS = tokens_BS - self.shares.first_row(embedding_VD.shape[0])
+        rows_BS = tokens_BS - self.comm.shard_offset(embedding_VD.shape[0])
         on_rank_BS = (rows_BS >= 0) & (rows_BS < embedding_VD.shape[0])
         h_BSD = F.embedding(rows_BS.clamp(0, embedding_VD.shape[0] - 1), embedding_VD).to(self.dtype)
-        return self.shares.scatter(h_BSD * on_rank_BS.unsqueeze(2))
+        return self.comm.reduce_scatter_sequence(h_BSD * on_rank_BS.unsqueeze(2))
 
     def empty_carry(self, tokens: int, device: torch.device) -> Carry:
         """The carry that enters the first block."""
@@ -169,15 +169,15 @@ class Transformer(nn.Module):
     def loss(self, h_BSD: Tensor, inputs: Inputs) -> Tensor:
         """Final norm, vocabulary projection and weighted cross-entropy, from the last block's hidden states."""
         weights_T = inputs.token_weights.flatten()
-        hidden_TD = self.shares.whole(self.norm(h_BSD)).flatten(0, 1)
-        return chunked_cross_entropy(hidden_TD, self.output_weight, inputs.labels.flatten(), weights_T, self.shares)
+        hidden_TD = self.comm.gather_sequence_replicated(self.norm(h_BSD)).flatten(0, 1)
+        return chunked_cross_entropy(hidden_TD, self.output_weight, inputs.labels.flatten(), weights_T, self.comm)
 
     def logits(self, inputs: Inputs) -> Tensor:
         """(B, S, V), for evaluation of short texts."""
         carry = self.empty_carry(inputs.tokens.numel(), inputs.tokens.device)
         h_BSD, _, _ = self.run_blocks(inputs, self.embed(inputs.tokens), carry)
-        hidden_TD = self.shares.whole(self.norm(h_BSD)).flatten(0, 1)
-        return self.shares.widen(linear(hidden_TD, self.output_weight)).unflatten(0, inputs.tokens.shape)
+        hidden_TD = self.comm.gather_sequence_replicated(self.norm(h_BSD)).flatten(0, 1)
+        return self.comm.gather_from_tp(linear(hidden_TD, self.output_weight)).unflatten(0, inputs.tokens.shape)
 
     @property
     def output_weight(self) -> Tensor:

@@ -1,11 +1,11 @@
 """Tensor parallelism: attention heads, hidden units and vocabulary are sharded over ranks that hold the same sequences.
 
-Between layers the hidden states are sharded over the same ranks by tokens (sequence parallelism, Korthikanti et al.
-2205.05198): `gather` collects a sequence's tokens before attention or a feed-forward layer, `scatter` sums the partial
-products and leaves each rank its own tokens. Inside an MoE layer all ranks route all tokens, with equal results, so that
-a loss counts once and not once per rank. Megatron's conjugate operations f and g surround the sharded part: `enter` is
-the identity and sums gradients; `leave` sums values and passes gradients on unchanged. `leave` also completes inputs of
-the losses that are sums over hidden units (Gram matrices, squared lengths).
+Between layers the hidden states are sharded over the same ranks by tokens (sequence parallelism): `gather_sequence`
+collects a sequence's tokens before attention or a feed-forward layer, `reduce_scatter_sequence` sums the partial
+products and leaves each rank its own tokens. Inside an MoE layer all ranks route all tokens, with equal results, so
+that a loss counts once and not once per rank; `copy_to_tp` and `reduce_from_tp` surround the sharded part.
+`reduce_from_tp` also completes inputs of the losses that are sums over hidden units (Gram matrices, squared lengths).
+Sources: Shoeybi et al. 1909.08053 (conjugate operations f and g), Korthikanti et al. 2205.05198.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from titan_moe.model.attention import RMSNorm
+from titan_moe.model.comm import TPComm
 from titan_moe.model.moe import MoELayer
-from titan_moe.model.shares import Shares
 from titan_moe.model.transformer import Block, Transformer
 from titan_moe.parallel.norm import sum_gradients
 from torchtitan_ext.collectives import Group, all_sum, gather_columns, gathered, reduced
 
 
-class _Enter(torch.autograd.Function):
+class _CopyToTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -35,7 +35,7 @@ class _Enter(torch.autograd.Function):
         return all_sum(grad, ctx.group), None
 
 
-class _Leave(torch.autograd.Function):
+class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:  # noqa: ARG004 - torch's signature
         return all_sum(x, group)
@@ -58,7 +58,7 @@ class _GatherReplicated(torch.autograd.Function):
         return grad.chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()], None, None
 
 
-class _Scatter(torch.autograd.Function):
+class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BSD: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -86,43 +86,43 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     return result
 
 
-class TensorShares(Shares):
+class GroupTPComm(TPComm):
     """Communication over a process group of tensor-parallel ranks."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    def enter(self, x: Tensor) -> Tensor:
-        return _apply(_Enter, x, self.group)
+    def copy_to_tp(self, x: Tensor) -> Tensor:
+        return _apply(_CopyToTP, x, self.group)
 
-    def leave(self, x: Tensor) -> Tensor:
-        return _apply(_Leave, x, self.group)
+    def reduce_from_tp(self, x: Tensor) -> Tensor:
+        return _apply(_ReduceFromTP, x, self.group)
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather_sequence(self, x: Tensor) -> Tensor:
         return gather_columns(x, self.group)
 
-    def scatter(self, x: Tensor) -> Tensor:
-        return _apply(_Scatter, x, self.group)
+    def reduce_scatter_sequence(self, x: Tensor) -> Tensor:
+        return _apply(_ReduceScatterSequence, x, self.group)
 
-    def whole(self, x: Tensor) -> Tensor:
+    def gather_sequence_replicated(self, x: Tensor) -> Tensor:
         return _apply(_GatherReplicated, x, 1, self.group)
 
-    def alike(self, x: Tensor) -> Tensor:
+    def divide_gradient(self, x: Tensor) -> Tensor:
         return _apply(_DivideGradient, x, self.group.size())
 
-    def widen(self, x: Tensor) -> Tensor:
+    def gather_from_tp(self, x: Tensor) -> Tensor:
         return _apply(_GatherReplicated, x, x.dim() - 1, self.group)
 
-    def total(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         return all_sum(x, self.group)
 
-    def highest(self, x: Tensor) -> Tensor:
+    def all_reduce_max(self, x: Tensor) -> Tensor:
         result = x.clone()
         dist.all_reduce(result, dist.ReduceOp.MAX, group=self.group)
         return result
 
-    def first_row(self, rows: int) -> int:
-        return self.group.rank() * rows
+    def shard_offset(self, size: int) -> int:
+        return self.group.rank() * size
 
 
 # The sharded dimension of a weight, by the end of its name; parallelize.shard_experts shards the experts' weights.
@@ -146,7 +146,7 @@ def shard_dimension(name: str) -> int | None:
 
 def apply_tensor_parallel(model: Transformer, tp: DeviceMesh) -> None:
     """Shards all weights but the experts' and sets the modules' communication points, in place."""
-    shares = TensorShares(tp.get_group())
+    comm = GroupTPComm(tp.get_group())
     for name, parameter in list(model.named_parameters()):
         dim = shard_dimension(name)
         if dim is not None:
@@ -155,7 +155,7 @@ def apply_tensor_parallel(model: Transformer, tp: DeviceMesh) -> None:
             setattr(owner, name.rpartition(".")[2], nn.Parameter(sharded))
     for module in model.modules():
         if isinstance(module, (Transformer, Block, MoELayer)):
-            module.shares = shares
+            module.comm = comm
 
 
 def norms(model: Transformer) -> list[nn.Parameter]:
