@@ -1,5 +1,6 @@
 """Parallelism degrees (ranks per mesh dimension), checked before any process starts. Does not import torch."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -117,10 +118,9 @@ def check_tensor_parallel(config: Config, tp: int, origin: Origin) -> None:
     }
     for key, size in sizes.items():
         if size % tp:
-            common = [n for n in range(1, size + 1) if all(other % n == 0 for other in sizes.values())]
             raise UserError(
-                f"{origin('parallelism.tp')} = {tp} must divide {key} = {size}; {_listed(common)} divide heads, "
-                "kv_heads, moe.hidden_dim and the vocabulary"
+                f"{origin('parallelism.tp')} = {tp} must divide {key} = {size}; "
+                f"{_divisors(math.gcd(*sizes.values()))} divide heads, kv_heads, moe.hidden_dim and the vocabulary"
             )
 
 
@@ -181,8 +181,4 @@ def check_pipeline(config: Config, degrees: Degrees, origin: Origin) -> None:
 
 
 def _divisors(number: int) -> str:
-    return _listed([n for n in range(1, number + 1) if number % n == 0])
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -155,14 +155,13 @@ def pipeline(model: Transformer, config: Config, degrees: Degrees) -> list[Line]
     s, terms = sizes(model, config, degrees), model.terms
     stages = len(layers_per_stage(config)) // degrees.pp
     hidden = s.tokens // degrees.tp * config.model.dim * s.compute
+    tied = local(model.embedding).numel() if config.model.tie_embeddings else 0
     numbers = len(terms.names) + s.tokens * terms.carried_width(s.experts) + len(terms.measures) * model.moe_layers
     carry = numbers * s.exact + model.moe_layers * config.model.moe.experts * COUNT_BYTES
     return [
         Line("send", "hidden states", s.steps * stages * hidden),
         Line("send", "the carry", s.steps * stages * carry),
-        Line(
-            "send", "tied embedding's gradient", config.model.tie_embeddings * local(model.embedding).numel() * s.exact
-        ),
+        Line("send", "tied embedding's gradient", tied * s.exact),
     ]
 
 
