@@ -16,6 +16,7 @@ from titan_moe.analysis.inspect.inspection import Options, Watched
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Regularizers
 from titan_moe.parallel.mesh import single
+from titan_moe.parallel.parallelize import build_runner
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.train.build import build_model
 from titan_moe.train.validation import validate
@@ -32,7 +33,7 @@ def main() -> None:
     config = config.model_copy(update={"regularizers": Regularizers()})  # validation computes the terms that are on
     watched = Watched(config, alone, Options(sequences=options.sequences, cluster_tokens=0))
     tokenizer = watched.prepared.tokenizer
-    plain = build_model(config, tokenizer.vocab_size, alone)
+    plain = build_runner(build_model(config, tokenizer.vocab_size, alone), config, alone)
     size = config.training.microbatch_size or config.training.batch_size
 
     def validation() -> None:

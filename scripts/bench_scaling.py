@@ -23,6 +23,7 @@ from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch
 from titan_moe.parallel.mesh import Mesh
+from titan_moe.parallel.parallelize import build_runner
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.train.build import build_model
 from titan_moe.train.optimizer import build_optimizer
@@ -80,12 +81,13 @@ def work(rank: int, world: int, words: list[str], steps: int, folder: str) -> No
     config = load_config("debug", words, world_size=world)
     mesh = Mesh(resolve(config.parallelism, world, str), torch.device("cpu"))
     model = build_model(config, VOCABULARY, mesh)
+    runner = build_runner(model, config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     watch, batch = Stopwatch(), random_batch(config)
     times, shares = [], []
     for step in range(1, WARM_UP + steps + 1):
         watch.seconds, start = 0.0, time.perf_counter()
-        train_step(model, optimizer, batch, config, mesh, step, {})
+        train_step(runner, optimizer, batch, config, mesh, step, {})
         times.append(time.perf_counter() - start)
         shares.append(watch.seconds / times[-1])
     if rank == 0:

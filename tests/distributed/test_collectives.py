@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.helpers.ranks import launch
-from titan_moe.parallel.context import Context, places
+from titan_moe.parallel.context import Context, token_indices
 from titan_moe.parallel.experts import AllToAll
 from torchtitan_ext.collectives import all_sum, exchange, gather_columns
 
@@ -84,7 +84,7 @@ def test_gathering_summing_and_exchanging() -> None:
 
 def gathered_sequence() -> None:
     ranks, rank, seq = group().size(), dist.get_rank(), 8
-    mine = places(seq, ranks, rank)
+    mine = token_indices(seq, ranks, rank)
     context = Context(group())
     x = mine.double().reshape(1, -1, 1).requires_grad_()
     whole = context.gather(x)
@@ -100,5 +100,5 @@ def gathered_sequence() -> None:
 
 
 def test_a_sequence_in_parts() -> None:
-    assert torch.cat([places(12, 3, rank) for rank in range(3)]).sort().values.tolist() == list(range(12))
+    assert torch.cat([token_indices(12, 3, rank) for rank in range(3)]).sort().values.tolist() == list(range(12))
     launch(2, gathered_sequence)

@@ -1,13 +1,16 @@
-"""Pipeline parallelism, alone and with the others: five steps as on one process."""
+"""Pipeline parallelism, alone and combined with other dimensions: five steps equal those of one process."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed.test_layouts import SEQUENCE, alone, assert_equal, assert_every_token_seen
 from tests.helpers.ranks import launch
-from tests.helpers.steps import DEEPSEEK, VANILLA, gradients, train
+from tests.helpers.steps import DEEPSEEK, VANILLA, Outcome, gradients, train
 
-WORDS = [*SEQUENCE, "--model.layers=4", "--model.tie_embeddings=false"]
+UNTIED = [*SEQUENCE, "--model.layers=4", "--model.tie_embeddings=false"]
+TIED = [*SEQUENCE, "--model.layers=4", "--model.tie_embeddings=true"]
 LAYOUTS = {
     "gpipe": (2, ["--parallelism.pp_schedule=GPipe", "--training.microbatch_size=2"]),
     "1f1b": (2, ["--training.microbatch_size=1"]),
@@ -17,37 +20,42 @@ LAYOUTS = {
     "ep2": (4, ["--parallelism.ep=2", "--training.microbatch_size=2"]),
     "tp2": (4, ["--parallelism.tp=2", "--training.microbatch_size=4"]),
     "cp2": (4, ["--parallelism.cp=2", "--training.microbatch_size=4"]),
+    "dp2": (4, ["--training.microbatch_size=2"]),
+    "hsdp2": (4, ["--parallelism.dp_replicate=2", "--training.microbatch_size=2"]),
     "four": (4, ["--training.microbatch_size=2"]),
     "dp2ep2": (8, ["--parallelism.ep=2", "--training.microbatch_size=1"]),
 }
 
 
-def degree(name: str) -> str:
-    return f"--parallelism.pp={4 if name == 'four' else 2}"
+def layout_options(name: str) -> list[str]:
+    return [f"--parallelism.pp={4 if name == 'four' else 2}", *LAYOUTS[name][1]]
 
 
 def check(name: str, words: list[str]) -> None:
-    world, layout = LAYOUTS[name]
-    wanted = alone(*WORDS, *words)
-    results = launch(world, train, [*WORDS, *words, degree(name), *layout], world, seconds=240)
-    for found in results:
-        # Every rank holds some of the parameters; together they are all of them.
-        own = wanted.parameters.keys() & found.parameters.keys()
-        assert own == found.parameters.keys()
-        assert_equal(found, wanted._replace(parameters={key: wanted.parameters[key] for key in own}))
-    assert set().union(*(found.parameters for found in results)) == wanted.parameters.keys()
+    world = LAYOUTS[name][0]
+    results = launch(world, train, [*words, *layout_options(name)], world, seconds=240)
+    assert_all_equal(results, alone(*words))
     assert_every_token_seen(results)
+
+
+def assert_all_equal(results: list[Outcome], wanted: Outcome) -> None:
+    """Every rank has some of the parameters; together they have all of them."""
+    for result in results:
+        names = result.parameters.keys()
+        assert names <= wanted.parameters.keys()
+        assert_equal(result, wanted._replace(parameters={name: wanted.parameters[name] for name in names}))
+    assert set().union(*(result.parameters for result in results)) == wanted.parameters.keys()
 
 
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "ep2"])
 def test_deepseek_style(name: str) -> None:
-    check(name, DEEPSEEK)
+    check(name, [*UNTIED, *DEEPSEEK])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("dp2", "hsdp2")])
 def test_vanilla(name: str) -> None:
-    check(name, VANILLA)
+    check(name, [*UNTIED, *VANILLA])
 
 
 @pytest.mark.slow
@@ -62,17 +70,48 @@ def test_vanilla(name: str) -> None:
     ],
 )
 def test_variants(words: list[str]) -> None:
-    """One micro-batch where cp chooses its transitions over a micro-step."""
-    check("one-micro-batch" if "transition" in words[0] else "1f1b", [*DEEPSEEK, *words])
+    """One microbatch where cp chooses its transitions over a microbatch."""
+    check("one-micro-batch" if "transition" in words[0] else "1f1b", [*UNTIED, *DEEPSEEK, *words])
 
 
-@pytest.mark.parametrize("name", ["1f1b", "interleaved", "ep2"])
-def test_gradients_of_every_parameter(name: str) -> None:
-    world, layout = LAYOUTS[name]
-    wanted = gradients([*WORDS, *DEEPSEEK], 1)
-    results = launch(world, gradients, [*WORDS, *DEEPSEEK, degree(name), *layout], world)
-    for found in results:
-        for parameter, grad in found.items():
+@pytest.mark.parametrize("name", ["1f1b", pytest.param("interleaved", marks=pytest.mark.slow), "tp2"])
+def test_tied_embeddings(name: str) -> None:
+    check(name, [*TIED, *DEEPSEEK])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpipe", "dp2", "hsdp2", "ep2", "cp2", "four"])
+def test_tied_embeddings_in_more_layouts(name: str) -> None:
+    check(name, [*TIED, *VANILLA])
+
+
+def test_both_copies_of_a_tied_embedding_stay_bitwise_equal() -> None:
+    first, last = launch(2, train, [*TIED, *layout_options("1f1b")], 2)
+    assert torch.equal(first.parameters["embedding"], last.parameters["embedding"])
+
+
+@pytest.mark.parametrize("save_on_pipeline", [True, False])
+def test_a_checkpoint_with_tied_embeddings_changes_layout(save_on_pipeline: bool, tmp_path: Path) -> None:
+    """Saved by a pipeline and continued on one process, and the reverse: the same five steps."""
+    words = [*TIED, *DEEPSEEK]
+    layouts = [(2, [*words, *layout_options("1f1b")]), (1, words)]
+    (saver, saving), (loader, loading) = layouts if save_on_pipeline else reversed(layouts)
+    launch(saver, train, saving, saver, 3, 1, None, tmp_path)
+    results = launch(loader, train, loading, loader, 5, 4, tmp_path)
+    one = alone(*words)
+    later = one._replace(rows=one.rows[3:], counts=one.counts[3:], routing=one.routing[3:])
+    assert_all_equal(results, later)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("1f1b", UNTIED), ("interleaved", UNTIED), ("ep2", UNTIED), ("1f1b", TIED), ("tp2", TIED)]
+)
+def test_gradients_of_every_parameter(name: str, words: list[str]) -> None:
+    world = LAYOUTS[name][0]
+    wanted = gradients([*words, *DEEPSEEK], 1)
+    results = launch(world, gradients, [*words, *DEEPSEEK, *layout_options(name)], world)
+    for result in results:
+        for parameter, grad in result.items():
             torch.testing.assert_close(grad, wanted[parameter], rtol=1e-9, atol=1e-12, msg=parameter)
     assert set().union(*results) == wanted.keys()
 
@@ -80,10 +119,7 @@ def test_gradients_of_every_parameter(name: str) -> None:
 @pytest.mark.slow
 def test_compiled() -> None:
     """The compiler reorders float64 sums: two steps stay within 1e-9."""
-    world, layout = LAYOUTS["1f1b"]
-    words = [*WORDS, *DEEPSEEK]
-    compiled = [*words, degree("1f1b"), *layout, "--compile.enable=true"]
-    wanted = train(words, 1, 2)
-    for found in launch(world, train, compiled, world, 2, seconds=280):
-        own = {key: wanted.parameters[key] for key in found.parameters}
-        assert_equal(found, wanted._replace(parameters=own))
+    world = LAYOUTS["1f1b"][0]
+    words = [*UNTIED, *DEEPSEEK]
+    compiled = [*words, *layout_options("1f1b"), "--compile.enable=true"]
+    assert_all_equal(launch(world, train, compiled, world, 2, seconds=280), train(words, 1, 2))

@@ -11,6 +11,7 @@ from titan_moe.config.tables import Config
 from titan_moe.estimate.plan import memory, sharded_model
 from titan_moe.estimate.traffic import traffic
 from titan_moe.model.gemm import local
+from titan_moe.parallel.parallelize import build_runner
 from titan_moe.train.build import build_model
 from titan_moe.train.inputs import to_inputs
 from titan_moe.train.optimizer import build_optimizer
@@ -46,7 +47,7 @@ def real(words: list[str], world: int) -> dict[str, int]:
     mesh = mesh_of(config, world)
     model = build_model(config, VOCABULARY, mesh)
     optimizer = build_optimizer(model, config.optimizer)
-    train_step(model, optimizer, batch_of(1), config, mesh, 1, {})
+    train_step(build_runner(model, config, mesh), optimizer, batch_of(1), config, mesh, 1, {})
     parameters = [local(p) for p in model.parameters()]
     moments = [local(m) for state in optimizer.state.values() for name, m in state.items() if name != "step"]
     return {
@@ -108,6 +109,8 @@ TRAFFIC = {
     "pp2-without-cp": (2, [*PIPELINE, "--regularizers.cp.weight=0"]),
     "pp2tp2": (4, [*PIPELINE, "--parallelism.tp=2"]),
     "pp2ep2": (4, [*PIPELINE, "--parallelism.ep=2"]),
+    "pp2-tied": (2, [*PIPELINE, "--model.tie_embeddings=true"]),
+    "pp2tp2-tied": (4, [*PIPELINE, "--model.tie_embeddings=true", "--parallelism.tp=2"]),
 }
 
 
@@ -118,7 +121,7 @@ def sent(words: list[str], world: int) -> dict[str, int]:
     model = build_model(config, VOCABULARY, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     with counted() as found:
-        train_step(model, optimizer, batch_of(1), config, mesh, 1, {})
+        train_step(build_runner(model, config, mesh), optimizer, batch_of(1), config, mesh, 1, {})
     return found
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.pipelining import schedules
 
 # torch.distributed's name -> the plan's, and where its payload stands among the arguments.
 COLLECTIVES = {
@@ -30,19 +29,19 @@ def counted() -> Iterator[dict[str, int]]:
 
         return call
 
-    def batch(operations: list[dist.P2POp], desc: str | None = None) -> Any:
+    def batch(operations: list[dist.P2POp]) -> Any:
         sending = [one.tensor for one in operations if one.op is dist.isend]
         sent["send"] += sum(tensor.numel() * tensor.element_size() for tensor in sending)
-        return send_batch(operations, desc)
+        return send_batch(operations)
 
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
-    send_batch = schedules._batch_p2p
+    send_batch = dist.batch_isend_irecv
     for name, how in COLLECTIVES.items():
         setattr(dist, name, counting(originals[name], *how))
-    schedules._batch_p2p = batch
+    dist.batch_isend_irecv = batch
     try:
         yield sent
     finally:
-        schedules._batch_p2p = send_batch
+        dist.batch_isend_irecv = send_batch
         for name, original in originals.items():
             setattr(dist, name, original)

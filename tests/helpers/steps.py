@@ -1,23 +1,25 @@
 """A few training steps of a tiny model on any layout, and everything that must not depend on it."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from titan_moe.checkpoint.dcp import load_checkpoint, tensors, write_tensors
 from titan_moe.config.degrees import resolve
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch
 from titan_moe.model.moe import Choice, MoELayer, Router
 from titan_moe.model.transformer import Transformer
-from titan_moe.parallel.fsdp import sum_router_gradients
 from titan_moe.parallel.mesh import Mesh
-from titan_moe.parallel.tensor import sum_norm_gradients
+from titan_moe.parallel.parallelize import build_runner, sum_replicated_gradients
 from titan_moe.train.build import build_model
 from titan_moe.train.optimizer import build_optimizer, set_lr
-from titan_moe.train.step import micro_batches, model_inputs, train_step
+from titan_moe.train.step import step_inputs, train_step
 
 VOCABULARY, SEQ, BATCH = 62, 16, 8
 TERMS = ("lb", "z", "sp", "cp", "o", "v", "erc")
@@ -109,21 +111,34 @@ def whole(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
-def train(words: list[str], world: int, steps: int = 5) -> Outcome:
+def train(
+    words: list[str],
+    world: int,
+    steps: int = 5,
+    first: int = 1,
+    load_from: Path | None = None,
+    save_to: Path | None = None,
+) -> Outcome:
+    """Steps `first` to `steps`. load_from, save_to: checkpoints before the first and after the last one."""
     config = config_of(words, world)
     mesh = mesh_of(config, world)
     model = build_model(config, VOCABULARY, mesh)
+    runner = build_runner(model, config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
+    if load_from is not None:
+        load_checkpoint(load_from, model, optimizer)
     set_lr(optimizer, 1e-2)
     rows, counts = [], []
-    watch = Watch(model, steps) if not config.compile.enable else None
-    for step in range(1, steps + 1):
+    watch = Watch(model, steps - first + 1) if not config.compile.enable else None
+    for step in range(first, steps + 1):
         if watch is not None:
-            watch.step = step - 1
-        result = train_step(model, optimizer, batch_of(step), config, mesh, step, {})
+            watch.step = step - first
+        result = train_step(runner, optimizer, batch_of(step), config, mesh, step, {})
         terms = dict(zip(model.terms.names, result.carry.terms.tolist(), strict=True))
         rows.append({"loss": result.loss, "ce": result.ce, "grad_norm": result.grad_norm, **terms})
         counts.append(result.carry.counts)
+    if save_to is not None:
+        write_tensors(save_to, tensors(model, optimizer), dist.group.WORLD if world > 1 else None)
     parameters = {name: whole(p) for name, p in state(model).items()}
     if watch is None:
         return Outcome(rows, torch.stack(counts), parameters, torch.full((), -1), float("nan"))
@@ -139,16 +154,9 @@ def gradients(words: list[str], world: int) -> dict[str, Tensor]:
     config = config_of(words, world)
     mesh = mesh_of(config, world)
     model = build_model(config, VOCABULARY, mesh)
-    parts = enumerate(micro_batches(batch_of(1), config, mesh))
-    inputs = [model_inputs(part, torch.float64, mesh, 1, first=number == 0) for number, part in parts]
-    if model.pipeline is not None:
-        model.pipeline.step(inputs, {})
-    else:
-        for one in inputs:
-            out = model(one)
-            (out.ce + model.terms.objective(out.carry.terms)).backward()
-    sum_router_gradients(model, mesh)
-    sum_norm_gradients(model, mesh.tp)
+    runner = build_runner(model, config, mesh)
+    runner.forward_backward(step_inputs(model, batch_of(1), config, mesh, 1), {})
+    sum_replicated_gradients(model, mesh)
     found: dict[str, Any] = {name: p.grad for name, p in model.named_parameters()}
     assert all(grad is not None for grad in found.values()), [name for name, grad in found.items() if grad is None]
     return {name: whole(grad) for name, grad in found.items()}

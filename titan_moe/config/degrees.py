@@ -1,5 +1,6 @@
-"""How many ranks each dimension has, checked before anything starts. Nothing here imports torch."""
+"""Parallelism degrees (ranks per mesh dimension), checked before any process starts. Does not import torch."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ Origin = Callable[[str], str]  # key -> "file: key", for error messages
 
 
 class Degrees(NamedTuple):
-    """World = pp * dp_replicate * dp_shard * cp * tp, the last one fastest; ep ranks are neighbours in dp_shard * cp."""
+    """World = pp * dp_replicate * dp_shard * cp * tp, the last one fastest; ep ranks are adjacent in dp_shard * cp."""
 
     dp_replicate: int
     dp_shard: int
@@ -25,34 +26,34 @@ class Degrees(NamedTuple):
 
     @property
     def token_ranks(self) -> int:
-        """Ranks, or groups of tensor-parallel ranks, with tokens of their own."""
+        """Ranks of a pipeline stage that have different tokens; a group of tensor-parallel ranks counts as one."""
         return self.dp_replicate * self.dp_shard * self.cp
 
     @property
     def data(self) -> int:
-        """Ranks, or groups of context-parallel ranks, with sequences of their own."""
+        """Ranks of a pipeline stage that have different sequences; a group of cp and tp ranks counts as one."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def fsdp(self) -> int:
-        """Ranks that parameters other than the experts' are sharded over."""
+        """Size of the FSDP mesh of all parameters but the experts'."""
         return self.dp_shard * self.cp
 
     @property
     def expert_fsdp(self) -> int:
-        """Ranks that each expert's parameters are sharded over, beside ep."""
+        """Size of the FSDP mesh of each expert's parameters, orthogonal to ep."""
         return self.fsdp // self.ep
 
 
 def resolve(parallelism: Parallelism, world: int, origin: Origin) -> Degrees:
-    """The degrees for so many processes. Raises UserError for a combination that can't be, and says which numbers could."""
+    """The degrees for `world` processes. Raises UserError for an impossible combination and names possible numbers."""
     fixed = parallelism.pp * parallelism.dp_replicate * parallelism.cp * parallelism.tp
     shard = parallelism.dp_shard
     if shard in (-1, 0):
         if world % fixed:
             raise UserError(
-                f"{origin('parallelism')}: {world} processes are not a multiple of pp * dp_replicate * cp * tp = {fixed}; "
-                f"{_numbers([n for n in range(1, world + 1) if world % n == 0])} would be"
+                f"{origin('parallelism')}: {world} processes are not a multiple of pp * dp_replicate * cp * tp = "
+                f"{fixed}; {_divisors(world)} would be"
             )
         shard = world // fixed
     if shard * fixed != world:
@@ -65,8 +66,8 @@ def resolve(parallelism: Parallelism, world: int, origin: Origin) -> Degrees:
     ranks = shard * parallelism.cp
     if ranks % parallelism.ep:
         raise UserError(
-            f"{origin('parallelism.ep')} = {parallelism.ep} must divide dp_shard * cp = {ranks}, whose ranks it borrows: "
-            f"{_numbers([n for n in range(1, ranks + 1) if ranks % n == 0])}"
+            f"{origin('parallelism.ep')} = {parallelism.ep} must divide dp_shard * cp = {ranks}, whose ranks it "
+            f"borrows: {_divisors(ranks)}"
         )
     return Degrees(parallelism.dp_replicate, shard, parallelism.cp, parallelism.ep, parallelism.tp, parallelism.pp)
 
@@ -77,37 +78,37 @@ def check_degrees(config: Config, degrees: Degrees, origin: Origin) -> None:
     if moe.experts % degrees.ep:
         raise UserError(
             f"{origin('parallelism.ep')} = {degrees.ep} must divide model.moe.experts = {moe.experts}: "
-            f"{_numbers([n for n in range(1, moe.experts + 1) if moe.experts % n == 0])}"
+            f"{_divisors(moe.experts)}"
         )
     if degrees.ep > 1 and config.model.dim % degrees.expert_fsdp:
         raise UserError(
-            f"{origin('parallelism.ep')}: the {degrees.expert_fsdp} ranks beside ep can't share an expert evenly: they must "
-            f"divide model.dim = {config.model.dim}"
+            f"{origin('parallelism.ep')}: an expert can't be sharded evenly over {degrees.expert_fsdp} ranks "
+            f"(dp_shard * cp / ep): that must divide model.dim = {config.model.dim}"
         )
     check_tensor_parallel(config, degrees.tp, origin)
     check_pipeline(config, degrees, origin)
-    here = training.seq_len // degrees.cp
-    if here % degrees.tp:
+    tokens = training.seq_len // degrees.cp
+    if tokens % degrees.tp:
         raise UserError(
-            f"{origin('training.seq_len')} = {training.seq_len}: the {here} tokens of a sequence on a rank must "
-            f"be a multiple of parallelism.tp = {degrees.tp}, whose ranks share them between layers"
+            f"{origin('training.seq_len')} = {training.seq_len}: the {tokens} tokens of a sequence on a rank must "
+            f"be a multiple of parallelism.tp = {degrees.tp}, as hidden states are sharded over tp ranks by tokens"
         )
     if training.seq_len % (2 * degrees.cp) and degrees.cp > 1:
         raise UserError(
-            f"{origin('training.seq_len')} = {training.seq_len} must be a multiple of 2 * parallelism.cp = {2 * degrees.cp}: "
-            "every rank takes two pieces of a sequence"
+            f"{origin('training.seq_len')} = {training.seq_len} must be a multiple of 2 * parallelism.cp = "
+            f"{2 * degrees.cp}: every rank takes two pieces of a sequence"
         )
     size = (training.microbatch_size or 1) * degrees.data
     if training.batch_size % size:
         parts = f"{training.microbatch_size} (training.microbatch_size) * " if training.microbatch_size else ""
         raise UserError(
-            f"{origin('training.batch_size')} = {training.batch_size} is not a multiple of {parts}{degrees.data}, the ranks "
-            "with sequences of their own"
+            f"{origin('training.batch_size')} = {training.batch_size} is not a multiple of {parts}{degrees.data}, the "
+            "number of ranks with different sequences"
         )
 
 
 def check_tensor_parallel(config: Config, tp: int, origin: Origin) -> None:
-    """Raises UserError when heads, hidden units or vocabulary can't be cut into tp equal parts."""
+    """Raises UserError when heads, hidden units or vocabulary can't be sharded evenly over tp ranks."""
     model = config.model
     sizes = {
         "model.heads": model.heads,
@@ -117,25 +118,24 @@ def check_tensor_parallel(config: Config, tp: int, origin: Origin) -> None:
     }
     for key, size in sizes.items():
         if size % tp:
-            common = [n for n in range(1, size + 1) if all(other % n == 0 for other in sizes.values())]
             raise UserError(
-                f"{origin('parallelism.tp')} = {tp} must divide {key} = {size}; {_numbers(common)} divide heads, kv_heads, "
-                "moe.hidden_dim and the vocabulary"
+                f"{origin('parallelism.tp')} = {tp} must divide {key} = {size}; "
+                f"{_divisors(math.gcd(*sizes.values()))} divide heads, kv_heads, moe.hidden_dim and the vocabulary"
             )
 
 
 def micro_batch_size(config: Config, degrees: Degrees) -> int:
-    """Sequences of a rank in one micro-step."""
+    """Sequences of a rank in one microbatch."""
     return config.training.microbatch_size or config.training.batch_size // degrees.data
 
 
 def micro_steps(config: Config, degrees: Degrees) -> int:
-    """Forward passes of a rank in one optimizer step."""
+    """Microbatches of a rank in one optimizer step."""
     return config.training.batch_size // (micro_batch_size(config, degrees) * degrees.data)
 
 
 def layers_per_stage(config: Config) -> list[int]:
-    """Number of blocks in each pipeline stage; two stages a rank when they are interleaved."""
+    """Number of blocks in each pipeline stage; Interleaved1F1B has two stages per rank."""
     parallelism, layers = config.parallelism, config.model.layers
     if parallelism.pp_layers:
         return parallelism.pp_layers
@@ -144,45 +144,41 @@ def layers_per_stage(config: Config) -> list[int]:
 
 
 def stage_layers(layers: list[int]) -> list[range]:
-    """The blocks of each stage."""
+    """Block indices of each stage."""
     ends = [sum(layers[: n + 1]) for n in range(len(layers))]
     return [range(end - count, end) for end, count in zip(ends, layers, strict=True)]
 
 
 def check_pipeline(config: Config, degrees: Degrees, origin: Origin) -> None:
-    """Raises UserError for stages or micro-batches that the schedule can't take."""
+    """Raises UserError for stages or microbatches that the schedule can't take."""
     parallelism, pp = config.parallelism, degrees.pp
     if pp == 1:
         return
     stages, interleaved = layers_per_stage(config), parallelism.pp_schedule == "Interleaved1F1B"
-    if config.model.tie_embeddings:
-        raise UserError(
-            f"{origin('parallelism.pp')}: embedding and head are on different stages and can't be one matrix; set "
-            "model.tie_embeddings = false"
-        )
     if sum(stages) != config.model.layers or min(stages) < 1:
         raise UserError(
-            f"{origin('parallelism.pp_layers')} = {stages}: stages of at least one block each must add up to model.layers = "
-            f"{config.model.layers}"
+            f"{origin('parallelism.pp_layers')} = {stages}: stages of at least one block each must add up to "
+            f"model.layers = {config.model.layers}"
         )
     if len(stages) % pp or (len(stages) > pp) != interleaved:
         wanted = f"a multiple of {pp} beyond it" if interleaved else str(pp)
         raise UserError(
-            f"{origin('parallelism.pp_layers')}: {len(stages)} stages; {parallelism.pp_schedule} over {pp} ranks needs {wanted}"
+            f"{origin('parallelism.pp_layers')}: {len(stages)} stages; {parallelism.pp_schedule} over {pp} ranks "
+            f"needs {wanted}"
         )
     steps = micro_steps(config, degrees)
     if steps < pp and parallelism.pp_schedule == "1F1B":
         raise UserError(
-            f"{origin('training.microbatch_size')}: {steps} micro-batches a step for {pp} stages; 1F1B needs at least as many, "
-            "or take pp_schedule = 'GPipe'"
+            f"{origin('training.microbatch_size')}: {steps} microbatches a step for {pp} stages; 1F1B needs at least "
+            "as many, or take pp_schedule = 'GPipe'"
         )
     rounds = max(1, steps // pp)
     if interleaved and (steps < pp or steps % rounds):
         raise UserError(
-            f"{origin('training.microbatch_size')}: {steps} micro-batches a step; Interleaved1F1B needs a multiple of "
+            f"{origin('training.microbatch_size')}: {steps} microbatches a step; Interleaved1F1B needs a multiple of "
             f"parallelism.pp = {pp}"
         )
 
 
-def _numbers(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -49,8 +49,8 @@ def load_config(
         if key == MODULES:  # before the other overrides: the terms that the modules register have options too
             set_value(values, key, override_value(key, raw))
             origins[key] = COMMAND_LINE
-    table = values.get("extensions")
-    modules = table.get("modules") if isinstance(table, dict) else None
+    extensions = values.get("extensions")
+    modules = extensions.get("modules") if isinstance(extensions, dict) else None
     if isinstance(modules, list) and all(isinstance(module, str) for module in modules):  # else `build` raises
         load_modules(modules, f"{origins.get(MODULES, path)}: {MODULES}")
     for key, raw in pairs:

@@ -14,9 +14,9 @@ from titan_moe.data.tokenizer import read_tokenizer
 from titan_moe.errors import UserError
 from titan_moe.estimate.counts import count, meta_model
 from titan_moe.estimate.traffic import sizes, traffic
+from titan_moe.model.comm import TPComm
 from titan_moe.model.gemm import local
 from titan_moe.model.head import SLICE_LOGITS
-from titan_moe.model.shares import Shares
 from titan_moe.model.terms import terms_of
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.mesh import Mesh
@@ -144,18 +144,18 @@ def saved_activations(config: Config, degrees: Degrees) -> int:
     return total
 
 
-class _TokenShares(Shares):
-    """The sizes of what tensor parallelism leaves on a rank between layers."""
+class _TokenShards(TPComm):
+    """Gives tensors the shapes that they have on one tensor-parallel rank, without communication."""
 
     def __init__(self, tp: int) -> None:
         self.tp = tp
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather_sequence(self, x: Tensor) -> Tensor:
         return torch.cat([x] * self.tp, dim=1)
 
-    whole = gather
+    gather_sequence_replicated = gather_sequence
 
-    def scatter(self, x: Tensor) -> Tensor:
+    def reduce_scatter_sequence(self, x: Tensor) -> Tensor:
         return x.chunk(self.tp, dim=1)[0]
 
 
@@ -168,9 +168,9 @@ def _saved(config: Config, degrees: Degrees, layers: int, mode: str) -> int:
     with torch.device("meta"):
         network = Transformer(model.model_copy(update=size), terms_of(config), getattr(torch, config.training.dtype))
         inputs = meta_inputs(network, config, degrees)
-        network.shares = _TokenShares(tp)
+        network.comm = _TokenShards(tp)
         for block in network.blocks():
-            block.shares = network.shares
+            block.comm = network.comm
         if mode == "none":
             parameters = {p.untyped_storage()._cdata for p in network.parameters()}
             kept: dict[int, torch.UntypedStorage] = {}

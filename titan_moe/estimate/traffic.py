@@ -129,14 +129,14 @@ def tensor(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
     own = s.tokens // degrees.tp * settings.dim * s.compute
     whole = s.tokens * settings.dim * s.compute
     blocks, layers = len(model.blocks()), len(model.moe_modules())
-    first, last = hasattr(model, "embedding"), hasattr(model, "norm")  # of a pipeline, this rank's
+    head_here = degrees.pp == 1  # rank 0 has the first stage: always the embedding, the head only without a pipeline
     # Attention and feed-forward layer of a block; what a block ends with is not recomputed, as nothing after it needs it.
-    gathers = blocks * 2 * (s.forwards + 1) + first + last
-    scatters = blocks * (s.forwards + 1 + 2) + first
+    gathers = blocks * 2 * (s.forwards + 1) + 1 + head_here
+    scatters = blocks * (s.forwards + 1 + 2) + 1
     outputs = needs.outputs * layers * s.forwards * settings.moe.top_k * whole
     activations = needs.activations * layers * s.forwards * s.rows * s.hidden * s.compute
     gates = layers * s.tokens * settings.moe.top_k * s.exact
-    head = last * (whole + 3 * s.tokens * s.exact)
+    head = head_here * (whole + 3 * s.tokens * s.exact)
     return [
         Line("all-gather", "tokens to products", s.steps * gathers * own),
         Line("reduce-scatter", "partial products", s.steps * scatters * whole),
@@ -149,17 +149,19 @@ def tensor(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
 
 
 def pipeline(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
-    """Hidden states and carry to the next stage; the first rank's stages, each of which has one."""
+    """Hidden states and carry to the next stage, for every stage of rank 0, and a tied embedding's gradient to the last one."""
     if degrees.pp == 1:
         return []
     s, terms = sizes(model, config, degrees), model.terms
-    handed_on = len(layers_per_stage(config)) // degrees.pp
+    stages = len(layers_per_stage(config)) // degrees.pp
     hidden = s.tokens // degrees.tp * config.model.dim * s.compute
+    tied = local(model.embedding).numel() if config.model.tie_embeddings else 0
     numbers = len(terms.names) + s.tokens * terms.carried_width(s.experts) + len(terms.measures) * model.moe_layers
     carry = numbers * s.exact + model.moe_layers * config.model.moe.experts * COUNT_BYTES
     return [
-        Line("send", "hidden states", s.steps * handed_on * hidden),
-        Line("send", "the carry", s.steps * handed_on * carry),
+        Line("send", "hidden states", s.steps * stages * hidden),
+        Line("send", "the carry", s.steps * stages * carry),
+        Line("send", "tied embedding's gradient", tied * s.exact),
     ]
 
 

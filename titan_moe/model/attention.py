@@ -24,19 +24,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = accumulation_dtype(x.dtype)
-        weight = self.weight.to(x.dtype).to(dtype)  # rounded as sharding in mixed precision hands it over
+        weight = self.weight.to(x.dtype).to(dtype)  # rounded as in FSDP's mixed precision, for equal results
         return F.rms_norm(x.to(dtype), weight.shape, weight, self.eps).to(x.dtype)
 
 
 def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, each (B, S, 1, d/2). Source: RoFormer, Eq. 34, halves instead of pairs."""
+    """Cosines and sines of the rotary angles, each (B, S, 1, d/2). Source: RoFormer, Eq. 34, with halves for pairs."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BS.device) / head_dim
     angles = positions_BS.to(torch.float64).unsqueeze(-1) * theta**-exponent
     return angles.cos().to(dtype).unsqueeze(2), angles.sin().to(dtype).unsqueeze(2)
 
 
 def rotate(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x_j, x_{j + d/2}) by their angle."""
+    """Rotates the pairs (x_j, x_{j + d/2}) by their angle."""
     first, second = x_BSHd.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BSHd.dtype)
 
@@ -54,18 +54,18 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
         self.gather: Callable[[Tensor], Tensor] | None = None
-        """Brings the keys and values of the whole sequence, where ranks hold parts of it (parallel/context.py)."""
+        """All-gathers keys and values over ranks (parallel/context.py); None: this rank has whole sequences."""
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
-        """mask_BSS: which (query, key) pairs may attend; None: all earlier ones."""
+        """(B, S, D) -> (B, S, D). mask_BSS: which (query, key) pairs may attend; None: causal."""
         batch, seq, _ = x_BSD.shape
         q, k, v = (w(x_BSD).view(batch, seq, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if self.gather is not None:
-            both = self.gather(torch.cat([k, v], dim=2).flatten(2))
-            k, v = both.view(batch, both.shape[1], -1, self.head_dim).chunk(2, dim=2)
+            kv = self.gather(torch.cat([k, v], dim=2).flatten(2))
+            k, v = kv.view(batch, kv.shape[1], -1, self.head_dim).chunk(2, dim=2)
         dtype = product_dtype(q)
         out_BHSd = F.scaled_dot_product_attention(
             q.transpose(1, 2).to(dtype),

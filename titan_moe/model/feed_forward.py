@@ -1,4 +1,7 @@
-"""SwiGLU: the activation that dense layers, shared experts and routed experts have in common."""
+"""SwiGLU, the activation of dense layers, shared experts and routed experts, and the dense feed-forward layer.
+
+R rows, T tokens, F hidden width, D model width.
+"""
 
 from typing import Any
 
@@ -8,11 +11,11 @@ from torch import Tensor, nn
 
 from titan_moe.model.gemm import Linear
 
-SLICE_ELEMENTS = 1 << 17  # values per slice of the element-wise passes: small enough for a core's cache
+SLICE_ELEMENTS = 1 << 17  # elements per slice, which fit into a CPU core's cache
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps only its input, and works in slices so that intermediate values never leave the cache."""
+    """Saves only its input for the backward pass, and works in slices so that intermediates stay in the cache."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -42,7 +45,7 @@ class _SwiGLU(torch.autograd.Function):
 def _slices(x: Tensor) -> tuple[Tensor, ...]:
     rows = x.flatten(0, -2) if x.dim() > 2 else x
     if x.device.type != "cpu":
-        return (rows,)  # a GPU loses more to the number of kernels than it gains from its cache
+        return (rows,)  # on a GPU, launching a kernel per slice costs more than the cache saves
     return rows.split(max(1, SLICE_ELEMENTS // max(1, x.shape[-1])))
 
 

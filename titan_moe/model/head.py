@@ -1,4 +1,4 @@
-"""Vocabulary projection and cross-entropy, a slice of the tokens at a time: the logits never exist whole.
+"""Vocabulary projection and cross-entropy, a slice of the tokens at a time, so that all logits never exist at once.
 
 T tokens, D model width, V vocabulary.
 """
@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan_moe.model.comm import SINGLE_RANK, TPComm
 from titan_moe.model.gemm import product_dtype
-from titan_moe.model.shares import ALONE, Shares
 from torchtitan_ext.dtypes import accumulation_dtype
 
 SLICE_LOGITS = 1 << 24  # logits alive at once: 64 MiB in float32; smaller slices slow the products down
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The forward pass computes the gradients too, since a slice's logits are there once: three products instead of four."""
+    """The forward pass also computes the gradients while it has a slice's logits: three products instead of four."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, shares: Shares
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, comm: TPComm
     ) -> Tensor:
         dtype, exact = product_dtype(hidden_TD), accumulation_dtype(hidden_TD.dtype)
         w_VD = weight_VD.to(hidden_TD.dtype).to(dtype)
@@ -28,7 +28,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_TD = torch.empty_like(hidden_TD) if need_hidden else None
         grad_VD = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
         total = weights_T.new_zeros((), dtype=exact)
-        first, rows = shares.first_row(weight_VD.shape[0]), weight_VD.shape[0]
+        first, rows = comm.shard_offset(weight_VD.shape[0]), weight_VD.shape[0]
         step = max(1, SLICE_LOGITS // weight_VD.shape[0])
         for start in range(0, hidden_TD.shape[0], step):
             part = slice(start, start + step)
@@ -36,17 +36,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             weights = weights_T[part].to(exact)
             logits = (h_tD @ w_VD.t()).to(exact)
             labels = labels_T[part].unsqueeze(1) - first
-            here = (labels >= 0) & (labels < rows)  # all of them, unless other ranks have parts of the vocabulary
+            on_rank = (labels >= 0) & (labels < rows)  # all, unless other ranks have parts of the vocabulary
             labels = labels.clamp(0, rows - 1)
-            wanted = shares.total(logits.gather(1, labels) * here)
-            highest = shares.highest(logits.amax(-1, keepdim=True))
+            label_logits = comm.all_reduce_sum(logits.gather(1, labels) * on_rank)
+            highest = comm.all_reduce_max(logits.amax(-1, keepdim=True))
             exponentials = logits.sub_(highest).exp_()
-            sums = shares.total(exponentials.sum(-1, keepdim=True))
-            total += ((sums.log() + highest - wanted).squeeze(1) * weights).sum()
+            sums = comm.all_reduce_sum(exponentials.sum(-1, keepdim=True))
+            total += ((sums.log() + highest - label_logits).squeeze(1) * weights).sum()
             if grad_TD is None and grad_VD is None:
                 continue
             scale = weights.unsqueeze(1)
-            grad_logits = exponentials.mul_(scale / sums).scatter_add_(1, labels, -scale * here).to(dtype)
+            grad_logits = exponentials.mul_(scale / sums).scatter_add_(1, labels, -scale * on_rank).to(dtype)
             if grad_TD is not None:
                 grad_TD[part] = grad_logits @ w_VD
             if grad_VD is not None:
@@ -55,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 else:
                     grad_VD += grad_logits.t() @ h_tD
         if grad_TD is not None:
-            grad_TD = shares.total(grad_TD)
+            grad_TD = comm.all_reduce_sum(grad_TD)
         ctx.save_for_backward(*(grad for grad in (grad_TD, grad_VD) if grad is not None))
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -73,13 +73,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, shares: Shares = ALONE
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, comm: TPComm = SINGLE_RANK
 ) -> Tensor:
     """`sum_i weights_i * CE_i` in at least float32.
 
     hidden_TD: (T, D) after the last norm. weight_VD: (V, D). labels_T: (T,) int64, any valid id where the weight is 0.
-    weights_T: (T,), 1 / (labelled tokens of the global batch), or 0 where there is no label. shares: where weight_VD is this
-    rank's part of the vocabulary.
+    weights_T: (T,), 1 / (labelled tokens of the global batch), or 0 where there is no label. comm: tensor-parallel
+    communication, if weight_VD is this rank's part of the vocabulary.
     """
-    result: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, weights_T, shares)
+    result: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, weights_T, comm)
     return result

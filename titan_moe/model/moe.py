@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_moe.config.tables import MoE
+from titan_moe.model.comm import SINGLE_RANK, TPComm
 from titan_moe.model.feed_forward import FeedForward, swiglu
 from titan_moe.model.gemm import grouped_linear, local
-from titan_moe.model.shares import ALONE, Shares
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.ops.response import lengths, response_through
@@ -219,7 +219,7 @@ class RoutedRows(NamedTuple):
     """What terms use to get at rows that may be on other ranks: torchtitan_ext's `ExpertRows`."""
 
     dispatcher: Dispatcher
-    shares: Shares
+    comm: TPComm
     routed: Routed
 
     @property
@@ -227,7 +227,7 @@ class RoutedRows(NamedTuple):
         return self.dispatcher.local
 
     def first_hidden(self, width: int) -> int:
-        return self.shares.first_row(width)
+        return self.comm.shard_offset(width)
 
     def home(self, x_RX: Tensor) -> Tensor:
         return self.dispatcher.home(x_RX, self.routed)
@@ -239,7 +239,7 @@ class RoutedRows(NamedTuple):
         return self.dispatcher.to_experts(keys_T, self.routed)
 
     def sum_hidden(self, x: Tensor) -> Tensor:
-        return self.shares.leave(x)
+        return self.comm.reduce_from_tp(x)
 
 
 class MoELayer(nn.Module):
@@ -250,7 +250,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.layer = layer
         self.terms = terms
-        self.shares: Shares = ALONE
+        self.comm: TPComm = SINGLE_RANK
         self.dispatcher = Dispatcher()
         self.router = Router(dim, moe)
         self.experts = Experts(dim, moe)
@@ -258,17 +258,17 @@ class MoELayer(nn.Module):
 
     def forward(self, x_TD: Tensor, carry: Carry, tokens: Tokens) -> tuple[Tensor, Carry, Tensor]:
         """Output (T, D), a partial sum under tensor parallelism; the carry with this layer added; the chosen experts (T, k)."""
-        comm, terms, experts = self.shares, self.terms, self.experts
-        choice = self.router(comm.alike(x_TD))
+        comm, terms, experts = self.comm, self.terms, self.experts
+        choice = self.router(comm.divide_gradient(x_TD))
         probes = terms.probes(self.router.weight, self.layer, tokens)
         routed = self.dispatcher.dispatch(
-            x_TD, choice.topk_ids_TK, comm.enter(choice.gates_TK), self.router.moe.experts
+            x_TD, choice.topk_ids_TK, comm.copy_to_tp(choice.gates_TK), self.router.moe.experts
         )
         rows = RoutedRows(self.dispatcher, comm, routed)
         view = self.view(choice, routed, tokens)
 
         z_RF, squares_PE = experts.hidden(
-            routed.x_RD, routed.offsets_E, None if probes is None else comm.enter(probes.vectors_PD)
+            routed.x_RD, routed.offsets_E, None if probes is None else comm.copy_to_tp(probes.vectors_PD)
         )
         z_RF, observed = terms.observe(z_RF, view, rows)
         y_RD = experts.output(z_RF, routed.offsets_E)
@@ -277,11 +277,11 @@ class MoELayer(nn.Module):
             out_TD = out_TD + self.shared(x_TD)
 
         if terms.needs.activations:
-            view = view._replace(z_RF=comm.widen(rows.home(z_RF)))
+            view = view._replace(z_RF=comm.gather_from_tp(rows.home(z_RF)))
         if terms.needs.outputs:
-            view = view._replace(y_RD=comm.leave(rows.home(y_RD)))
+            view = view._replace(y_RD=comm.reduce_from_tp(rows.home(y_RD)))
         if squares_PE is not None:
-            view = view._replace(responses_PE=self.dispatcher.gather_experts(lengths(comm.leave(squares_PE))))
+            view = view._replace(responses_PE=self.dispatcher.gather_experts(lengths(comm.reduce_from_tp(squares_PE))))
         return out_TD, terms.add(view, observed, probes, carry), choice.topk_ids_TK
 
     def view(self, choice: Choice, routed: Routed, tokens: Tokens) -> LayerView:

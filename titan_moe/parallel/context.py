@@ -1,7 +1,7 @@
-"""Context parallelism: every rank holds parts of the same sequences, and gathers the keys and values of all parts.
+"""Context parallelism: every rank holds part of each sequence and all-gathers the keys and values of all parts.
 
-P ranks cut a sequence of S tokens into 2P pieces; rank r takes pieces r and 2P - 1 - r, so that causal attention costs each
-the same. B sequences, S tokens, s = S / P of them here, G key-value heads, d head width.
+P ranks cut a sequence of S tokens into 2P pieces; rank r takes pieces r and 2P - 1 - r, which balances the cost of
+causal attention. B sequences, S tokens, s = S / P of them on this rank, N numbers per token.
 """
 
 from typing import Any
@@ -13,21 +13,21 @@ from titan_moe.model.transformer import Inputs
 from torchtitan_ext.collectives import Group, gathered, reduced
 
 
-def places(seq: int, ranks: int, rank: int) -> Tensor:
-    """Where the tokens of a rank stand in their sequence: (s,), rising."""
+def token_indices(seq: int, ranks: int, rank: int) -> Tensor:
+    """Indices, in the sequence, of the tokens on a rank: (s,), ascending."""
     piece = seq // (2 * ranks)
     last = 2 * ranks - 1 - rank
     return torch.cat([torch.arange(n * piece, (n + 1) * piece) for n in (rank, last)])
 
 
-def take_part(inputs: Inputs, ranks: int, rank: int) -> Inputs:
-    """This rank's tokens of every sequence."""
+def context_shard(inputs: Inputs, ranks: int, rank: int) -> Inputs:
+    """The inputs restricted to this rank's tokens of every sequence."""
     if ranks == 1:
         return inputs
-    mine = places(inputs.tokens.shape[1], ranks, rank).to(inputs.tokens.device)
+    indices_s = token_indices(inputs.tokens.shape[1], ranks, rank).to(inputs.tokens.device)
     names = ("tokens", "labels", "document_ids", "positions", "token_weights")
-    parts = {name: getattr(inputs, name).index_select(1, mine) for name in names}
-    return inputs._replace(places=mine, **parts)
+    parts = {name: getattr(inputs, name).index_select(1, indices_s) for name in names}
+    return inputs._replace(places=indices_s, **parts)
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -40,36 +40,33 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_BSN: Tensor) -> tuple[Tensor, None, None]:
         (order_S,) = ctx.saved_tensors
-        exact = torch.promote_types(grad_BSN.dtype, torch.float32)  # ranks' shares are summed before they are rounded
+        exact = torch.promote_types(grad_BSN.dtype, torch.float32)  # sum the ranks' gradients before rounding
         by_rank = torch.empty_like(grad_BSN, dtype=exact, memory_format=torch.contiguous_format)
         by_rank[:, order_S] = grad_BSN.to(exact)
         return reduced(by_rank, 1, ctx.group).to(grad_BSN.dtype), None, None
 
 
 class Context:
-    """What attention needs of the other ranks."""
+    """The communication that attention needs over a group of context-parallel ranks."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    def order(self, seq: int) -> Tensor:
-        """Place among the gathered tokens of each token of the sequence: (S,)."""
-        ranks = self.group.size()
-        return torch.cat([places(seq, ranks, rank) for rank in range(ranks)]).argsort()
-
     @torch.compiler.disable
     def gather(self, x_BsN: Tensor) -> Tensor:
-        """Values of the whole sequences, in order: (B, s, N) -> (B, S, N). The backward sums what all ranks made of them."""
-        order = self.order(x_BsN.shape[1] * self.group.size()).to(x_BsN.device)
-        result: Tensor = _GatherSequence.apply(x_BsN, order, self.group)
+        """All-gathers sequences, in order: (B, s, N) -> (B, S, N). The backward reduce-scatters the gradients."""
+        ranks = self.group.size()
+        by_rank = [token_indices(x_BsN.shape[1] * ranks, ranks, rank) for rank in range(ranks)]
+        order_S = torch.cat(by_rank).argsort().to(x_BsN.device)
+        result: Tensor = _GatherSequence.apply(x_BsN, order_S, self.group)
         return result
 
     @torch.compiler.disable
     @torch.no_grad()
-    def mask(self, places_s: Tensor, document_ids_Bs: Tensor | None) -> Tensor:
-        """Which (query, key) pairs may attend: (1 or B, s, S) bool."""
-        keys = torch.arange(len(places_s) * self.group.size(), device=places_s.device)
-        causal = (keys <= places_s.unsqueeze(1)).unsqueeze(0)
+    def mask(self, indices_s: Tensor, document_ids_Bs: Tensor | None) -> Tensor:
+        """Which (query, key) pairs may attend: (1 or B, s, S) bool. indices_s: this rank's tokens in the sequence."""
+        keys = torch.arange(len(indices_s) * self.group.size(), device=indices_s.device)
+        causal = (keys <= indices_s.unsqueeze(1)).unsqueeze(0)
         if document_ids_Bs is None:
             return causal
         return causal & (

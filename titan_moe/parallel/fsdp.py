@@ -1,13 +1,14 @@
-"""FSDP2 and HSDP, a unit per block. Under expert parallelism a block's experts are sharded over a mesh of their own.
+"""FSDP2 and HSDP, one unit per block. Under expert parallelism a block's experts are sharded over a mesh of their own.
 
-Gradients are summed over ranks, never averaged: the losses are already shares of the global batch. So nothing needs a factor,
-whatever the mesh that it is sharded over. Routers stay whole and in float32 on every rank, as they are small and their
-precision decides who goes where; their gradients are summed at the end of a step.
+Gradients are summed over ranks, never averaged, because token weights already divide by the labelled tokens of the
+global batch. So no mesh needs a gradient scale. Routers are replicated in float32 on every rank, because they are small
+and their rounding decides which experts a token goes to; their gradients are summed at the end of a step.
 
-No unit is nested in a block: its hooks would run inside what is recomputed.
+No FSDP unit is nested in a block: its hooks would run again when the block is recomputed.
 """
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -20,69 +21,66 @@ from titan_moe.parallel.norm import sum_gradients
 from torchtitan_ext.dtypes import accumulation_dtype
 
 
-def shard(model: Transformer, mesh: Mesh, reshard: bool) -> None:
-    """Wraps the model in place. reshard: after forward."""
+def apply_fsdp(model: Transformer, mesh: Mesh, reshard_after_forward: bool) -> None:
+    """Applies `fully_shard` to every block and to the model, in place."""
     assert mesh.dense is not None
     assert mesh.expert_dense is not None
     exact = accumulation_dtype(model.dtype)
     compute = None if model.dtype == exact else model.dtype
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=exact, cast_forward_inputs=False)
-    experts = mesh_info(mesh.expert_dense) if mesh.ep is not None else None
-    # In the model's width, where that is even: experts are few, and ep and tp cut the other dimensions.
+    expert_mesh = mesh_info(mesh.expert_dense) if mesh.ep is not None else None
+    # Along the model dimension where it divides evenly: ep and tp already shard the experts and their hidden units.
     even = model.settings.dim % mesh.expert_dense.size(-1) == 0
-    whole = set(routers(model))
+    replicated = set(routers(model))
     for block in model.blocks():
-        own = {} if block.moe is None else {block.moe.experts.gate_up: 3, block.moe.experts.down: 1}
+        expert_dims = {} if block.moe is None else {block.moe.experts.gate_up: 3, block.moe.experts.down: 1}
 
         def placement(
-            parameter: nn.Parameter, own: dict[nn.Parameter, int] = own
+            parameter: nn.Parameter, expert_dims: dict[nn.Parameter, int] = expert_dims
         ) -> Shard | ShardPlacementResult | None:
-            if parameter not in own:
+            if parameter not in expert_dims:
                 return None
-            dimension = Shard(own[parameter] if even else 0)
-            return dimension if experts is None else ShardPlacementResult(dimension, experts)
+            shard = Shard(expert_dims[parameter] if even else 0)
+            return shard if expert_mesh is None else ShardPlacementResult(shard, expert_mesh)
 
         fully_shard(
             block,
             mesh=mesh.dense,
             mp_policy=policy,
-            reshard_after_forward=reshard,
+            reshard_after_forward=reshard_after_forward,
             shard_placement_fn=placement,
-            ignored_params=whole,
+            ignored_params=replicated,
         )
-    fully_shard(model, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
-    for method in ("evaluate", "logits", "run_stage"):
+    fully_shard(model, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=False, ignored_params=replicated)
+    for method in ("evaluate", "logits"):
         register_fsdp_forward_method(model, method)
-    for module in units(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def mesh_info(mesh: DeviceMesh) -> FSDPMeshInfo:
-    """A mesh (shard,) or (replicate, shard) as FSDP wants it for single parameters."""
+    """A mesh (shard,) or (replicate, shard) in the form that FSDP takes for single parameters."""
     if mesh.ndim == 1:
         return FSDPMeshInfo(mesh, shard_mesh_dim=0)
     return HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
 
 
 def routers(model: Transformer) -> list[nn.Parameter]:
-    """The parameters that every rank holds whole."""
+    """The parameters that every rank holds in full."""
     return [moe.router.weight for moe in model.moe_modules()]
 
 
 @torch.no_grad()
-def sum_router_gradients(model: Transformer, mesh: Mesh) -> None:
-    """Over all ranks, in one go; FSDP sums all others."""
-    if mesh.ranks.data is not None:
-        sum_gradients(routers(model), mesh.ranks.data)
+def sum_router_gradients(model: Transformer, data_ranks: dist.ProcessGroup | None) -> None:
+    """Sums the routers' gradients over the data ranks in one all-reduce; FSDP reduces all other gradients."""
+    if data_ranks is not None:
+        sum_gradients(routers(model), data_ranks)
 
 
-def units(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def reduce_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward pass reduces gradients over ranks; otherwise it adds to what this rank keeps whole."""
+def set_gradient_reduction(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward pass reduces gradients over ranks; if not, they accumulate unsharded on this rank."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
-        model.set_is_last_backward(now)
+        model.set_requires_gradient_sync(enabled)
+        model.set_is_last_backward(enabled)

@@ -1,4 +1,4 @@
-"""The ranks of a run as device meshes: one view for dense parameters, one for experts, one for data."""
+"""Device meshes and process groups of a run: for dense parameters, for experts, and for data."""
 
 import datetime
 import os
@@ -19,24 +19,23 @@ T = TypeVar("T")
 
 
 class Mesh:
-    """Where this process stands. With one process there are no groups, and nothing is ever communicated."""
+    """This process's coordinates and groups. With one process all groups are None and nothing is communicated."""
 
     def __init__(self, degrees: Degrees, device: torch.device) -> None:
         self.degrees, self.device = degrees, device
-        self.rank = 0
+        self.rank = self.data_rank = self.cp_rank = 0
         self.dense: DeviceMesh | None = None
-        """What parameters other than the experts' are sharded over: (fsdp,) or (dp_replicate, fsdp)."""
+        """FSDP mesh of all parameters but the experts': (fsdp,) or (dp_replicate, fsdp)."""
         self.expert_dense: DeviceMesh | None = None
-        """The same for experts, beside ep: (efsdp,) or (dp_replicate, efsdp)."""
+        """FSDP mesh of the experts, orthogonal to ep: (efsdp,) or (dp_replicate, efsdp)."""
         self.ep: DeviceMesh | None = None
         self.tp: DeviceMesh | None = None
-        self.expert_parts: DeviceMesh | None = None
-        """What experts' weights are spread over: (ep,), (tp,) or (ep, tp)."""
+        self.expert_shards: DeviceMesh | None = None
+        """Mesh that experts and their hidden units are sharded over: (ep,), (tp,) or (ep, tp)."""
         self.pp: Group | None = None
         self.everyone: Group | None = None
         self.ranks = Ranks()
         self.cp: Group | None = None
-        self.data_rank = self.cp_rank = 0
         if degrees.world == 1:
             return
         d = degrees
@@ -54,24 +53,25 @@ class Mesh:
         self.expert_dense = experts["dp_replicate", "efsdp"] if replicated else experts["efsdp"]
         self.ep = experts["ep"] if d.ep > 1 else None
         self.tp = dense["tp"] if d.tp > 1 else None
-        spread = tuple(name for name, size in (("ep", d.ep), ("tp", d.tp)) if size > 1)
-        self.expert_parts = experts[spread] if spread else None
+        sharded = tuple(name for name, size in (("ep", d.ep), ("tp", d.tp)) if size > 1)
+        self.expert_shards = experts[sharded] if sharded else None
         self.cp = data["cp"].get_group() if d.cp > 1 else None
         self.ranks = Ranks(data=tokens["tokens"].get_group() if d.token_ranks > 1 else None, sequence=self.cp)
         self.data_rank, self.cp_rank = data["data"].get_local_rank(), data["cp"].get_local_rank()
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes what is written once."""
+        """Whether this is rank 0, which writes files and logs for the whole run."""
         return self.rank == 0
 
 
 def single(device: torch.device) -> Mesh:
+    """The mesh of one process."""
     return Mesh(Degrees(1, 1, 1, 1, 1, 1), device)
 
 
 def start_processes(device: torch.device, timeout_seconds: int) -> None:
-    """Joins the process group that the environment describes, if it describes one."""
+    """Initialises the process group if the environment names more than one rank."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -88,26 +88,25 @@ def start_processes(device: torch.device, timeout_seconds: int) -> None:
 
 
 def limit_waiting(timeout_seconds: int) -> None:
-    """How long a collective of any group may take. Groups of a mesh have PyTorch's half hour, whatever the first group has."""
+    """Sets the timeout of every group. Without this, a device mesh's groups have PyTorch's default of 30 minutes."""
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_seconds), group)
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """`make()` on rank 0, then on the others. When it fails there, the others leave quietly: rank 0 says why."""
+    """Calls `make()` on rank 0, then on the other ranks, which exit with status 2 if it failed on rank 0."""
     if not dist.is_initialized():
         return make()
+    done = [False]
     if dist.get_rank() == 0:
-        done = False
         try:
-            found = make()
-            done = True
+            result = make()
+            done[0] = True
         finally:
-            dist.broadcast_object_list([done])
-        return found
-    outcome: list[bool] = [False]
-    dist.broadcast_object_list(outcome)
-    if not outcome[0]:
+            dist.broadcast_object_list(done)
+        return result
+    dist.broadcast_object_list(done)
+    if not done[0]:
         sys.exit(2)
     return make()
 

@@ -1,17 +1,18 @@
-"""Sums and norms of gradients of parameters that are sharded over different meshes."""
+"""Sums and norms of gradients whose parameters are sharded over different meshes."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titan_moe.model.gemm import local
 from torchtitan_ext.dtypes import accumulation_dtype
 
 
 def shard_groups(x: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """The groups of ranks that hold parts of a tensor, one per dimension of its mesh that it is sharded over."""
+    """The process group of every mesh dimension that a tensor is sharded over."""
     if not isinstance(x, DTensor):
         return ()
     dims = [d for d, placement in enumerate(x.placements) if not placement.is_replicate()]
@@ -20,9 +21,8 @@ def shard_groups(x: Tensor) -> tuple[dist.ProcessGroup, ...]:
 
 @torch.no_grad()
 def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Over a group's ranks, this rank's parts of them, in one go."""
-    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    gradients = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found]
+    """Sums the parameters' gradients (this rank's shards) over a process group in one all-reduce, in place."""
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -33,34 +33,37 @@ def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) 
 
 @torch.no_grad()
 def clip_gradients(
-    parameters: Sequence[nn.Parameter], highest: float, stages: dist.ProcessGroup | None = None
+    parameters: Sequence[nn.Parameter],
+    max_norm: float,
+    pipeline: dist.ProcessGroup | None = None,
+    copies: Collection[nn.Parameter] = (),
 ) -> Tensor:
-    """Scales all gradients so that their total 2-norm is at most `highest`; returns the norm before that, the same on every
-    rank. Each shard is counted once: sums run over the mesh dimensions that a gradient is sharded over, one pass per mesh.
-    stages: ranks with other parameters (a pipeline's)."""
+    """Scales all gradients so that their global 2-norm is at most `max_norm`; returns the norm before that.
+
+    Each shard counts once: squares are summed over the mesh dimensions that a gradient is sharded over, mesh by mesh.
+    pipeline: the ranks that hold other stages' parameters. copies: parameters that another of these ranks counts.
+    """
     squares: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
-    locals_: list[Tensor] = []
+    gradients: list[Tensor] = []
+    not_counted = set(copies)
     for parameter in parameters:
-        grad = parameter.grad
-        if grad is None:
+        if parameter.grad is None:
             continue
-        groups = shard_groups(grad)
-        if isinstance(grad, DTensor):
-            grad = grad.to_local()
-        locals_.append(grad)
-        squares.setdefault(groups, []).append(grad)
+        gradients.append(local(parameter.grad))
+        if parameter not in not_counted:
+            squares.setdefault(shard_groups(parameter.grad), []).append(gradients[-1])
     total: Tensor | None = None
-    for groups, grads in squares.items():
-        # A CPU adds a norm's squares up in a few long chains: in float32 that costs the sixth digit.
-        exact = torch.float64 if grads[0].device.type == "cpu" else accumulation_dtype(grads[0].dtype)
-        part = torch.stack([torch.linalg.vector_norm(grad, dtype=exact) for grad in grads]).square().sum()
+    for groups, shards in squares.items():
+        # On a CPU vector_norm adds the squares in a few long chains, which in float32 costs the sixth digit.
+        exact = torch.float64 if shards[0].device.type == "cpu" else accumulation_dtype(shards[0].dtype)
+        part = torch.stack([torch.linalg.vector_norm(shard, dtype=exact) for shard in shards]).square().sum()
         for group in groups:
             dist.all_reduce(part, group=group)
         total = part if total is None else total + part
     assert total is not None, "no parameter has a gradient"
-    if stages is not None:
-        dist.all_reduce(total, group=stages)
+    if pipeline is not None:
+        dist.all_reduce(total, group=pipeline)
     norm = total.sqrt()
-    factor = torch.clamp(highest / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_(locals_, factor.to(locals_[0].dtype))
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
     return norm

@@ -1,4 +1,4 @@
-"""The one function between the plain network and the training loop. A dimension of size 1 costs nothing."""
+"""The one function between the plain network and the training loop. A mesh dimension of size 1 changes nothing."""
 
 import functools
 from typing import Any
@@ -9,21 +9,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from titan_moe.config.degrees import layers_per_stage, micro_steps
 from titan_moe.config.tables import ActivationCheckpoint, Config
 from titan_moe.model.float8 import use_float8
 from titan_moe.model.moe import Experts
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.context import Context
 from titan_moe.parallel.experts import AllToAll
-from titan_moe.parallel.fsdp import shard
+from titan_moe.parallel.fsdp import apply_fsdp, sum_router_gradients
 from titan_moe.parallel.mesh import Mesh
-from titan_moe.parallel.pipeline import Pipeline
-from titan_moe.parallel.tensor import spread_tensors
+from titan_moe.parallel.pipeline import PipelineRunner, drop_other_stages, sum_tied_gradients
+from titan_moe.parallel.runner import Runner
+from titan_moe.parallel.tensor import apply_tensor_parallel, sum_norm_gradients
 
-# Saved in every mode: a flipped tie would send rows elsewhere in the backward pass than in the forward pass.
+# Saved in every mode: a top-k tie that falls the other way in the recomputation would send rows to other experts.
 CHOICES = {torch.ops.aten.topk.default}
-# Saved in mode "selective": what is dear to compute.
+# Saved in mode "selective": operations that are expensive to recompute.
 PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -37,27 +37,22 @@ PRODUCTS = {
 
 
 def parallelize(model: Transformer, config: Config, mesh: Mesh) -> None:
-    """Spreads experts and sequences over ranks, then recomputation, compilation and sharding block by block, in place.
+    """Applies the mesh's parallel dimensions, then recomputation, compilation and FSDP per block, in place.
 
-    Parameter names stay as they are. A model without weights (on the meta device) is sharded without ever being whole.
+    Parameter names stay as they are. A model on the meta device is sharded without ever being allocated in full.
     """
     if mesh.pp is not None:
-        steps = micro_steps(config, mesh.degrees)
-        pipeline = Pipeline(
-            model, layers_per_stage(config), config.parallelism.pp_schedule, mesh.pp, steps, mesh.degrees.tp
-        )
-        pipeline.keep_own()
-        model.pipeline = pipeline
+        drop_other_stages(model, config, mesh.pp)
     if mesh.tp is not None:
-        spread_tensors(model, mesh.tp)
+        apply_tensor_parallel(model, mesh.tp)
     for moe in model.moe_modules():
-        if mesh.expert_parts is not None:
-            spread_experts(moe.experts, mesh.expert_parts)
+        if mesh.expert_shards is not None:
+            shard_experts(moe.experts, mesh.expert_shards)
         if mesh.ep is not None:
             moe.dispatcher = AllToAll(mesh.ep.get_group())
     if mesh.cp is not None:
         context = Context(mesh.cp)
-        model.mask = context.mask
+        model.make_mask = context.mask
         for block in model.blocks():
             block.attention.gather = context.gather
     use_float8(model, config.float8, mesh.device)
@@ -66,16 +61,28 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> None:
         if config.compile.enable:
             block.compile()
     if mesh.dense is not None:
-        shard(model, mesh, config.parallelism.reshard_after_forward)
+        apply_fsdp(model, mesh, config.parallelism.reshard_after_forward)
 
 
-def spread_experts(experts: Experts, parts: DeviceMesh) -> None:
-    """Gives every rank of ep its experts, and every rank of tp its hidden units of them."""
-    assert parts.mesh_dim_names is not None
-    placements = [Shard({"ep": 0, "tp": 2}[name]) for name in parts.mesh_dim_names]
+def build_runner(model: Transformer, config: Config, mesh: Mesh) -> Runner:
+    """What runs microbatches through a parallelized model; call it once per model."""
+    return Runner(model, config) if mesh.pp is None else PipelineRunner(model, config, mesh)
+
+
+def sum_replicated_gradients(model: Transformer, mesh: Mesh) -> None:
+    """Sums, once per step, the gradients of parameters that several ranks hold and FSDP does not reduce."""
+    sum_router_gradients(model, mesh.ranks.data)
+    sum_norm_gradients(model, mesh.tp)
+    sum_tied_gradients(model, mesh.pp)
+
+
+def shard_experts(experts: Experts, mesh: DeviceMesh) -> None:
+    """Shards the experts over ep and their hidden units over tp, in place."""
+    assert mesh.mesh_dim_names is not None
+    placements = [Shard({"ep": 0, "tp": 2}[name]) for name in mesh.mesh_dim_names]
     for name, weight in list(experts.named_parameters()):
-        own = distribute_tensor(weight.detach(), parts, placements, src_data_rank=None)
-        setattr(experts, name, nn.Parameter(own))
+        sharded = distribute_tensor(weight.detach(), mesh, placements, src_data_rank=None)
+        setattr(experts, name, nn.Parameter(sharded))
 
 
 def recompute(block: torch.nn.Module, settings: ActivationCheckpoint) -> None:

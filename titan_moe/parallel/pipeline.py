@@ -1,20 +1,30 @@
-"""Pipeline parallelism: blocks are cut into stages, and micro-batches follow one another through them.
+"""Pipeline parallelism: consecutive blocks form stages on different ranks, and microbatches pass from stage to stage.
 
-The carry travels with the hidden states like any other activation, so every term, cp across a border included, comes out at the
-last stage. Schedules and their communication are PyTorch's. Every rank of a pipeline reads the same micro-batches from the
-loader, so labels, positions and weights are never sent.
+Schedules and communication are those of torch.distributed.pipelining. A stage sends its hidden states and the carry, so
+every term, also cp between layers of two stages, is complete at the last stage. All ranks of a pipeline read the same
+microbatches from the loader, so labels, positions and token weights are not sent.
+
+With tied embeddings the first and the last stage each have a copy of `embedding`: one to embed tokens, one to project
+onto the vocabulary. Both start from the same values, and `sum_tied_gradients` gives both the sum of their gradients, so
+the optimizer keeps them equal. They have the same name, and a checkpoint saves one of them.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
-from titan_moe.config.degrees import stage_layers
+from titan_moe.config.degrees import layers_per_stage, micro_steps, stage_layers
+from titan_moe.config.tables import Config
+from titan_moe.model.gemm import local
 from titan_moe.model.transformer import Inputs, Transformer
+from titan_moe.parallel.mesh import Mesh
+from titan_moe.parallel.runner import Evaluation, Runner, StepSums
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.collectives import Group
 
@@ -25,94 +35,138 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-class Result(NamedTuple):
-    """A micro-batch's, at the last stage."""
+def drop_other_stages(model: Transformer, config: Config, group: Group) -> None:
+    """Deletes the parameters of other ranks' stages, in place. First and last stage both keep a tied embedding."""
+    kept = {str(layer) for layers in stages_of_rank(config, group).values() for layer in layers}
+    for name in set(model.layers) - kept:
+        del model.layers[name]
+    if group.rank() > 0 and not (is_last(group) and model.settings.tie_embeddings):
+        del model.embedding
+    if not is_last(group):
+        del model.norm, model.output
 
-    ce: Tensor
-    carry: Carry
+
+def stages_of_rank(config: Config, group: Group) -> dict[int, range]:
+    """This rank's stages: stage number to block indices. Stage s is on rank s modulo ranks."""
+    stages = enumerate(stage_layers(layers_per_stage(config)))
+    return {number: layers for number, layers in stages if number % group.size() == group.rank()}
+
+
+def is_last(group: Group) -> bool:
+    """Whether this rank has the last stage."""
+    return group.rank() == group.size() - 1
+
+
+def tied_copies(model: Transformer, group: Group | None) -> list[nn.Parameter]:
+    """The last stage's copy of a tied embedding, if it is on this rank; gradient norms count the first stage's copy."""
+    return [model.embedding] if model.settings.tie_embeddings and group is not None and is_last(group) else []
+
+
+@torch.no_grad()
+def sum_tied_gradients(model: Transformer, group: Group | None) -> None:
+    """Adds up the gradients of the two copies of a tied embedding, on the first and last stage; a no-op on others.
+
+    Ranks exchange their own shards: the ranks of one pipeline have equal coordinates in all other mesh dimensions.
+    The two sums are bitwise equal, because a + b is b + a.
+    """
+    if group is None or not model.settings.tie_embeddings or not (is_last(group) or group.rank() == 0):
+        return
+    gradient = model.embedding.grad
+    assert gradient is not None
+    sent = local(gradient).contiguous()
+    received = torch.empty_like(sent)
+    peer = group.size() - 1 - group.rank()
+    pairs = ((dist.isend, sent), (dist.irecv, received))
+    for work in dist.batch_isend_irecv([dist.P2POp(op, x, group=group, group_peer=peer) for op, x in pairs]):
+        work.wait()
+    local(gradient).add_(received)
+
+
+def run_stage(
+    model: Transformer, inputs: Inputs, received: tuple[Tensor, ...] | None, layers: range, last: bool
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Forward pass of one stage. received: what the previous stage sent, None for the first stage.
+
+    Returns the tensors to send (hidden states and carry), or for the last stage the cross-entropy (1,) and the carry
+    without `previous`; and the chosen experts (T, k) of the stage's MoE layers.
+    """
+    if received is None:
+        h_BSD = model.embed(inputs.tokens)
+        carry = model.empty_carry(inputs.tokens.numel(), inputs.tokens.device)
+        if torch.is_grad_enabled():  # the schedules expect this of every carry, even from a stage without MoE layers
+            carry = carry._replace(terms=carry.terms.requires_grad_(), previous=carry.previous.requires_grad_())
+    else:
+        h_BSD, carry = received[0], Carry(*received[1:])
+    h_BSD, carry, routing = model.run_blocks(inputs, h_BSD, carry, layers)
+    if last:
+        return (torch.stack([model.loss(h_BSD, inputs)]), carry.terms.clone(), carry.counts, carry.sums), routing
+    return (h_BSD, carry.terms.clone(), carry.previous.clone(), carry.counts, carry.sums), routing
 
 
 class _Stage(nn.Module):
-    """Some blocks of the model as the schedules want them: tensors in, tensors out; micro-batches come in order."""
+    """One stage as the schedules call it: tensors in, tensors out, microbatches in order."""
 
-    def __init__(self, model: Transformer, layers: range, first: bool, last: bool) -> None:
+    def __init__(self, run_stage: Callable[..., Any], layers: range, first: bool, last: bool) -> None:
         super().__init__()
-        self.owner = (model,)  # in a tuple, so that its parameters are not this module's too
-        self.layers, self.first, self.last = layers, first, last
-        self.waiting: list[Inputs] = []
+        self.run_stage, self.layers, self.first, self.last = run_stage, layers, first, last
+        self.queue: list[Inputs] = []
 
     def forward(self, *received: Tensor) -> tuple[Tensor, ...]:
-        return self.owner[0].run_stage(self.waiting.pop(0), None if self.first else received, self.layers, self.last)
+        return self.run(self.queue.pop(0), received)[0]
+
+    def run(self, inputs: Inputs, received: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        return self.run_stage(inputs, None if self.first else received, self.layers, self.last)
 
 
-class Pipeline:
-    """This rank's stages and the schedule that drives them."""
+class PipelineRunner(Runner):
+    """This rank's stages and the schedule that runs them."""
 
-    def __init__(
-        self, model: Transformer, layers: list[int], schedule: str, group: Group, micro_steps: int, tp: int
-    ) -> None:
-        """layers: number of them in each stage, over all ranks; stage s is on rank s modulo ranks. tp: ranks that share the
-        tokens of what is handed on."""
-        self.tp = tp
-        self.model, self.group = model, group
-        self.schedule_name, self.micro_steps = schedule, micro_steps
-        self.parts = stage_layers(layers)
-        self.stages = {
-            number: _Stage(model, part, number == 0, number == len(layers) - 1)
-            for number, part in enumerate(self.parts)
-            if number % group.size() == group.rank()
-        }
-        self.has_last = len(layers) - 1 in self.stages
+    def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
+        super().__init__(model, config)
+        assert mesh.pp is not None
+        self.group, self.tp = mesh.pp, mesh.degrees.tp
+        self.kind = SCHEDULES[config.parallelism.pp_schedule]
+        self.micro_steps = micro_steps(config, mesh.degrees)
+        self.stage_count = len(layers_per_stage(config))
+        # `run_stage` becomes a method of the model, so that FSDP's hooks gather embedding, norm and output weight.
+        module: Any = model
+        module.run_stage = types.MethodType(run_stage, model)
+        register_fsdp_forward_method(model, "run_stage")
+        self.stages: dict[int, _Stage] = {}
+        for n, layers in stages_of_rank(config, mesh.pp).items():
+            self.stages[n] = _Stage(module.run_stage, layers, n == 0, n == self.stage_count - 1)
         self.schedule: Any = None
-        self.results: list[Result] = []
-        self.factors: Mapping[str, float] = {}
 
-    def keep_own(self) -> None:
-        """Drops the parts of the model that other ranks hold."""
-        own = {str(layer) for number in self.stages for layer in self.parts[number]}
-        for name in list(self.model.layers):
-            if name not in own:
-                del self.model.layers[name]
-        if 0 not in self.stages:
-            self.model.drop_embedding()
-        if not self.has_last:
-            self.model.drop_head()
-
-    def step(self, parts: list[Inputs], factors: Mapping[str, float]) -> list[Result]:
-        """Forward and backward of all micro-batches of a step; their results, on the rank of the last stage."""
+    def forward_backward(self, microbatches: Sequence[Inputs], factors: Mapping[str, float]) -> StepSums:
         if self.schedule is None:
-            self.schedule = self.make_schedule(parts[0])
-        self.results, self.factors = [], factors
+            self.schedule = self.make_schedule(microbatches[0])
+        self.sums, self.factors = self.zero_sums(microbatches[0].tokens.device), factors
         for stage in self.stages.values():
-            stage.waiting = list(parts)
-        arguments = (torch.cat([part.tokens for part in parts]),) if 0 in self.stages else ()
-        target = torch.zeros(len(parts)) if self.has_last else None
+            stage.queue = list(microbatches)
+        arguments = (torch.cat([inputs.tokens for inputs in microbatches]),) if 0 in self.stages else ()
+        target = torch.zeros(len(microbatches)) if is_last(self.group) else None
         self.schedule.step(*arguments, target=target, losses=[], return_outputs=False)
-        return self.results
+        return self.sums
+
+    def objective(self, output: tuple[Tensor, ...], target: Tensor) -> Tensor:  # noqa: ARG002 - the signature
+        """The last stage's objective of one microbatch; adds its results to `self.sums`."""
+        ce, terms, counts, sums = output
+        objective = ce[0] + self.model.terms.objective(terms, self.factors)
+        self.sums = self.sums.plus(objective, ce[0], Carry(terms, terms.new_zeros(0), counts, sums))
+        return objective
 
     def make_schedule(self, example: Inputs) -> Any:
-        flow, end = self.examples(example)
-        stages = []
-        for number, module in self.stages.items():
-            inputs = (example.tokens,) if module.first else flow
-            outputs = end if module.last else flow
-            stages.append(
-                PipelineStage(
-                    module,
-                    number,
-                    len(self.parts),
-                    example.tokens.device,
-                    input_args=inputs,
-                    output_args=outputs,
-                    group=self.group,
-                )
-            )
-        kind = SCHEDULES[self.schedule_name]
-        several = kind is ScheduleInterleaved1F1B
-        return kind(stages if several else stages[0], self.micro_steps, loss_fn=self.objective, scale_grads=False)
+        """The schedule, whose buffers have the shapes of this microbatch."""
+        sent, final = self.example_outputs(example)
+        count, device, stages = self.stage_count, example.tokens.device, []
+        for number, stage in self.stages.items():
+            shapes = ((example.tokens,) if stage.first else sent, final if stage.last else sent)
+            stages.append(PipelineStage(stage, number, count, device, *shapes, group=self.group))
+        own = stages if self.kind is ScheduleInterleaved1F1B else stages[0]
+        return self.kind(own, self.micro_steps, loss_fn=self.objective, scale_grads=False)
 
-    def examples(self, inputs: Inputs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Tensors of the shapes, types and gradients of what stages hand on, and of what the last one returns."""
+    def example_outputs(self, inputs: Inputs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Meta tensors like those that a stage sends, and like those that the last stage returns."""
         with torch.device("meta"):
             carry = self.model.empty_carry(inputs.tokens.numel(), torch.device("meta"))
             batch, seq = inputs.tokens.shape
@@ -122,43 +176,29 @@ class Pipeline:
             x.requires_grad_()
         return (h, *carry), (ce, carry.terms, carry.counts, carry.sums)
 
-    def objective(self, output: tuple[Tensor, ...], target: Tensor) -> Tensor:  # noqa: ARG002 - the schedules' signature
-        """The weighted sum that is differentiated; the last stage's results are put by."""
-        ce, terms, counts, sums = output
-        self.results.append(Result(ce.detach()[0], Carry(terms.detach(), terms.new_zeros(0), counts, sums)))
-        return ce[0] + self.model.terms.objective(terms, self.factors)
-
     @torch.no_grad()
-    def evaluate(self, inputs: Inputs) -> tuple[Tensor, Carry, dict[int, tuple[Tensor, Tensor]]]:
-        """One micro-batch, forward only: cross-entropy and carry (0 where the last stage isn't), and the chosen experts of each
-        pair of neighbouring MoE layers of which the later one is here."""
-        ranks, settings = self.group.size(), self.model.settings
-        carry = self.model.empty_carry(inputs.tokens.numel(), inputs.tokens.device)
+    def evaluate(self, inputs: Inputs) -> Evaluation:
+        """Receives from the previous stage, runs this rank's stages, sends to the next one."""
+        ranks, settings, device = self.group.size(), self.model.settings, inputs.tokens.device
+        carry = self.model.empty_carry(inputs.tokens.numel(), device)
         ce = carry.terms.new_zeros(())
-        ids = torch.zeros(inputs.tokens.numel(), settings.moe.top_k, dtype=torch.int64, device=inputs.tokens.device)
+        sent, _ = self.example_outputs(inputs)
+        ids = torch.zeros(inputs.tokens.numel(), settings.moe.top_k, dtype=torch.int64, device=device)
         pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        result = carry
-        for number, part in enumerate(self.parts):
-            if number not in self.stages:
-                continue
-            flow, _ = self.examples(inputs)
-            received = tuple(torch.empty_like(x, device=inputs.tokens.device, requires_grad=False) for x in flow)
-            if number:
-                before = dist.get_global_rank(self.group, (number - 1) % ranks)
+        for number, stage in self.stages.items():
+            received = tuple(torch.empty_like(x, device=device, requires_grad=False) for x in sent)
+            if not stage.first:
                 for x in (*received, ids):
-                    dist.recv(x, before, group=self.group)
-            routing: list[Tensor] = []
-            sent = self.model.run_stage(inputs, received if number else None, part, self.stages[number].last, routing)
-            first = max(part.start - settings.moe.first_dense_layers, 0)
-            for layer, later in enumerate(routing, start=first):
+                    dist.recv(x, group=self.group, group_src=(number - 1) % ranks)
+            outputs, routing = stage.run(inputs, received)
+            first_moe = max(stage.layers.start - settings.moe.first_dense_layers, 0)
+            for layer, later in enumerate(routing, start=first_moe):
                 if layer:
                     pairs[layer - 1] = (ids, later)
                 ids = later
-            if self.stages[number].last:
-                ce = sent[0][0]
-                result = Carry(sent[1], carry.previous, sent[2], sent[3])
+            if stage.last:
+                ce, carry = outputs[0][0], Carry(outputs[1], carry.previous, outputs[2], outputs[3])
                 continue
-            after = dist.get_global_rank(self.group, (number + 1) % ranks)
-            for x in (*sent, ids):
-                dist.send(x.contiguous(), after, group=self.group)
-        return ce, result, pairs
+            for x in (*outputs, ids):
+                dist.send(x.contiguous(), group=self.group, group_dst=(number + 1) % ranks)
+        return Evaluation(ce, carry, pairs)

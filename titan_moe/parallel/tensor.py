@@ -1,11 +1,11 @@
-"""Tensor parallelism: attention heads, hidden units and vocabulary are spread over ranks that hold the same sequences.
+"""Tensor parallelism: attention heads, hidden units and vocabulary are sharded over ranks that hold the same sequences.
 
-The residual stream and its norms are spread over the same ranks by tokens (sequence parallelism): `gather` brings the
-tokens of a sequence together before attention or a feed-forward layer, `scatter` adds up the partial products and leaves each
-rank its own tokens. Inside an MoE layer every rank routes all tokens alike, so a loss counts once, not once per rank; there
-two other conjugate operations mark the borders: `enter` is the identity and sums gradients, `leave` sums values and is the
-identity for gradients. The losses' inputs that are sums over hidden units (Gram matrices, lengths) leave like any other
-partial sum.
+Between layers the hidden states are sharded over the same ranks by tokens (sequence parallelism): `gather_sequence`
+collects a sequence's tokens before attention or a feed-forward layer, `reduce_scatter_sequence` sums the partial
+products and leaves each rank its own tokens. Inside an MoE layer all ranks route all tokens, with equal results, so
+that a loss counts once and not once per rank; `copy_to_tp` and `reduce_from_tp` surround the sharded part.
+`reduce_from_tp` also completes inputs of the losses that are sums over hidden units (Gram matrices, squared lengths).
+Sources: Shoeybi et al. 1909.08053 (conjugate operations f and g), Korthikanti et al. 2205.05198.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from titan_moe.model.attention import RMSNorm
+from titan_moe.model.comm import TPComm
 from titan_moe.model.moe import MoELayer
-from titan_moe.model.shares import Shares
 from titan_moe.model.transformer import Block, Transformer
 from titan_moe.parallel.norm import sum_gradients
 from torchtitan_ext.collectives import Group, all_sum, gather_columns, gathered, reduced
 
 
-class _Enter(torch.autograd.Function):
+class _CopyToTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -35,7 +35,7 @@ class _Enter(torch.autograd.Function):
         return all_sum(grad, ctx.group), None
 
 
-class _Leave(torch.autograd.Function):
+class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:  # noqa: ARG004 - torch's signature
         return all_sum(x, group)
@@ -45,8 +45,8 @@ class _Leave(torch.autograd.Function):
         return grad, None
 
 
-class _Whole(torch.autograd.Function):
-    """All ranks' parts in a dimension. The backward takes this rank's part of what every rank computed alike."""
+class _GatherReplicated(torch.autograd.Function):
+    """All-gathers in a dimension. The backward keeps this rank's chunk, because all ranks compute the same gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
@@ -58,7 +58,7 @@ class _Whole(torch.autograd.Function):
         return grad.chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()], None, None
 
 
-class _Scatter(torch.autograd.Function):
+class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BSD: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -69,7 +69,7 @@ class _Scatter(torch.autograd.Function):
         return gathered(grad_BsD, 1, ctx.group), None
 
 
-class _Alike(torch.autograd.Function):
+class _DivideGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
         ctx.ranks = ranks
@@ -80,59 +80,53 @@ class _Alike(torch.autograd.Function):
         return grad / ctx.ranks, None
 
 
-class TensorShares(Shares):
-    """This rank's share of heads, hidden units and vocabulary."""
+@torch.compiler.disable
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    result: Tensor = function.apply(*arguments)
+    return result
+
+
+class GroupTPComm(TPComm):
+    """Communication over a process group of tensor-parallel ranks."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    @torch.compiler.disable
-    def enter(self, x: Tensor) -> Tensor:
-        result: Tensor = _Enter.apply(x, self.group)
-        return result
+    def copy_to_tp(self, x: Tensor) -> Tensor:
+        return _apply(_CopyToTP, x, self.group)
 
-    @torch.compiler.disable
-    def leave(self, x: Tensor) -> Tensor:
-        result: Tensor = _Leave.apply(x, self.group)
-        return result
+    def reduce_from_tp(self, x: Tensor) -> Tensor:
+        return _apply(_ReduceFromTP, x, self.group)
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather_sequence(self, x: Tensor) -> Tensor:
         return gather_columns(x, self.group)
 
-    @torch.compiler.disable
-    def scatter(self, x: Tensor) -> Tensor:
-        result: Tensor = _Scatter.apply(x, self.group)
-        return result
+    def reduce_scatter_sequence(self, x: Tensor) -> Tensor:
+        return _apply(_ReduceScatterSequence, x, self.group)
 
-    @torch.compiler.disable
-    def whole(self, x: Tensor) -> Tensor:
-        result: Tensor = _Whole.apply(x, 1, self.group)
-        return result
+    def gather_sequence_replicated(self, x: Tensor) -> Tensor:
+        return _apply(_GatherReplicated, x, 1, self.group)
 
-    @torch.compiler.disable
-    def alike(self, x: Tensor) -> Tensor:
-        result: Tensor = _Alike.apply(x, self.group.size())  # `gather` adds up what the ranks' gradients are
-        return result
+    def divide_gradient(self, x: Tensor) -> Tensor:
+        return _apply(_DivideGradient, x, self.group.size())
 
-    @torch.compiler.disable
-    def widen(self, x: Tensor) -> Tensor:
-        result: Tensor = _Whole.apply(x, x.dim() - 1, self.group)
-        return result
+    def gather_from_tp(self, x: Tensor) -> Tensor:
+        return _apply(_GatherReplicated, x, x.dim() - 1, self.group)
 
-    def total(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         return all_sum(x, self.group)
 
-    def highest(self, x: Tensor) -> Tensor:
-        found = x.clone()
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
-        return found
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        result = x.clone()
+        dist.all_reduce(result, dist.ReduceOp.MAX, group=self.group)
+        return result
 
-    def first_row(self, rows: int) -> int:
-        return self.group.rank() * rows
+    def shard_offset(self, size: int) -> int:
+        return self.group.rank() * size
 
 
-# Which dimension of a weight is spread, by the end of its name; experts' weights are parallelize.spread_experts's.
-DIMENSIONS = {
+# The sharded dimension of a weight, by the end of its name; parallelize.shard_experts shards the experts' weights.
+SHARD_DIMENSIONS = {
     "embedding": 0,
     "output.weight": 0,
     "attention.wq.weight": 0,
@@ -145,32 +139,32 @@ DIMENSIONS = {
 }
 
 
-def spread_dimension(name: str) -> int | None:
-    """The dimension in which a parameter is spread; None for what every rank holds whole (norms, routers)."""
-    return next((dim for end, dim in DIMENSIONS.items() if name.endswith(end)), None)
+def shard_dimension(name: str) -> int | None:
+    """The dimension that a parameter is sharded in; None for parameters that are replicated (norms, routers)."""
+    return next((dim for end, dim in SHARD_DIMENSIONS.items() if name.endswith(end)), None)
 
 
-def spread_tensors(model: Transformer, tp: DeviceMesh) -> None:
-    """Gives every rank its part of the weights that are not the experts', and tells the modules."""
-    shares = TensorShares(tp.get_group())
+def apply_tensor_parallel(model: Transformer, tp: DeviceMesh) -> None:
+    """Shards all weights but the experts' and sets the modules' communication points, in place."""
+    comm = GroupTPComm(tp.get_group())
     for name, parameter in list(model.named_parameters()):
-        dim = spread_dimension(name)
+        dim = shard_dimension(name)
         if dim is not None:
-            own = distribute_tensor(parameter.detach(), tp, [Shard(dim)], src_data_rank=None)
+            sharded = distribute_tensor(parameter.detach(), tp, [Shard(dim)], src_data_rank=None)
             owner = model.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], nn.Parameter(own))
+            setattr(owner, name.rpartition(".")[2], nn.Parameter(sharded))
     for module in model.modules():
         if isinstance(module, (Transformer, Block, MoELayer)):
-            module.shares = shares
+            module.comm = comm
 
 
 def norms(model: Transformer) -> list[nn.Parameter]:
-    """The weights of which every rank's gradient is a share: norms see this rank's tokens, or its heads."""
+    """Weights whose gradient is a partial sum on every tp rank: norms see only that rank's tokens, or its heads."""
     return [module.weight for module in model.modules() if isinstance(module, RMSNorm)]
 
 
 @torch.no_grad()
 def sum_norm_gradients(model: Transformer, tp: DeviceMesh | None) -> None:
-    """Over the ranks of tp, in one go."""
+    """Sums the norms' gradients over the tp ranks in one all-reduce."""
     if tp is not None:
         sum_gradients(norms(model), tp.get_group())

@@ -1,4 +1,4 @@
-"""A model on its ranks, from a configuration."""
+"""Builds a model on its ranks from a configuration."""
 
 import torch
 
@@ -11,7 +11,7 @@ from titan_moe.parallel.parallelize import parallelize
 
 
 def build_model(config: Config, tokenizer_vocab: int, mesh: Mesh) -> Transformer:
-    """The network on its ranks, with its initial weights; no rank ever holds more than its share."""
+    """The parallelized model with its initial weights; no rank ever allocates more than its own shards."""
     vocab_size = config.model.vocab_size or tokenizer_vocab
     settings = config.model.model_copy(update={"vocab_size": vocab_size})
     with torch.device("meta"):

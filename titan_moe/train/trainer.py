@@ -31,6 +31,7 @@ from titan_moe.data.shards import TokenStream
 from titan_moe.errors import TrainingError, UserError
 from titan_moe.estimate.counts import count, meta_model
 from titan_moe.parallel.mesh import Mesh, from_first
+from titan_moe.parallel.parallelize import build_runner
 from titan_moe.runtime.device import (
     make_deterministic,
     peak_flops,
@@ -84,6 +85,7 @@ class Trainer:
         self.loader = training_loader(train, config.training.batch_size, config.job.seed)
         self.epoch_sequences = len(train)
         self.model = build_model(config, prepared.tokenizer.vocab_size, mesh)
+        self.runner = build_runner(self.model, config, mesh)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.saver = Saver(run_dir, self.model, self.optimizer, config.checkpoint)
         self.counts = count(meta_model(self.model.settings, self.model.dtype), config.training.seq_len)
@@ -143,7 +145,7 @@ class Trainer:
             try:
                 batch = next(batches)
                 factors = self.model.terms.factors(step, self.scales_to_lb(batch, step))
-                result = train_step(self.model, self.optimizer, batch, config, self.mesh, step, factors, self.spikes)
+                result = train_step(self.runner, self.optimizer, batch, config, self.mesh, step, factors, self.spikes)
             except TrainingError as error:
                 self.saver.finish()
                 newest = self.run_dir.newest()
@@ -184,7 +186,7 @@ class Trainer:
         if self.scales is None:
             self.scales = {}
             if self.model.terms.matched:
-                values = measure_terms(self.model, batch, self.config, self.mesh, step)
+                values = measure_terms(self.runner, batch, self.config, self.mesh, step)
                 self.scales = self.model.terms.scales_to_lb(values)
                 log.info("scaled to lb: " + ", ".join(f"{name} x {scale:g}" for name, scale in self.scales.items()))
         return self.scales
@@ -216,14 +218,14 @@ class Trainer:
     ) -> bool:
         """A signal breaks it off, unless `to_the_end`; the run that goes on makes up for it. Returns whether it is done."""
 
-        def broken_off() -> bool:
+        def interrupted() -> bool:
             self.progress()
             return not to_the_end and self.stopping.agreed()
 
         config = self.config
         size = micro_batch_size(config, self.mesh.degrees)
         count = config.validation.sequences
-        found = validate(self.model, self.validation_windows, self.tokenizer, count, size, self.mesh, broken_off)
+        found = validate(self.runner, self.validation_windows, self.tokenizer, count, size, self.mesh, interrupted)
         if found is None:
             return False
         row = {

@@ -1,6 +1,5 @@
-"""Perplexity and bits per byte on text that is never trained on, and the routing that goes with them."""
+"""Perplexity, bits per byte and routing on the validation text."""
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from titan_moe.data.loader import Batch, Windows, validation_batches
 from titan_moe.data.tokenizer import Tokenizer
-from titan_moe.model.transformer import Inputs, Transformer
-from titan_moe.parallel.context import take_part
+from titan_moe.model.transformer import Inputs
+from titan_moe.parallel.context import context_shard
 from titan_moe.parallel.mesh import Mesh
+from titan_moe.parallel.runner import Runner
 from titan_moe.train.inputs import to_inputs
 from torchtitan_ext.collectives import all_sum
 from torchtitan_ext.dtypes import accumulation_dtype
@@ -21,10 +21,8 @@ from torchtitan_ext.metrics import conditional_routing
 
 
 class Losses(NamedTuple):
-    """Of a text."""
-
     tokens: int
-    """Labelled ones."""
+    """Number of labelled tokens."""
     loss: float
     """Mean cross-entropy in nats per token."""
     perplexity: float
@@ -35,37 +33,37 @@ class Losses(NamedTuple):
 class Validation(NamedTuple):
     losses: Losses
     load: Tensor
-    """(L, E) share of the assignments per expert and MoE layer."""
+    """(L, E) fraction of each MoE layer's assignments that go to each expert."""
     cond: Tensor
-    """(L - 1, E, E), P(v in the next layer given e in this one)."""
+    """(L - 1, E, E), P(expert v in the next MoE layer | expert e in this one)."""
 
 
 @torch.no_grad()
 def validate(
-    model: Transformer,
+    runner: Runner,
     windows: Windows,
     tokenizer: Tokenizer,
     sequences: int,
     batch_size: int,
     mesh: Mesh,
-    broken_off: Callable[[], bool] = lambda: False,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Validation | None:
-    """Goes over the first `sequences` windows (0: all), `batch_size` at a time on each rank. The same result on all ranks.
+    """Evaluates the first `sequences` windows (0: all), `batch_size` at a time per rank. All ranks get the same result.
 
-    broken_off: is asked before every batch, the same answer on all ranks; if so, there is no result.
+    interrupted: called before every batch, must be equal on all ranks; if true, validation stops and returns None.
     """
-    device, sums = mesh.device, LossSums()
+    model, device, sums = runner.model, mesh.device, LossSums()
     experts, pairs = model.settings.moe.experts, max(model.moe_layers - 1, 0)
     counts = torch.zeros(model.moe_layers, experts, dtype=torch.int64, device=device)
     joint = torch.zeros(pairs, experts, experts, dtype=torch.float64, device=device)
     for batch in validation_batches(windows, sequences, batch_size * mesh.degrees.data):
-        if broken_off():
+        if interrupted():
             return None
-        found = evaluate_batch(model, batch, batch_size, mesh)
-        mask = found.labelled
-        sums.add(found, tokenizer)
-        counts += found.counts
-        for pair, (earlier, later) in found.neighbours.items():
+        result = evaluate_batch(runner, batch, batch_size, mesh)
+        mask = result.labelled
+        sums.add(result, tokenizer)
+        counts += result.counts
+        for pair, (earlier, later) in result.routing_pairs.items():
             used = torch.bincount(earlier[mask].flatten(), minlength=experts).unsqueeze(1)
             joint[pair] += conditional_routing(earlier, later, experts, mask) * used
     counts, joint = (all_sum(all_sum(x, mesh.ranks.data), mesh.pp) for x in (counts, joint))
@@ -81,26 +79,26 @@ class Evaluated(NamedTuple):
     labelled: Tensor
     """(T,) bool: which tokens have a label."""
     nats: float
-    """Sum of its tokens' cross-entropies; 0 where the last stage of a pipeline isn't."""
+    """Sum of the tokens' cross-entropies; 0 on a rank without the last pipeline stage."""
     counts: Tensor
-    """(L, E) assignments of its labelled tokens, likewise."""
-    neighbours: dict[int, tuple[Tensor, Tensor]]
-    """The chosen experts (T, k) of MoE layers l and l + 1, by l, where the later one is here."""
+    """(L, E) assignments of labelled tokens; 0 on a rank without the last pipeline stage."""
+    routing_pairs: dict[int, tuple[Tensor, Tensor]]
+    """See `Evaluation`."""
 
 
 class LossSums:
-    """Adds up what `Losses` are means of."""
+    """The sums over batches that `Losses` are computed from."""
 
     def __init__(self) -> None:
         self.nats, self.tokens, self.source_bytes = 0.0, 0, 0
 
-    def add(self, found: Evaluated, tokenizer: Tokenizer) -> None:
-        self.nats += found.nats
-        self.tokens += int(found.labelled.sum())
-        self.source_bytes += labelled_bytes(found.inputs, tokenizer)
+    def add(self, batch: Evaluated, tokenizer: Tokenizer) -> None:
+        self.nats += batch.nats
+        self.tokens += int(batch.labelled.sum())
+        self.source_bytes += labelled_bytes(batch.inputs, tokenizer)
 
     def over_ranks(self, mesh: Mesh) -> Losses:
-        """The same on all ranks. Collective."""
+        """Losses of all ranks' batches, equal on all ranks. Collective."""
         nats = all_sum(torch.tensor(self.nats, dtype=torch.float64, device=mesh.device), mesh.pp).item()
         sums = torch.tensor([nats, self.tokens, self.source_bytes], dtype=torch.float64, device=mesh.device)
         nats, tokens, source_bytes = all_sum(sums, mesh.ranks.data).tolist()
@@ -108,23 +106,19 @@ class LossSums:
         return Losses(int(tokens), loss, math.exp(min(loss, 700.0)), nats / math.log(2) / source_bytes)
 
 
-def evaluate_batch(model: Transformer, batch: Batch, size: int, mesh: Mesh) -> Evaluated:
-    """size: sequences of the batch for each of the data ranks."""
+def evaluate_batch(runner: Runner, batch: Batch, size: int, mesh: Mesh) -> Evaluated:
+    """Evaluates this rank's sequences of a batch. size: sequences per data rank."""
     ranks = mesh.degrees.data
     part = batch.padded(size * ranks).part(mesh.data_rank * size, size) if ranks > 1 else batch
-    inputs = to_inputs(part, accumulation_dtype(model.dtype), mesh.device, share=0.0)
-    inputs = take_part(inputs, mesh.degrees.cp, mesh.cp_rank)
-    if model.pipeline is None:
-        ce, carry, routing = model.evaluate(inputs)
-        neighbours = dict(enumerate(itertools.pairwise(routing)))
-    else:
-        ce, carry, neighbours = model.pipeline.evaluate(inputs)
+    inputs = to_inputs(part, accumulation_dtype(runner.model.dtype), mesh.device, share=0.0)
+    inputs = context_shard(inputs, mesh.degrees.cp, mesh.cp_rank)
+    ce, carry, routing_pairs = runner.evaluate(inputs)
     labelled = (inputs.token_weights > 0).flatten()
-    return Evaluated(inputs, labelled, ce.item() * batch.label_count, carry.counts, neighbours)
+    return Evaluated(inputs, labelled, ce.item() * batch.label_count, carry.counts, routing_pairs)
 
 
 def labelled_bytes(inputs: Inputs, tokenizer: Tokenizer) -> int:
-    """Bytes of source text that the labels stand for."""
+    """Bytes of source text that the labels decode to."""
     labels, tokens = inputs.labels.cpu().numpy(), inputs.tokens.cpu().numpy()
     lengths = tokenizer.count_bytes(tokens, labels)
     return int(np.sum(lengths * (inputs.token_weights > 0).cpu().numpy()))

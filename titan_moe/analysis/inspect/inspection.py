@@ -43,6 +43,7 @@ from titan_moe.errors import UserError
 from titan_moe.model.gemm import whole
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh, from_first
+from titan_moe.parallel.parallelize import build_runner
 from titan_moe.train.build import build_model
 from titan_moe.train.validation import Losses, LossSums, evaluate_batch
 from torchtitan_ext.collectives import all_sum
@@ -128,6 +129,7 @@ class Watched:
         self.windows = Windows(self.stream, seq_len, end, config.model.document_mask)
         self.sequences = min(options.sequences or len(self.windows), len(self.windows))
         self.model = build_model(config, self.prepared.tokenizer.vocab_size, mesh)
+        self.runner = build_runner(self.model, config, mesh)
         if self.model.moe_layers == 0:
             raise UserError("the model has no MoE layer; there is nothing to inspect")
         self.recorder = Recorder()
@@ -162,7 +164,7 @@ class Watched:
     @torch.no_grad()
     def go_through(self, tally: Tally) -> Losses:
         """Streams the text through the model; the tally fills and is summed over ranks."""
-        mesh, model = self.mesh, self.model
+        mesh = self.mesh
         self.recorder.tally = tally
         size = micro_batch_size(self.config, mesh.degrees)
         sums = LossSums()
@@ -171,9 +173,9 @@ class Watched:
         quiet = not (mesh.first and sys.stderr.isatty())
         count, console = -(-self.sequences // step), Console(stderr=True)
         for batch in track(batches, "Inspecting", count, console=console, transient=True, disable=quiet):
-            found = evaluate_batch(model, batch, size, mesh)
+            found = evaluate_batch(self.runner, batch, size, mesh)
             sums.add(found, self.prepared.tokenizer)
-            tally.add_pairs(found.neighbours, found.labelled)
+            tally.add_pairs(found.routing_pairs, found.labelled)
         tally.sum_over_ranks(mesh)
         return sums.over_ranks(mesh)
 
