@@ -135,7 +135,7 @@ def train(
             watch.step = step - first
         result = train_step(runner, optimizer, batch_of(step), config, mesh, step, {})
         terms = dict(zip(model.terms.names, result.carry.terms.tolist(), strict=True))
-        rows.append({"loss": result.loss, "ce": result.ce, "grad_norm": result.grad_norm, **terms})
+        rows.append({"loss": result.loss.item(), "ce": result.ce.item(), "grad_norm": result.grad_norm.item(), **terms})
         counts.append(result.carry.counts)
     if save_to is not None:
         write_tensors(save_to, tensors(model, optimizer), dist.group.WORLD if world > 1 else None)

@@ -14,11 +14,9 @@ from tests.conftest import TINY, titan_moe
 from tests.test_cli import start
 from tests.train.test_training import train, untimed
 from titan_moe.config.tables import Config
-from titan_moe.runtime import stopping
 from titan_moe.runtime.stopping import Stopping
 from titan_moe.train import trainer
 from titan_moe.train.trainer import Trainer
-from torchtitan_ext.collectives import Group, all_sum
 
 WORDS = ["--training.steps=120", "--checkpoint.interval=5", "--validation.interval=8", "--validation.sequences=40"]
 
@@ -106,20 +104,24 @@ def test_sigterm_during_a_validation_loses_no_row(
     assert untimed(train(tiny_config("--job.name=cut", *options))) == expected
 
 
-def test_a_signal_during_the_vote_to_stop_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Stopping(None, torch.device("cpu"))
-
-    def signal_and_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
+def test_a_signal_after_the_vote_counts_in_the_next() -> None:
+    stopping = Stopping(None, torch.device("cpu"))
+    with stopping.signals():
+        votes = stopping.votes().clone()
         signal.raise_signal(signal.SIGUSR1)
-        return all_sum(x, group)
+        stopping.count(votes.tolist())
+        assert not stopping.agreed
+        stopping.count(stopping.votes().tolist())
+    assert stopping.agreed
+    assert stopping.signal == signal.SIGUSR1
 
-    with run.signals():
-        assert not run.agreed()
-        with monkeypatch.context() as patch:
-            patch.setattr(stopping, "all_sum", signal_and_sum)
-            assert not run.agreed()
-        assert run.agreed()
-    assert run.signal == signal.SIGUSR1
+
+def test_one_process_stops_without_a_vote() -> None:
+    stopping = Stopping(None, torch.device("cpu"))
+    with stopping.signals():
+        assert not stopping.stop
+        signal.raise_signal(signal.SIGTERM)
+        assert stopping.stop
 
 
 def test_sigterm_during_data_preparation(tiny_options: list[str], tmp_path: Path) -> None:

@@ -112,10 +112,12 @@ def check_vocabulary(config: Config, pieces: int) -> None:
 
 
 def check_names(config: Config, origin: Origin) -> None:
+    known = ("tensorboard", *extensions.TRACKER_PACKAGES, *extensions.trackers)
     for name in config.metrics.trackers:
-        if name not in extensions.trackers:
+        if name not in known:
             raise UserError(
-                f"{origin('metrics.trackers')}: no module of extensions.modules registers a tracker {name!r}"
+                f"{origin('metrics.trackers')}: no module of extensions.modules registers a tracker {name!r}; "
+                f"there are {', '.join(known)}"
             )
     if "/" in config.job.name or config.job.name in (".", ".."):
         raise UserError(f"{origin('job.name')} = {config.job.name!r} must be a plain name, without '/'")

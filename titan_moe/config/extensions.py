@@ -18,17 +18,26 @@ if TYPE_CHECKING:
 
 
 class Tracker(Protocol):
-    """Receives what `metrics.jsonl` receives."""
+    """Receives what a run reports, on rank 0. Two more methods are optional:
+
+    `start(step: int)`, called once before the first row, with the step of the checkpoint that the run resumes from (0: none);
+    `log_images(step: int, images: dict[str, NDArray[uint8]])`, called at every validation with RGB images (H, W, 3) by name.
+    """
 
     def log(self, row: dict[str, Any]) -> None:
-        """Called with every row: `kind` is "train" or "validation", `step` counts from 1."""
+        """Called with every row of metrics.jsonl: `kind` is "train" or "validation", `step` counts from 1."""
 
     def close(self) -> None:
         """Called once, when the run ends."""
 
 
+TrackerFactory = Callable[["Config", Path], Tracker]
+
+TRACKER_PACKAGES = ("wandb", "trackio")
+"""Trackers that ship with titan_moe, each named after the optional package that it needs."""
+
 corpora: "dict[str, Callable[[], Iterator[Document]]]" = {}
-trackers: "dict[str, Callable[[Config, Path], Tracker]]" = {}
+trackers: dict[str, TrackerFactory] = {}
 
 
 def register_corpus(name: str, function: "Callable[[], Iterator[Document]]") -> None:
@@ -36,9 +45,16 @@ def register_corpus(name: str, function: "Callable[[], Iterator[Document]]") -> 
     corpora[name] = function
 
 
-def register_tracker(name: str, factory: "Callable[[Config, Path], Tracker]") -> None:
-    """Adds a tracker for `metrics.trackers = [NAME]`: `factory(config, run_dir)` makes it."""
+def register_tracker(name: str, factory: TrackerFactory) -> None:
+    """Adds a tracker for `metrics.trackers = [NAME]`: `factory(config, run_dir)` makes it, on rank 0."""
     trackers[name] = factory
+
+
+def check_packages(names: Sequence[str]) -> None:
+    """Raises UserError when a tracker needs a package that is not installed."""
+    for name in names:
+        if name in TRACKER_PACKAGES and name not in trackers and importlib.util.find_spec(name) is None:
+            raise UserError(f"metrics.trackers: {name!r} needs a package that is not installed: pip install {name}")
 
 
 def load_modules(names: Sequence[str], origin: str) -> None:

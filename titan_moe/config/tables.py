@@ -273,11 +273,12 @@ class Metrics(Table):
     """What is logged."""
 
     interval: PositiveInt = 10
-    """Steps between console lines and TensorBoard points; metrics.jsonl has every step."""
+    """Steps between console lines and points of TensorBoard and the like; metrics.jsonl has every step. On a GPU also the steps
+    between two reads of the device."""
     tensorboard: bool = True
     """Write TensorBoard files."""
     trackers: list[str] = []
-    """Names of trackers that `extensions.modules` register."""
+    """More trackers: "wandb", "trackio" (each needs its package), or names that `extensions.modules` register."""
 
 
 class Profiling(Table):

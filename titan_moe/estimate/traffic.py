@@ -13,11 +13,13 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.fsdp import routers
 from titan_moe.parallel.norm import shard_groups
 from titan_moe.parallel.tensor import norms
+from titan_moe.runtime.stopping import STOPPING
 from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.terms import Line, Sizes
 from torchtitan_ext.terms.base import COUNT_BYTES
 
 NORM_BYTES = 8  # float64 on a CPU
+VOTE_BYTES = 4  # float32
 
 
 def traffic(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
@@ -168,9 +170,11 @@ def pipeline(model: Transformer, config: Config, degrees: Degrees) -> list[Line]
 def numbers(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
     """What a step reports, and the norm of the gradient."""
     s, terms = sizes(model, config, degrees), model.terms
-    report = (2 + len(terms.names) + len(terms.measures) * model.moe_layers) * s.exact
+    votes = len(STOPPING)
+    report = (votes + 2 + len(terms.names) + len(terms.measures) * model.moe_layers) * s.exact
     report += model.moe_layers * s.experts * COUNT_BYTES
     sums = (degrees.token_ranks > 1) + (degrees.pp > 1)
     meshes = {shard_groups(parameter) for parameter in model.parameters()}
     norm = NORM_BYTES * (sum(map(len, meshes)) + (degrees.pp > 1))
-    return [Line("all-reduce", "a step's report and norm", report * sums + norm)]
+    votes_tp = votes * VOTE_BYTES * (degrees.tp > 1)
+    return [Line("all-reduce", "a step's report and norm", report * sums + norm + votes_tp)]

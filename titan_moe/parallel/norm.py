@@ -37,26 +37,31 @@ def clip_gradients(
     max_norm: float,
     pipeline: dist.ProcessGroup | None = None,
     copies: Collection[nn.Parameter] = (),
-) -> Tensor:
-    """Scales all gradients so that their global 2-norm is at most `max_norm`; returns the norm before that.
+) -> tuple[Tensor, Tensor]:
+    """Scales all gradients so that their global 2-norm is at most `max_norm`.
 
-    Each shard counts once: squares are summed over the mesh dimensions that a gradient is sharded over, mesh by mesh.
-    pipeline: the ranks that hold other stages' parameters. copies: parameters that another of these ranks counts.
+    Returns the norm before that, (), and the norm of this rank's shard of each parameter's gradient, (P,), 0 for one that
+    is not counted here. Each shard counts once: squares are summed over the mesh dimensions that a gradient is sharded
+    over, mesh by mesh. pipeline: the ranks that hold other stages' parameters. copies: parameters that another of these
+    ranks counts.
     """
-    squares: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    by_groups: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
     gradients: list[Tensor] = []
+    norms: dict[int, Tensor] = {}
     not_counted = set(copies)
-    for parameter in parameters:
+    for number, parameter in enumerate(parameters):
         if parameter.grad is None:
             continue
-        gradients.append(local(parameter.grad))
+        grad = local(parameter.grad)
+        gradients.append(grad)
         if parameter not in not_counted:
-            squares.setdefault(shard_groups(parameter.grad), []).append(gradients[-1])
+            # On a CPU vector_norm adds the squares in a few long chains, which in float32 costs the sixth digit.
+            exact = torch.float64 if grad.device.type == "cpu" else accumulation_dtype(grad.dtype)
+            norms[number] = torch.linalg.vector_norm(grad, dtype=exact)
+            by_groups.setdefault(shard_groups(parameter.grad), []).append(number)
     total: Tensor | None = None
-    for groups, shards in squares.items():
-        # On a CPU vector_norm adds the squares in a few long chains, which in float32 costs the sixth digit.
-        exact = torch.float64 if shards[0].device.type == "cpu" else accumulation_dtype(shards[0].dtype)
-        part = torch.stack([torch.linalg.vector_norm(shard, dtype=exact) for shard in shards]).square().sum()
+    for groups, numbers in by_groups.items():
+        part = torch.stack([norms[number] for number in numbers]).square().sum()
         for group in groups:
             dist.all_reduce(part, group=group)
         total = part if total is None else total + part
@@ -66,4 +71,5 @@ def clip_gradients(
     norm = total.sqrt()
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
-    return norm
+    zero = norm.new_zeros(())
+    return norm, torch.stack([norms.get(number, zero) for number in range(len(parameters))])

@@ -1,13 +1,14 @@
-"""Signals that stop a run: the step under way ends, all ranks agree, and the run saves."""
+"""Signals that stop a run: the current step ends, all ranks agree to stop, and the run saves a checkpoint."""
 
 import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import torch
+from torch import Tensor
 
 from torchtitan_ext.collectives import Group, all_sum
 
@@ -18,27 +19,42 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopping:
-    """Whether a run is to stop."""
+    """Whether a run is to stop. One process asks itself; several sum votes, so that all stop after the same step."""
 
     def __init__(self, everyone: Group | None, device: torch.device) -> None:
-        """everyone: the group of all ranks; None for one process. device: where the group's collectives run."""
+        """everyone: the group of all ranks; None for one process. device: where the votes are summed."""
         self.everyone, self.device = everyone, device
         self.signal: int | None = None
-        """A signal to this process, until all ranks have agreed to stop; then the one that they stop for."""
+        """The signal that this process received; once the ranks have agreed, the one that they stop for."""
+        self.agreed = False
+        self.no_votes = torch.zeros(len(STOPPING), device=device)
 
-    def agreed(self) -> bool:
-        """Whether any rank got a signal by now; the same answer on all, and the same signal."""
-        seen = torch.tensor([float(self.signal == number) for number in STOPPING], device=self.device)
-        counts = all_sum(seen, self.everyone).tolist()
-        agreed = next((number for number, count in zip(STOPPING, counts, strict=True) if count), None)
-        if agreed is None:
-            return False  # and a signal that came meanwhile stays for the next time
-        self.signal = agreed
-        return True
+    @property
+    def stop(self) -> bool:
+        """Whether to stop after this step; the same on all ranks."""
+        return self.agreed or (self.everyone is None and self.signal is not None)
+
+    def votes(self) -> Tensor:
+        """(4,), 1 for the signal that this process has received. Their sum over all ranks goes to `count`."""
+        if self.signal is None:
+            return self.no_votes
+        return torch.tensor([float(self.signal == number) for number in STOPPING], device=self.device)
+
+    def count(self, votes: Sequence[float]) -> None:
+        """Takes the votes of all ranks. A signal that arrived after the vote counts in the next one."""
+        elected = next((number for number, count in zip(STOPPING, votes, strict=True) if count), None)
+        if elected is not None:
+            self.signal, self.agreed = elected, True
+
+    def vote(self) -> bool:
+        """Whether to stop, by a vote between steps. Collective."""
+        if self.everyone is not None:
+            self.count(all_sum(self.votes(), self.everyone).tolist())
+        return self.stop
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM, SIGINT, SIGUSR1 and SIGHUP let the step finish and save; a second SIGINT leaves at once."""
+        """SIGTERM, SIGINT, SIGUSR1 and SIGHUP let the step finish and save; a second SIGINT exits at once."""
 
         def remember(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signal's signature
             if self.signal is not None and number == signal.SIGINT:
@@ -49,7 +65,7 @@ class Stopping:
         previous = {
             number: signal.signal(number, remember)
             for number in STOPPING
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # what `nohup` does
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # `nohup` ignores it
         }
         try:
             yield

@@ -13,12 +13,12 @@ from titan_moe.config.tables import Profiling
 
 class _Off:
     def step(self) -> None:
-        """Nothing is recorded."""
+        """No-op."""
 
 
 @contextlib.contextmanager
 def profiler(settings: Profiling, folder: Path) -> Iterator[Any]:
-    """Yields something whose `step()` is called after every training step; traces land in `folder`."""
+    """Yields an object whose `step()` is to be called after every training step. Traces are written to `folder`."""
     if not settings.enable:
         yield _Off()
         return

@@ -9,7 +9,6 @@ from torch import Tensor
 from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.tables import Balancer, Config
 from titan_moe.data.loader import Batch
-from titan_moe.errors import TrainingError
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.context import context_shard
 from titan_moe.parallel.mesh import Mesh
@@ -17,9 +16,9 @@ from titan_moe.parallel.norm import clip_gradients
 from titan_moe.parallel.parallelize import sum_replicated_gradients
 from titan_moe.parallel.pipeline import tied_copies
 from titan_moe.parallel.runner import Runner, StepSums
+from titan_moe.runtime.stopping import STOPPING, Stopping
 from titan_moe.train.inputs import to_inputs
-from titan_moe.train.metrics import first_non_finite, non_finite_gradient, routing_row
-from titan_moe.train.watch import Spikes
+from titan_moe.train.step_log import StepLog, pack
 from torchtitan_ext.balancer import update_expert_bias
 from torchtitan_ext.carry import Carry, add_carry
 from torchtitan_ext.collectives import all_sum
@@ -27,15 +26,15 @@ from torchtitan_ext.dtypes import accumulation_dtype
 
 
 class StepResult(NamedTuple):
-    loss: float
+    """Tensors on the device, of the global batch; reading one makes the host wait for the step."""
+
+    loss: Tensor
     """J: cross-entropy plus weighted terms."""
-    ce: float
+    ce: Tensor
     carry: Carry
-    routing: dict[str, float]
-    """The `reg/*` and `moe/*` fields of the step's row."""
-    grad_norm: float
+    grad_norm: Tensor
     """Before clipping."""
-    skipped: bool = False
+    skipped: bool
     """Whether the parameters were left unchanged because of a gradient spike."""
 
 
@@ -47,28 +46,28 @@ def train_step(
     mesh: Mesh,
     step: int,
     factors: Mapping[str, float],
-    spikes: Spikes | None = None,
+    log: StepLog | None = None,
 ) -> StepResult:
     """One optimizer step on a global batch.
 
-    factors: on the terms' weights at this step, by name. spikes: decides whether to skip the update.
-    Raises TrainingError, before the update and on all ranks, for a value that is not finite.
+    factors: on the terms' weights at this step, by name. log: receives the step's numbers and decides whether to update.
+    A number that is not finite prevents the update on all ranks; TrainingError names it, from here or from `log.read`.
     """
     model = runner.model
+    log = log or StepLog(model, optimizer, Stopping(mesh.everyone, mesh.device))
     inputs = step_inputs(model, batch, config, mesh, step)
     sums = runner.forward_backward(inputs, factors)  # forward, loss and backward of every microbatch
-    loss, ce, carry = sum_over_ranks(sums, mesh)
+    numbers, carry = sum_over_ranks(sums, log.stopping.votes(), mesh)
     sum_replicated_gradients(model, mesh)
-    norm = clip_gradients(list(model.parameters()), config.training.max_grad_norm, mesh.pp, tied_copies(model, mesh.pp))
-    result = StepResult(loss.item(), ce.item(), carry, routing_row(carry, model.terms), norm.item())
-    check_finite(model, result)
-    if spikes is not None and spikes.over(result.grad_norm):
-        optimizer.zero_grad()
-        return result._replace(skipped=True)
-    optimizer.step()
+    copies = tied_copies(model, mesh.pp)
+    norm, norms = clip_gradients(list(model.parameters()), config.training.max_grad_norm, mesh.pp, copies)
+    update = log.admit(step, pack(numbers, norm, norms, carry.counts))
+    if update:
+        optimizer.step()
+        balance_experts(model, carry.counts, config.balancer, log.found_inf)
     optimizer.zero_grad()
-    balance_experts(model, carry.counts, config.balancer)
-    return result
+    loss, ce = numbers[len(STOPPING) :][:2]
+    return StepResult(loss, ce, carry, norm, skipped=not update)
 
 
 def step_inputs(model: Transformer, batch: Batch, config: Config, mesh: Mesh, step: int) -> list[Inputs]:
@@ -84,14 +83,19 @@ def step_inputs(model: Transformer, batch: Batch, config: Config, mesh: Mesh, st
     return inputs
 
 
-def sum_over_ranks(sums: StepSums, mesh: Mesh) -> tuple[Tensor, Tensor, Carry]:
-    """Loss, cross-entropy and carry summed over all ranks: one all-reduce of floats, one of counts."""
+def sum_over_ranks(sums: StepSums, votes: Tensor, mesh: Mesh) -> tuple[Tensor, Carry]:
+    """Sums over all ranks: one vector of stop votes, loss, cross-entropy, terms and measures; and the carry.
+
+    One all-reduce of floats, one of counts. Tensor-parallel ranks hold the same tokens, so only their votes are summed.
+    """
+    if mesh.tp is not None:
+        votes = all_sum(votes, mesh.tp.get_group())
     loss, ce, carry = sums
-    numbers = sum_over_tokens(torch.cat([loss.reshape(1), ce.reshape(1), carry.terms, carry.sums.flatten()]), mesh)
-    terms = numbers[2 : 2 + carry.terms.numel()]
-    measures = numbers[2 + carry.terms.numel() :].reshape(carry.sums.shape)
+    parts = (votes.to(loss.dtype), loss.reshape(1), ce.reshape(1), carry.terms, carry.sums.flatten())
+    numbers = sum_over_tokens(torch.cat(parts), mesh)
+    *_, terms, measures = numbers.split([len(part) for part in parts])
     counts = sum_over_tokens(carry.counts, mesh)
-    return numbers[0], numbers[1], carry._replace(terms=terms, counts=counts, sums=measures)
+    return numbers, carry._replace(terms=terms, counts=counts, sums=measures.view_as(carry.sums))
 
 
 def sum_over_tokens(x: Tensor, mesh: Mesh) -> Tensor:
@@ -99,11 +103,14 @@ def sum_over_tokens(x: Tensor, mesh: Mesh) -> Tensor:
     return all_sum(all_sum(x, mesh.ranks.data), mesh.pp)
 
 
-def balance_experts(model: Transformer, counts: Tensor, settings: Balancer) -> None:
-    """Moves each router's bias against this step's load of its experts. counts: (L, E)."""
+def balance_experts(model: Transformer, counts: Tensor, settings: Balancer, found_inf: Tensor) -> None:
+    """Moves each router's bias against this step's load of its experts, unless `found_inf` is set. counts: (L, E)."""
     if settings.rate > 0:
         for moe in model.moe_modules():
-            update_expert_bias(moe.router.expert_bias, counts[moe.layer], settings.rate, settings.center)
+            bias = moe.router.expert_bias
+            moved = bias.clone()
+            update_expert_bias(moved, counts[moe.layer], settings.rate, settings.center)
+            bias.copy_(torch.where(found_inf > 0, bias, moved))
 
 
 @torch.no_grad()
@@ -115,13 +122,3 @@ def measure_terms(runner: Runner, batch: Batch, config: Config, mesh: Mesh, step
     assert carry is not None
     terms = sum_over_tokens(carry.terms, mesh).tolist()
     return dict(zip(runner.model.terms.names, terms, strict=True))
-
-
-def check_finite(model: Transformer, result: StepResult) -> None:
-    """Raises TrainingError that names the first value that is not finite."""
-    values = {"ce": result.ce, **result.routing, "loss": result.loss, "grad_norm": result.grad_norm}
-    name = first_non_finite(values)
-    if name == "grad_norm":
-        name = f"grad_norm (gradient of {non_finite_gradient(model)})"
-    if name is not None:
-        raise TrainingError(f"{name} is not finite")

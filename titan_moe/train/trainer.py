@@ -1,29 +1,24 @@
 """A run, from its newest checkpoint to its last step or a signal. What one step does: `step.train_step`."""
 
+import contextlib
 import logging
 import signal
-import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from titan_moe import __version__
 from titan_moe.checkpoint.dcp import load_checkpoint
 from titan_moe.checkpoint.resume import newest_good
-from titan_moe.checkpoint.run_dir import (
-    FORMAT_VERSION,
-    RunDir,
-    check_unchanged,
-    read_state,
-)
+from titan_moe.checkpoint.run_dir import FORMAT_VERSION, RunDir, check_unchanged, read_state
 from titan_moe.checkpoint.saver import Saver, due
 from titan_moe.checkpoint.start import start_from
-from titan_moe.config import extensions
 from titan_moe.config.degrees import micro_batch_size
-from titan_moe.config.describe import to_toml
+from titan_moe.config.extensions import Tracker
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch, Windows, training_loader
 from titan_moe.data.prepare import Prepared
@@ -32,23 +27,16 @@ from titan_moe.errors import TrainingError, UserError
 from titan_moe.estimate.counts import count, meta_model
 from titan_moe.parallel.mesh import Mesh, from_first
 from titan_moe.parallel.parallelize import build_runner
-from titan_moe.runtime.device import (
-    make_deterministic,
-    peak_flops,
-    peak_memory_gib,
-    synchronize,
-)
+from titan_moe.runtime.device import make_deterministic, peak_flops, peak_memory_gib
 from titan_moe.runtime.stopping import Stopping
 from titan_moe.train.build import build_model
-from titan_moe.train.metrics import (
-    Console,
-    JsonLines,
-    TensorBoard,
-    short,
-)
 from titan_moe.train.optimizer import build_optimizer, lr_fraction, set_lr
 from titan_moe.train.profiling import profiler
-from titan_moe.train.step import StepResult, measure_terms, train_step
+from titan_moe.train.step import measure_terms, train_step
+from titan_moe.train.step_log import HostFacts, StepLog
+from titan_moe.train.trackers import open_trackers
+from titan_moe.train.trackers.console import short
+from titan_moe.train.trackers.dashboards import routing_images
 from titan_moe.train.validation import validate
 from titan_moe.train.watch import RoutingWatch, Spikes
 
@@ -91,89 +79,81 @@ class Trainer:
         self.counts = count(meta_model(self.model.settings, self.model.dtype), config.training.seq_len)
         self.peak = peak_flops(self.device, self.model.dtype)
         self.scales: dict[str, float] | None = None
-        self.spikes = Spikes(config.training.skip_spikes)
+        self.stopping = Stopping(mesh.everyone, mesh.device)
+        self.steps = StepLog(self.model, self.optimizer, self.stopping, Spikes(config.training.skip_spikes))
+        self.trackers: list[Tracker] = []
+        """Of rank 0."""
         self.skipped = 0
         """Updates left out since the first step."""
         self.routing_watch = RoutingWatch(self.model.moe_layers, config.model.moe.experts, config.model.moe.top_k)
-        self.stopping = Stopping(mesh.everyone, mesh.device)
 
     def run(self) -> int:
-        """Trains to the end, or to a signal. Returns the exit status."""
-        config = self.config
+        """Trains to the last step or to a signal. Returns the exit status."""
+        config, path = self.config, self.run_dir.path
         start = self.resume()
         self.announce()
-        tensorboard = None
-        trackers: list[extensions.Tracker] = []
-        if self.mesh.first:
-            console = Console(log.info, config.training.steps, start, config.metrics.interval)
-            trackers += [JsonLines(self.run_dir.metrics), console]
-        if self.mesh.first and config.metrics.tensorboard:
-            folder, interval = self.run_dir.tensorboard, config.metrics.interval
-            tensorboard = TensorBoard(folder, interval, start + 1 if start else 0, to_toml(config))
-            trackers.append(tensorboard)
-        if self.mesh.first:
-            trackers += [extensions.trackers[name](config, self.run_dir.path) for name in config.metrics.trackers]
-        try:
-            with self.stopping.signals(), profiler(config.profiling, self.run_dir.profile) as profile:
-                first = start == 0 or self.validation_is_missing(start)
-                if first and not self.validate(start, trackers, tensorboard):
-                    stopped_at = start  # a step more, and nobody would know that this row is missing
-                else:
-                    stopped_at = self.loop(start, trackers, tensorboard, profile)
-                self.saver.finish()
-        finally:
-            for tracker in trackers:
-                tracker.close()
+        with (
+            open_trackers(config, path, start, self.mesh.first) as self.trackers,
+            self.stopping.signals(),
+            profiler(config.profiling, self.run_dir.profile) as profile,
+        ):
+            first = start == 0 or self.validation_is_missing(start)
+            if first and not self.validate(start):
+                stopped_at = start  # a step more, and the resumed run would not see that this row is missing
+            else:
+                stopped_at = self.loop(start, profile)
+            self.saver.finish()
         if stopped_at == config.training.steps:
-            log.info(f"Done: {self.run_dir.path}")
+            log.info(f"Done: {path}")
             return 0
         assert self.stopping.signal is not None
         name = signal.Signals(self.stopping.signal).name
         log.info(f"Stopped by {name} after step {stopped_at}; the same command goes on from there")
         return 128 + self.stopping.signal
 
-    def loop(
-        self, start: int, trackers: list[extensions.Tracker], tensorboard: TensorBoard | None, profile: Any
-    ) -> int:
-        """Steps until the last one or a signal; every way out has saved. Returns the step it stopped after."""
+    def loop(self, start: int, profile: Any) -> int:
+        """Trains until the last step or a signal, and saves before it returns. Returns the step it stopped after."""
         config, steps = self.config, self.config.training.steps
         batches = iter(self.loader)
         for step in range(start + 1, steps + 1):
-            began = time.perf_counter()
             self.progress()
+            self.steps.begin()
             set_lr(self.optimizer, config.optimizer.lr * lr_fraction(step, steps, config.lr_scheduler))
-            try:
-                batch = next(batches)
-                factors = self.model.terms.factors(step, self.scales_to_lb(batch, step))
-                result = train_step(self.runner, self.optimizer, batch, config, self.mesh, step, factors, self.spikes)
-            except TrainingError as error:
-                self.saver.finish()
-                newest = self.run_dir.newest()
-                where = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
-                raise TrainingError(f"step {step}: {error}; nothing was updated, {where}") from error
-            synchronize(self.device)
-            row = self.row(step, batch, result, time.perf_counter() - began)
-            self.look_at(step, result)
-            for tracker in trackers:
-                tracker.log(row)
+            batch = next(batches)
+            factors = self.model.terms.factors(step, self.scales_to_lb(batch, step))
+            with self.naming_checkpoint():
+                result = train_step(self.runner, self.optimizer, batch, config, self.mesh, step, factors, self.steps)
+            self.steps.add(self.host_facts(step, batch, result.skipped))
+            if not self.steps.deferred or step == 1 or due(step, config.metrics.interval):
+                self.report()
             profile.step()
             last = step == steps
             if last or due(step, config.validation.interval):
-                self.validate(step, trackers, tensorboard, to_the_end=last)
-            stop = self.stopping.agreed()
+                self.validate(step, to_the_end=last)
+            stop = self.stopping.stop
             if last or stop or due(step, config.checkpoint.interval):
                 self.save(step)
             if stop:
                 return step
         return steps
 
-    def look_at(self, step: int, result: StepResult) -> None:
-        """Says what a person should know of."""
-        if result.skipped:
-            log.warning(f"step {step}: gradient norm {result.grad_norm:.4g} is a spike; the update was left out")
-        if self.mesh.first:
-            for line in self.routing_watch.look(result.carry.counts):
-                log.warning(f"step {step}: {line}")
+    @contextlib.contextmanager
+    def naming_checkpoint(self) -> Iterator[None]:
+        """Adds to a TrainingError which checkpoint the run can go on from."""
+        try:
+            yield
+        except TrainingError as error:
+            self.saver.finish()
+            newest = self.run_dir.newest()
+            where = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+            raise TrainingError(f"{error}; nothing was updated, {where}") from error
+
+    def report(self) -> None:
+        """Reads the steps since the last report from the device and gives their rows to the trackers."""
+        with self.naming_checkpoint():
+            for facts, numbers, seconds in self.steps.read():
+                if self.mesh.first:
+                    self.log_step(facts, numbers, seconds)
 
     def validation_is_missing(self, step: int) -> bool:
         """Whether a signal broke off the validation after the step that this run goes on from."""
@@ -191,36 +171,43 @@ class Trainer:
                 log.info("scaled to lb: " + ", ".join(f"{name} x {scale:g}" for name, scale in self.scales.items()))
         return self.scales
 
-    def row(self, step: int, batch: Batch, result: StepResult, seconds: float) -> dict[str, Any]:
-        """A train row of metrics.jsonl (INTERFACE of the file: docs/metrics.md)."""
-        training = self.config.training
-        self.skipped += result.skipped
+    def host_facts(self, step: int, batch: Batch, skipped: bool) -> HostFacts:
+        self.skipped += skipped
+        crc = zlib.crc32(batch.tokens.numpy().tobytes())
+        return HostFacts(step, self.optimizer.param_groups[0]["lr"], crc, peak_memory_gib(self.device), self.skipped)
+
+    def log_step(self, facts: HostFacts, numbers: Tensor, seconds: float) -> None:
+        """A train row of metrics.jsonl (fields: docs/metrics.md), and warnings. numbers: packed, on the CPU."""
+        training, step = self.config.training, facts.step
         tokens = training.batch_size * training.seq_len
-        return {
+        values, counts = self.steps.unpack(numbers)
+        for line in self.routing_watch.look(counts):
+            log.warning(f"step {step}: {line}")
+        row = {
             "kind": "train",
             "step": step,
             "tokens": step * tokens,
-            "loss": result.loss,
-            "ce": result.ce,
-            **result.routing,
-            "grad_norm": result.grad_norm,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "data_crc": zlib.crc32(batch.tokens.numpy().tobytes()),
+            **values,
+            "lr": facts.lr,
+            "data_crc": facts.data_crc,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "mfu": self.counts.flops_per_token * tokens / seconds / (self.peak * self.mesh.degrees.world),
-            "memory_gib": peak_memory_gib(self.device),
-            **({"skipped": self.skipped} if training.skip_spikes else {}),
+            "memory_gib": facts.memory_gib,
+            **({"skipped": facts.skipped} if training.skip_spikes else {}),
         }
+        for tracker in self.trackers:
+            tracker.log(row)
 
-    def validate(
-        self, step: int, trackers: list[extensions.Tracker], tensorboard: TensorBoard | None, to_the_end: bool = False
-    ) -> bool:
-        """A signal breaks it off, unless `to_the_end`; the run that goes on makes up for it. Returns whether it is done."""
+    def validate(self, step: int, to_the_end: bool = False) -> bool:
+        """Validates and logs it; returns whether it finished.
+
+        A signal breaks it off, unless `to_the_end`; the resumed run then does it first."""
+        self.report()
 
         def interrupted() -> bool:
             self.progress()
-            return not to_the_end and self.stopping.agreed()
+            return not to_the_end and self.stopping.vote()
 
         config = self.config
         size = micro_batch_size(config, self.mesh.degrees)
@@ -235,13 +222,14 @@ class Trainer:
             "perplexity": found.losses.perplexity,
             "bits_per_byte": found.losses.bits_per_byte,
         }
-        for tracker in trackers:
+        for tracker in self.trackers:
             tracker.log(row)
-        if tensorboard is not None:
-            tensorboard.routing(step, found)
+            if hasattr(tracker, "log_images"):
+                tracker.log_images(step, routing_images(found))
         return True
 
     def save(self, step: int) -> None:
+        self.report()
         self.progress()
         facts = {
             "format_version": FORMAT_VERSION,
@@ -252,7 +240,7 @@ class Trainer:
             "tokenizer": self.tokenizer.fingerprint,
             "loader": self.loader.state_dict(),
             "scales": self.scales,
-            "norms": list(self.spikes.norms),
+            "norms": list(self.steps.spikes.norms),
             "skipped": self.skipped,
         }
         self.saver.save(step, facts)
@@ -268,7 +256,7 @@ class Trainer:
             load_checkpoint(newest, self.model, self.optimizer)
             self.loader.load_state_dict(state["loader"])
             self.scales = state["scales"]
-            self.spikes = Spikes(self.config.training.skip_spikes, state["norms"])
+            self.steps.spikes = Spikes(self.config.training.skip_spikes, state["norms"])
             self.skipped = state["skipped"]
             step = int(state["step"])
             log.info(f"Going on from {newest}")

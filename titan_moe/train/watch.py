@@ -1,4 +1,4 @@
-"""What a person would look out for: gradients that jump, experts that die, routing that collapses."""
+"""Warnings about a run: gradient norms that jump, experts without tokens, routing that collapses."""
 
 import math
 import statistics
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 class Spikes:
-    """Which steps to leave out because their gradient jumped. The same on every rank, as the norm is."""
+    """Which updates to leave out because the gradient norm jumped. All ranks decide alike, since the norm is the same."""
 
     LONGEST, SHORTEST = 128, 16
 
     def __init__(self, deviations: float, norms: Sequence[float] = ()) -> None:
-        """deviations: how many standard deviations above the mean of the recent norms are too many; 0: none ever is. norms:
-        of the latest steps."""
+        """deviations: a norm that many standard deviations above the mean of the recent ones is a spike; 0: none is.
+        norms: of the latest steps."""
         self.deviations = deviations
         self.norms = deque(norms, maxlen=self.LONGEST)
 
     def over(self, norm: float) -> bool:
-        """Whether this norm is a spike; otherwise it joins the history."""
+        """Whether this norm is a spike; if not, it is added to the history."""
         if self.deviations and len(self.norms) >= self.SHORTEST:
             limit = statistics.fmean(self.norms) + self.deviations * statistics.stdev(self.norms)
             if norm > limit:
@@ -30,12 +30,12 @@ class Spikes:
 
 
 class RoutingWatch:
-    """Says once per event that an expert is dead or that a layer's routing has collapsed."""
+    """Reports, once per event, an expert without tokens or a layer whose routing has collapsed."""
 
     PATIENCE = 50
-    """Steps in a row before it is an event."""
+    """Consecutive steps that make an event."""
     COLLAPSED, RECOVERED = 0.9, 0.8
-    """Share of a layer's assignments that its `top_k` busiest experts have."""
+    """Fraction of a layer's assignments that its `top_k` busiest experts have; collapsed above, recovered below."""
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
         self.top_k = top_k
@@ -44,7 +44,7 @@ class RoutingWatch:
         self.can_collapse = top_k < experts
 
     def look(self, counts_LE: Tensor) -> Iterator[str]:
-        """A line for every event that this step completes. counts_LE: its assignments."""
+        """A line for every event that is complete with this step. counts_LE: the step's assignments per layer and expert."""
         for layer, counts in enumerate(counts_LE.tolist()):
             for expert, count in enumerate(counts):
                 self.idle[layer][expert] = 0 if count else self.idle[layer][expert] + 1

@@ -10,6 +10,7 @@ from argparse import ArgumentParser, Namespace
 
 from titan_moe.config.degrees import resolve
 from titan_moe.config.describe import options_help
+from titan_moe.config.extensions import check_packages
 from titan_moe.config.load import load_config, world_size_from_environment
 from titan_moe.verbs.arguments import add_config
 
@@ -27,6 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     world = world_size_from_environment()
     config = load_config(arguments.config, arguments.overrides, world_size=world)
+    check_packages(config.metrics.trackers)
     from titan_moe.checkpoint.run_dir import RunDir
     from titan_moe.data.prepare import prepare
 
