@@ -112,6 +112,10 @@ def check_vocabulary(config: Config, pieces: int) -> None:
 
 
 def check_names(config: Config, origin: Origin) -> None:
+    name = config.optimizer.name
+    if name not in extensions.optimizers:
+        known = ", ".join(sorted(extensions.optimizers))
+        raise UserError(f"{origin('optimizer.name')}: no optimizer {name!r}; there are {known}")
     for name in config.metrics.trackers:
         if name not in extensions.trackers:
             raise UserError(

@@ -30,6 +30,7 @@ from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import TokenStream
 from titan_moe.errors import TrainingError, UserError
 from titan_moe.estimate.counts import count, meta_model
+from titan_moe.optim import build_optimizer, lr_fraction, set_lr
 from titan_moe.parallel.mesh import Mesh, from_first
 from titan_moe.parallel.parallelize import build_runner
 from titan_moe.runtime.device import (
@@ -46,7 +47,6 @@ from titan_moe.train.metrics import (
     TensorBoard,
     short,
 )
-from titan_moe.train.optimizer import build_optimizer, lr_fraction, set_lr
 from titan_moe.train.profiling import profiler
 from titan_moe.train.step import StepResult, measure_terms, train_step
 from titan_moe.train.validation import validate
@@ -141,7 +141,7 @@ class Trainer:
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
             self.progress()
-            set_lr(self.optimizer, config.optimizer.lr * lr_fraction(step, steps, config.lr_scheduler))
+            set_lr(self.optimizer, lr_fraction(step, steps, config.lr_scheduler))
             try:
                 batch = next(batches)
                 factors = self.model.terms.factors(step, self.scales_to_lb(batch, step))
