@@ -28,9 +28,9 @@ from titan_moe.config.tables import Checkpoint, Optimizer
 from titan_moe.model.init import init_weights
 from titan_moe.model.terms import terms_of
 from titan_moe.model.transformer import Transformer
+from titan_moe.optim import build_optimizer
 from titan_moe.parallel.mesh import single
 from titan_moe.runtime.allocator import keep_freed_memory
-from titan_moe.train.optimizer import build_optimizer
 
 
 class Bench:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from titan_moe.config.tables import Model, Optimizer
 from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Transformer
+from titan_moe.optim import build_optimizer
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.device import peak_allocated
-from titan_moe.train.optimizer import build_optimizer
 from torchtitan_ext.carry import empty_carry
 from torchtitan_ext.ops.response import lengths, response_through
 from torchtitan_ext.terms import LayerView, Needs, Setting, Term, TermOptions, Terms, build_terms

@@ -27,9 +27,9 @@ from titan_moe.model.gemm import CPU_MULTIPLIES_BFLOAT16
 from titan_moe.model.init import init_weights
 from titan_moe.model.moe import MoELayer
 from titan_moe.model.transformer import Transformer
+from titan_moe.optim import build_optimizer
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.device import peak_flops
-from titan_moe.train.optimizer import build_optimizer
 from torchtitan_ext.carry import empty_carry
 from torchtitan_ext.terms import Setting, Tokens, build_terms
 

@@ -22,11 +22,11 @@ from titan_moe.config.degrees import resolve
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch
+from titan_moe.optim import build_optimizer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.parallelize import build_runner
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.train.build import build_model
-from titan_moe.train.optimizer import build_optimizer
 from titan_moe.train.step import train_step
 
 VOCABULARY, WARM_UP = 4096, 3

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.helpers.extensions import forget_optimizers
 from titan_moe.analysis.sweep.grid import cell_config, cells_of, read_sweep
 from titan_moe.cli import parse
 from titan_moe.config import extensions
@@ -41,6 +42,7 @@ def test_documented_commands_parse_and_their_configurations_are_valid(
         for table in (REGISTRY, extensions.corpora, extensions.trackers):
             table.clear()
         REGISTRY.update(before)
+        forget_optimizers()
 
 
 def check_command(words: list[str], line: str) -> None:

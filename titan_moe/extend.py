@@ -1,9 +1,9 @@
-"""What a user's own module imports to register loss terms, corpora and trackers.
+"""What a user's own module imports to register loss terms, optimizers, corpora and trackers.
 
 `extensions.modules` in the configuration names the module; docs/extending.md has an example of each kind.
 """
 
-from titan_moe.config.extensions import Tracker, register_corpus, register_tracker
+from titan_moe.config.extensions import Tracker, register_corpus, register_optimizer, register_tracker
 from torchtitan_ext.terms import LayerView, Needs, Term, TermOptions, register
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "Tracker",
     "register",
     "register_corpus",
+    "register_optimizer",
     "register_tracker",
 ]

@@ -11,10 +11,10 @@ from titan_moe.config.tables import Config
 from titan_moe.estimate.plan import memory, sharded_model
 from titan_moe.estimate.traffic import traffic
 from titan_moe.model.gemm import local
+from titan_moe.optim import build_optimizer
 from titan_moe.parallel.parallelize import build_runner
 from titan_moe.train.build import build_model
 from titan_moe.train.inputs import to_inputs
-from titan_moe.train.optimizer import build_optimizer
 from titan_moe.train.step import train_step
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def real(words: list[str], world: int) -> dict[str, int]:
     moments = [local(m) for state in optimizer.state.values() for name, m in state.items() if name != "step"]
     return {
         "parameters": sum(p.numel() * p.element_size() for p in parameters),
-        "AdamW's moments": sum(m.numel() * m.element_size() for m in moments),
+        "state of adamw": sum(m.numel() * m.element_size() for m in moments),
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from titan_moe.train.optimizer import build_optimizer, set_lr
 
 from tests.helpers.ranks import launch
 from tests.helpers.steps import VOCABULARY, batch_of, config_of, mesh_of, state, whole
@@ -13,7 +14,6 @@ from titan_moe.model.gemm import local
 from titan_moe.parallel.parallelize import build_runner
 from titan_moe.runtime.stopping import Stopping
 from titan_moe.train.build import build_model
-from titan_moe.train.optimizer import build_optimizer, set_lr
 from titan_moe.train.step import train_step
 from titan_moe.train.step_log import HostFacts, StepLog
 

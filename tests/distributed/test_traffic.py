@@ -5,9 +5,9 @@ import pytest
 from tests.helpers.counting import counted
 from tests.helpers.ranks import launch
 from tests.helpers.steps import BATCH, SEQ, VOCABULARY, batch_of, config_of, mesh_of, train
+from titan_moe.optim import build_optimizer
 from titan_moe.parallel.parallelize import build_runner
 from titan_moe.train.build import build_model
-from titan_moe.train.optimizer import build_optimizer
 from titan_moe.train.step import train_step
 
 OFF = [f"--regularizers.{name}.weight=0" for name in ("z", "sp", "cp", "o", "v", "erc")]

@@ -15,10 +15,10 @@ from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch
 from titan_moe.model.moe import Choice, MoELayer, Router
 from titan_moe.model.transformer import Transformer
+from titan_moe.optim import build_optimizer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.parallelize import build_runner, sum_replicated_gradients
 from titan_moe.train.build import build_model
-from titan_moe.train.optimizer import build_optimizer, set_lr
 from titan_moe.train.step import step_inputs, train_step
 
 VOCABULARY, SEQ, BATCH = 62, 16, 8
@@ -33,6 +33,7 @@ BASE = [
     f"--training.seq_len={SEQ}",
     f"--training.batch_size={BATCH}",
     "--training.dtype=float64",
+    "--optimizer.lr=1e-2",
     "--regularizers.lb.weight=0.01",
     "--regularizers.z.weight=0.001",
     "--regularizers.sp.weight=0.02",
@@ -127,7 +128,6 @@ def train(
     optimizer = build_optimizer(model, config.optimizer)
     if load_from is not None:
         load_checkpoint(load_from, model, optimizer)
-    set_lr(optimizer, 1e-2)
     rows, counts = [], []
     watch = Watch(model, steps - first + 1) if not config.compile.enable else None
     for step in range(first, steps + 1):

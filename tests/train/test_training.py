@@ -282,7 +282,7 @@ def test_a_term_that_is_not_finite_is_named(tiny_config: Make) -> None:
 
 def test_lr_schedules() -> None:
     from titan_moe.config.tables import LRScheduler
-    from titan_moe.train.optimizer import lr_fraction
+    from titan_moe.optim import lr_fraction
 
     def at(step: int, **kwargs: Any) -> float:
         return lr_fraction(step, 100, LRScheduler(warmup_steps=10, min_lr_fraction=0.1, **kwargs))

@@ -227,8 +227,10 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any], prefix: str = "
 
 def check_unchanged(saved: dict[str, Any], config: Config, checkpoint: Path) -> None:
     """Raises UserError when a key differs that may not change on resuming."""
-    current = config.model_dump(mode="json")
-    free_keys = (*MAY_CHANGE, *(["data"] if config.checkpoint.allow_new_data else []))
+    current, chosen = config.model_dump(mode="json"), config.optimizer.name
+    options = {name for values in (saved, current) for name, v in values["optimizer"].items() if isinstance(v, dict)}
+    free_keys = [*MAY_CHANGE, f"optimizer.{chosen}.lr", *(f"optimizer.{name}" for name in options - {chosen})]
+    free_keys += ["data"] if config.checkpoint.allow_new_data else []
     for key in changed_keys(saved, current):
         if not any(key == free or key.startswith(f"{free}.") for free in free_keys):
             raise UserError(

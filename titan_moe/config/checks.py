@@ -112,6 +112,10 @@ def check_vocabulary(config: Config, pieces: int) -> None:
 
 
 def check_names(config: Config, origin: Origin) -> None:
+    name = config.optimizer.name
+    if name not in extensions.optimizers:
+        optimizers = ", ".join(sorted(extensions.optimizers))
+        raise UserError(f"{origin('optimizer.name')}: no optimizer {name!r}; there are {optimizers}")
     known = ("tensorboard", *extensions.TRACKER_PACKAGES, *extensions.trackers)
     for name in config.metrics.trackers:
         if name not in known:

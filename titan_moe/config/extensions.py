@@ -1,4 +1,4 @@
-"""The registries of a user's own corpora and trackers, and the import of the modules that fill them.
+"""The registries of optimizers and of a user's own corpora and trackers, and the import of the modules that fill them.
 
 Loss terms have their registry in `torchtitan_ext.terms`. Users import all of it from `titan_moe.extend`.
 """
@@ -8,12 +8,12 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from titan_moe.errors import UserError
 
 if TYPE_CHECKING:
-    from titan_moe.config.tables import Config
+    from titan_moe.config.tables import Config, Table
     from titan_moe.data.corpora import Document
 
 
@@ -36,8 +36,27 @@ TrackerFactory = Callable[["Config", Path], Tracker]
 TRACKER_PACKAGES = ("wandb", "trackio")
 """Trackers that ship with titan_moe, each named after the optional package that it needs."""
 
+
+class OptimizerEntry(NamedTuple):
+    build: Callable[..., Any]
+    state_tensors: Callable[..., int]
+    options: "type[Table] | None"
+
+
+optimizers: dict[str, OptimizerEntry] = {}
 corpora: "dict[str, Callable[[], Iterator[Document]]]" = {}
 trackers: dict[str, TrackerFactory] = {}
+
+
+def register_optimizer(
+    name: str, build: Callable[..., Any], state_tensors: Callable[..., int], options: "type[Table] | None" = None
+) -> None:
+    """Adds an optimizer for `optimizer.name = NAME`: `build(model, settings)` makes it, from sharded parameters.
+
+    state_tensors: `(parameter's name, parameter)` to the number of tensors of its size that are kept, for `titan-moe plan`.
+    options: becomes the table `[optimizer.NAME]`, with help and checks; `build` finds it in `settings.options`.
+    """
+    optimizers[name] = OptimizerEntry(build, state_tensors, options)
 
 
 def register_corpus(name: str, function: "Callable[[], Iterator[Document]]") -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from titan_moe.config.extensions import optimizers
 from torchtitan_ext.terms import REGISTRY, Term, TermOptions, Weight
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -159,10 +160,10 @@ class Training(Table):
 
 
 class Optimizer(Table):
-    """The optimizer. Weight decay spares norms and biases."""
+    """The optimizer. Weight decay is decoupled and spares norms. One table more for each optimizer with options of its own."""
 
-    name: Literal["adamw"] = "adamw"
-    """AdamW, decoupled weight decay."""
+    name: str = "adamw"
+    """"adamw", "muon", or one that a module of `extensions.modules` registers."""
     lr: Positive = 3e-4
     """Peak learning rate."""
     beta1: Beta = 0.9
@@ -173,6 +174,11 @@ class Optimizer(Table):
     """Decoupled weight decay on matrices."""
     eps: Positive = 1e-8
     """Epsilon in the denominator."""
+
+    @property
+    def options(self) -> Any:
+        """The table `[optimizer.NAME]` of the chosen optimizer."""
+        return getattr(self, self.name)
 
 
 class LRScheduler(Table):
@@ -323,13 +329,16 @@ class Config(Table):
 
 
 def config_class() -> type[Config]:
-    """`Config` with a table `[regularizers.NAME]` for every term that is registered now."""
-    return _config_class(tuple(REGISTRY.values()))
+    """`Config` with tables `[regularizers.NAME]` and `[optimizer.NAME]` for the terms and optimizers registered by now."""
+    own = ((name, entry.options) for name, entry in optimizers.items() if entry.options is not None)
+    return _config_class(tuple(REGISTRY.values()), tuple(own))
 
 
 @functools.cache
-def _config_class(terms: tuple[type[Term], ...]) -> type[Config]:
+def _config_class(terms: tuple[type[Term], ...], optimizers: tuple[tuple[str, type[Table]], ...]) -> type[Config]:
     tables: dict[str, Any] = {term.name: (term.Options, term.Options()) for term in terms}
     regularizers = create_model("Regularizers", __base__=Regularizers, __doc__=Regularizers.__doc__, **tables)
-    field: Any = (regularizers, regularizers())
-    return create_model("Config", __base__=Config, __doc__=Config.__doc__, regularizers=field)
+    tables = {name: (table, table()) for name, table in optimizers}
+    optimizer = create_model("Optimizer", __base__=Optimizer, __doc__=Optimizer.__doc__, **tables)
+    fields: Any = {"regularizers": (regularizers, regularizers()), "optimizer": (optimizer, optimizer())}
+    return create_model("Config", __base__=Config, __doc__=Config.__doc__, **fields)

@@ -9,6 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_moe.config.degrees import Degrees, micro_batch_size, resolve
+from titan_moe.config.extensions import optimizers
 from titan_moe.config.tables import Config
 from titan_moe.data.tokenizer import read_tokenizer
 from titan_moe.errors import UserError
@@ -82,6 +83,10 @@ def memory(model: Transformer, config: Config, degrees: Degrees) -> dict[str, in
     """Bytes of one rank by kind, and their sum: a first figure for the peak, without an allocator's slack."""
     s = sizes(model, config, degrees)
     own = sum(local(parameter).numel() for parameter in model.parameters())
+    state_tensors = optimizers[config.optimizer.name].state_tensors
+    state = sum(
+        state_tensors(name, parameter) * local(parameter).numel() for name, parameter in model.named_parameters()
+    )
     whole = 0
     if degrees.token_ranks > 1:
         block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks()) // (degrees.tp * degrees.ep)
@@ -103,7 +108,7 @@ def memory(model: Transformer, config: Config, degrees: Degrees) -> dict[str, in
     kinds = {
         "parameters": own * s.exact,
         "gradients": own * s.exact,
-        "AdamW's moments": 2 * own * s.exact,
+        f"state of {config.optimizer.name}": state * s.exact,
         "gathered from other ranks": whole,
         "activations": activations,
     }

@@ -25,12 +25,12 @@ from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import TokenStream
 from titan_moe.errors import TrainingError, UserError
 from titan_moe.estimate.counts import count, meta_model
+from titan_moe.optim import build_optimizer, lr_fraction, set_lr
 from titan_moe.parallel.mesh import Mesh, from_first
 from titan_moe.parallel.parallelize import build_runner
 from titan_moe.runtime.device import make_deterministic, peak_flops, peak_memory_gib
 from titan_moe.runtime.stopping import Stopping
 from titan_moe.train.build import build_model
-from titan_moe.train.optimizer import build_optimizer, lr_fraction, set_lr
 from titan_moe.train.profiling import profiler
 from titan_moe.train.step import measure_terms, train_step
 from titan_moe.train.step_log import HostFacts, StepLog
@@ -118,7 +118,7 @@ class Trainer:
         for step in range(start + 1, steps + 1):
             self.progress()
             self.steps.begin()
-            set_lr(self.optimizer, config.optimizer.lr * lr_fraction(step, steps, config.lr_scheduler))
+            set_lr(self.optimizer, lr_fraction(step, steps, config.lr_scheduler))
             batch = next(batches)
             factors = self.model.terms.factors(step, self.scales_to_lb(batch, step))
             with self.naming_checkpoint():
