@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.pipelining import schedules
 
 # torch.distributed's name -> the plan's, and where its payload stands among the arguments.
 COLLECTIVES = {
@@ -29,19 +30,27 @@ def counted() -> Iterator[dict[str, int]]:
 
         return call
 
+    def count_sends(operations: list[dist.P2POp]) -> None:
+        tensors = [one.tensor for one in operations if one.op is dist.isend]
+        sent["send"] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def batch(operations: list[dist.P2POp]) -> Any:
-        sending = [one.tensor for one in operations if one.op is dist.isend]
-        sent["send"] += sum(tensor.numel() * tensor.element_size() for tensor in sending)
+        count_sends(operations)
         return send_batch(operations)
 
+    def schedule_batch(operations: list[dist.P2POp], desc: str | None = None) -> Any:
+        if {one.op for one in operations} == {dist.isend}:  # the schedules pass mixed ones on to `batch`
+            count_sends(operations)
+        return send_schedule_batch(operations, desc)
+
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
-    send_batch = dist.batch_isend_irecv
+    send_batch, send_schedule_batch = dist.batch_isend_irecv, schedules._batch_p2p
     for name, how in COLLECTIVES.items():
         setattr(dist, name, counting(originals[name], *how))
-    dist.batch_isend_irecv = batch
+    dist.batch_isend_irecv, schedules._batch_p2p = batch, schedule_batch
     try:
         yield sent
     finally:
-        dist.batch_isend_irecv = send_batch
+        dist.batch_isend_irecv, schedules._batch_p2p = send_batch, send_schedule_batch
         for name, original in originals.items():
             setattr(dist, name, original)
