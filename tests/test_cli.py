@@ -1,4 +1,4 @@
-"""The command line as users meet it: real processes, real signals, real exit statuses."""
+"""The command line, run as a user runs it: real processes, real signals, real exit statuses."""
 
 import json
 import os
@@ -27,12 +27,12 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whoever runs the tests may have used nohup
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored
     )
 
 
 def complaints(stderr: str) -> list[str]:
-    """Lines on stderr, but for the note of the first run in a fresh cache."""
+    """The lines on stderr without the one that a first run prints when it trains a tokenizer."""
     return [line for line in stderr.splitlines() if not line.startswith("Training a tokenizer")]
 
 
@@ -51,7 +51,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     ("number", "status"),
     [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 128 + signal.SIGUSR1), (signal.SIGHUP, 129)],
 )
-def test_signals_save_and_the_same_command_goes_on(
+def test_a_signal_saves_and_the_same_command_continues(
     tiny_options: list[str], tmp_path: Path, number: int, status: int
 ) -> None:
     command = ["train", *tiny_options, "--training.steps=400", "--checkpoint.interval=0", "--validation.interval=0"]
@@ -74,7 +74,7 @@ def test_signals_save_and_the_same_command_goes_on(
     assert steps == list(range(1, step + 3))
 
 
-def test_a_second_run_says_that_it_is_finished(tiny_options: list[str]) -> None:
+def test_a_finished_run_says_so_and_how_to_continue(tiny_options: list[str]) -> None:
     assert titan_moe("train", *tiny_options).returncode == 0
     again = titan_moe("train", *tiny_options)
     assert again.returncode == 0
@@ -83,8 +83,8 @@ def test_a_second_run_says_that_it_is_finished(tiny_options: list[str]) -> None:
     assert "--job.name=debug-2" in again.stdout
 
 
-def test_two_runs_in_one_directory(tiny_options: list[str], tmp_path: Path) -> None:
-    longer = ["--training.steps=4000"]  # the first must not finish before the second looks
+def test_a_run_directory_admits_one_run_at_a_time(tiny_options: list[str], tmp_path: Path) -> None:
+    longer = ["--training.steps=4000"]  # the first must still run when the second starts
     first = start("train", *tiny_options, *longer)
     wait_for_step(tmp_path / "runs" / "debug", 1, first)
     second = titan_moe("train", *tiny_options, *longer)
@@ -92,7 +92,7 @@ def test_two_runs_in_one_directory(tiny_options: list[str], tmp_path: Path) -> N
     assert "another process is training in" in second.stderr
     first.kill()
     first.communicate()
-    assert titan_moe("train", *tiny_options).returncode == 0  # the lock died with its owner
+    assert titan_moe("train", *tiny_options).returncode == 0  # the lock ended with its process
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_two_runs_in_one_directory(tiny_options: list[str], tmp_path: Path) -> N
         (["--model.vocab_size=100"], "model.vocab_size = 100"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(tiny_options: list[str], arguments: list[str], named: str) -> None:
+def test_a_mistake_is_one_line_and_status_2(tiny_options: list[str], arguments: list[str], named: str) -> None:
     options = [o for o in tiny_options if o.split("=")[0] not in {a.split("=")[0] for a in arguments}]
     done = titan_moe("train", *options, *arguments, cwd=ROOT)
     lines = complaints(done.stderr)
@@ -118,7 +118,7 @@ def test_mistakes_are_one_line_and_status_2(tiny_options: list[str], arguments: 
     assert named in lines[0]
 
 
-def test_junk_as_corpus_and_a_flipped_byte(tiny_options: list[str], tmp_path: Path) -> None:
+def test_a_binary_corpus_and_a_damaged_shard_are_errors(tiny_options: list[str], tmp_path: Path) -> None:
     junk = tmp_path / "junk.txt"
     junk.write_bytes(os.urandom(5000))
     options = [o for o in tiny_options if not o.startswith("--data.c")]
@@ -138,8 +138,8 @@ def test_junk_as_corpus_and_a_flipped_byte(tiny_options: list[str], tmp_path: Pa
 
 
 @pytest.mark.parametrize("background", ["false", "true"])
-def test_no_room_for_a_checkpoint(background: str, tiny_options: list[str], tmp_path: Path) -> None:
-    """The system refuses to write past a limit, as it would on a full disk; what is there stays whole."""
+def test_a_full_disk_keeps_the_older_checkpoints(background: str, tiny_options: list[str], tmp_path: Path) -> None:
+    """A limit on file size makes writes fail as a full disk does; older checkpoints stay as they are."""
     options = [*tiny_options, "--metrics.tensorboard=false", f"--checkpoint.async_save={background}"]
     assert titan_moe("train", *options, "--training.steps=2").returncode == 0
     checkpoints = tmp_path / "runs" / "debug" / "checkpoints"
@@ -158,14 +158,14 @@ def test_no_room_for_a_checkpoint(background: str, tiny_options: list[str], tmp_
     assert titan_moe("train", *options).returncode == 0
 
 
-def test_plan_counts_without_weights() -> None:
+def test_plan_counts_parameters() -> None:
     done = titan_moe("plan", "--config", "medium.toml")
     assert done.returncode == 0
     assert "1,090,667,008" in done.stdout
     assert "99,762,688" in done.stdout
 
 
-def test_prepare_says_what_it_made(tiny_options: list[str]) -> None:
+def test_prepare_prints_a_summary(tiny_options: list[str]) -> None:
     done = titan_moe("prepare", *tiny_options)
     assert done.returncode == 0
     assert "512 pieces" in done.stdout

@@ -1,4 +1,4 @@
-"""Configuration: merging, overrides, errors that name file, key and the nearest right one, help, schema, round trip."""
+"""Configuration: merging of files, overrides, one-line errors, help, JSON schema, and reading back what was written."""
 
 import json
 from itertools import pairwise
@@ -33,7 +33,7 @@ def test_a_file_anywhere_may_extend_a_shipped_one(tmp_path: Path) -> None:
     assert load_config(child).model.moe.experts == 16
 
 
-def test_override_types() -> None:
+def test_overrides_are_read_by_the_type_of_their_key() -> None:
     config = load_config(
         "debug",
         [
@@ -101,7 +101,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("text", list(FILES))
-def test_mistakes_in_a_file(tmp_path: Path, text: str) -> None:
+def test_a_mistake_in_a_file_is_one_line_that_names_file_and_key(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=FILES[text]) as caught:
         load_config(write(tmp_path / "bad.toml", text))
     assert "\n" not in str(caught.value)
@@ -121,7 +121,7 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str) -> None:
         (["--job.seed=-1"], r"command line: job\.seed = -1"),
     ],
 )
-def test_mistakes_on_the_command_line(words: list[str], message: str) -> None:
+def test_a_wrong_override_names_the_nearest_key(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config("debug", words)
 
@@ -152,7 +152,7 @@ WORLDS = [
 
 
 @pytest.mark.parametrize(("world", "words", "message"), WORLDS)
-def test_layouts_that_cannot_be(world: int, words: list[str], message: str) -> None:
+def test_impossible_layouts(world: int, words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config("debug", [f"--parallelism.{word}" for word in words], world_size=world)
 
@@ -173,13 +173,13 @@ PIPELINES = [
 
 
 @pytest.mark.parametrize(("words", "message"), PIPELINES)
-def test_pipelines_that_cannot_be(words: list[str], message: str) -> None:
+def test_impossible_pipelines(words: list[str], message: str) -> None:
     options = ["--parallelism.pp=2", *(f"--parallelism.{word}" for word in words)]
     with pytest.raises(UserError, match=message):
         load_config("debug", options, world_size=2)
 
 
-def test_a_layout_that_can_be() -> None:
+def test_a_possible_layout() -> None:
     load_config("debug", ["--parallelism.ep=2", "--parallelism.cp=2", "--parallelism.dp_replicate=2"], world_size=8)
 
 
@@ -189,7 +189,7 @@ def test_the_written_configuration_reads_back(tmp_path: Path) -> None:
     assert again == config
 
 
-def test_help_has_every_key_with_a_meaning() -> None:
+def test_help_describes_every_option() -> None:
     text = options_help()
     for key in all_keys():
         assert f"--{key}=" in text
@@ -214,14 +214,14 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
     load_config(path.stem)
 
 
-def test_debug_is_what_it_is_meant_to_be() -> None:
+def test_the_debug_configuration_is_sparse_and_enables_four_losses() -> None:
     config = load_config("debug")
     assert config.model.layers >= 4
     assert (config.model.moe.experts, config.model.moe.top_k) == (16, 2)
     assert all(config.regularizers.options()[name].weight > 0 for name in ("lb", "z", "sp", "cp"))
 
 
-def test_base_defaults() -> None:
+def test_the_base_configuration_enables_only_global_load_balancing() -> None:
     config = load_config("base")
     weights = {name: options.weight for name, options in config.regularizers.options().items()}
     assert weights.pop("lb") == 0.01
