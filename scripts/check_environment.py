@@ -17,7 +17,6 @@ MODULE_OF = {
     "scikit-learn": "sklearn",
     "pytest-timeout": "pytest_timeout",
     "pytest-xdist": "xdist",
-    "types-tqdm": None,
 }
 
 
