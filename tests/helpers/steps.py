@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titan_moe.config.degrees import resolve
+from titan_moe.config.degrees import micro_batch_size, resolve
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
-from titan_moe.data.loader import Batch
+from titan_moe.data.loader import Batch, DataRank
 from titan_moe.model.moe import Choice, MoELayer, Router
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.fsdp import sum_router_gradients
@@ -17,7 +17,7 @@ from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.tensor import sum_norm_gradients
 from titan_moe.train.build import build_model
 from titan_moe.train.optimizer import build_optimizer, set_lr
-from titan_moe.train.step import micro_batches, model_inputs, train_step
+from titan_moe.train.step import model_inputs, train_step
 
 VOCABULARY, SEQ, BATCH = 62, 16, 8
 TERMS = ("lb", "z", "sp", "cp", "o", "v", "erc")
@@ -105,6 +105,12 @@ def batch_of(step: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], mask, documents, positions, torch.arange(BATCH), int(mask.sum()))
 
 
+def rank_part(batch: Batch, config: Config, mesh: Mesh) -> list[Batch]:
+    """This rank's micro-batches of a global batch, as the loader would give them."""
+    part = DataRank(micro_batch_size(config, mesh.degrees), mesh.data_rank, mesh.degrees.data)
+    return batch.rows(torch.from_numpy(part.rows(len(batch.tokens)))).split(part.size)
+
+
 def whole(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
@@ -120,7 +126,7 @@ def train(words: list[str], world: int, steps: int = 5) -> Outcome:
     for step in range(1, steps + 1):
         if watch is not None:
             watch.step = step - 1
-        result = train_step(model, optimizer, batch_of(step), config, mesh, step, {})
+        result = train_step(model, optimizer, rank_part(batch_of(step), config, mesh), config, mesh, step, {})
         terms = dict(zip(model.terms.names, result.carry.terms.tolist(), strict=True))
         rows.append({"loss": result.loss, "ce": result.ce, "grad_norm": result.grad_norm, **terms})
         counts.append(result.carry.counts)
@@ -139,7 +145,7 @@ def gradients(words: list[str], world: int) -> dict[str, Tensor]:
     config = config_of(words, world)
     mesh = mesh_of(config, world)
     model = build_model(config, VOCABULARY, mesh)
-    parts = enumerate(micro_batches(batch_of(1), config, mesh))
+    parts = enumerate(rank_part(batch_of(1), config, mesh))
     inputs = [model_inputs(part, torch.float64, mesh, 1, first=number == 0) for number, part in parts]
     if model.pipeline is not None:
         model.pipeline.step(inputs, {})

@@ -1,12 +1,11 @@
 """One optimizer step: batch, forward, loss, backward, clip, step, balance."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch
 from titan_moe.errors import TrainingError
@@ -41,22 +40,22 @@ class StepResult(NamedTuple):
 def train_step(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    batches: Sequence[Batch],
     config: Config,
     mesh: Mesh,
     step: int,
     factors: Mapping[str, float],
     spikes: Spikes | None = None,
 ) -> StepResult:
-    """One optimizer step on a global batch. factors: on the terms' weights at this step. spikes: may leave the update out.
+    """One optimizer step on this rank's micro-batches. factors: on the terms' weights at this step. spikes: may leave the
+    update out.
 
     Raises TrainingError, before the update and on all ranks, for a value that is not finite.
     """
     dtype = accumulation_dtype(model.dtype)
     loss = ce = torch.zeros((), dtype=dtype, device=mesh.device)
     carry: Carry | None = None
-    parts = list(micro_batches(batch, config, mesh))
-    inputs = [model_inputs(part, dtype, mesh, step, first=number == 0) for number, part in enumerate(parts)]
+    inputs = [model_inputs(batch, dtype, mesh, step, first=number == 0) for number, batch in enumerate(batches)]
     if model.pipeline is not None:
         carry = model.empty_carry(0, mesh.device)  # of a rank without the last stage
         for result in model.pipeline.step(inputs, factors):
@@ -64,7 +63,7 @@ def train_step(
             loss, ce, carry = loss + objective, ce + result.ce, add_carry(carry, result.carry)
     else:
         for number, one in enumerate(inputs):
-            reduce_gradients(model, now=number == len(parts) - 1 or not config.parallelism.defer_reduction)
+            reduce_gradients(model, now=number == len(inputs) - 1 or not config.parallelism.defer_reduction)
             out = model(one)
             objective = out.ce + model.terms.objective(out.carry.terms, factors)
             objective.backward()
@@ -89,17 +88,11 @@ def train_step(
     return result
 
 
-def micro_batches(batch: Batch, config: Config, mesh: Mesh) -> Iterator[Batch]:
-    """This rank's sequences of each micro-step."""
-    size = micro_batch_size(config, mesh.degrees)
-    return batch.split(size, mesh.data_rank, mesh.degrees.data)
-
-
-def model_inputs(part: Batch, dtype: torch.dtype, mesh: Mesh, step: int, first: bool) -> Inputs:
+def model_inputs(batch: Batch, dtype: torch.dtype, mesh: Mesh, step: int, first: bool) -> Inputs:
     """The model's view of a micro-batch, this rank's part of its sequences. Terms that no token enters are computed in the
     first one, and every rank adds its share of them."""
     share = 1.0 / mesh.degrees.token_ranks if first else 0.0
-    return take_part(to_inputs(part, dtype, mesh.device, step, share), mesh.degrees.cp, mesh.cp_rank)
+    return take_part(to_inputs(batch, dtype, mesh.device, step, share), mesh.degrees.cp, mesh.cp_rank)
 
 
 def sum_over_ranks(loss: Tensor, ce: Tensor, carry: Carry, mesh: Mesh) -> tuple[Tensor, Tensor, Carry]:
@@ -117,12 +110,12 @@ def over_tokens(x: Tensor, mesh: Mesh) -> Tensor:
 
 
 @torch.no_grad()
-def measure_terms(model: Transformer, batch: Batch, config: Config, mesh: Mesh, step: int) -> dict[str, float]:
-    """The terms of a global batch, unweighted, without an update."""
+def measure_terms(model: Transformer, batches: Sequence[Batch], mesh: Mesh, step: int) -> dict[str, float]:
+    """The terms of a global batch, unweighted, without an update. batches: this rank's micro-batches."""
     carry: Carry | None = None
     dtype = accumulation_dtype(model.dtype)
-    for number, part in enumerate(micro_batches(batch, config, mesh)):
-        inputs = model_inputs(part, dtype, mesh, step, first=number == 0)
+    for number, batch in enumerate(batches):
+        inputs = model_inputs(batch, dtype, mesh, step, first=number == 0)
         _, found, _ = model.evaluate(inputs) if model.pipeline is None else model.pipeline.evaluate(inputs)
         carry = add_carry(carry, found)
     assert carry is not None

@@ -3,8 +3,8 @@
 import logging
 import signal
 import time
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from titan_moe.config import extensions
 from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.describe import to_toml
 from titan_moe.config.tables import Config
-from titan_moe.data.loader import Batch, Windows, training_loader
+from titan_moe.data.loader import Batch, DataRank, StepData, TrainingLoader, Windows
 from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import TokenStream
 from titan_moe.errors import TrainingError, UserError
@@ -81,7 +81,9 @@ class Trainer:
             )
             for split in ("train", "validation")
         )
-        self.loader = training_loader(train, config.training.batch_size, config.job.seed)
+        part = DataRank(micro_batch_size(config, mesh.degrees), mesh.data_rank, mesh.degrees.data)
+        pin = mesh.device.type == "cuda"
+        self.loader = TrainingLoader(train, config.training.batch_size, config.job.seed, part, mesh.first, pin)
         self.epoch_sequences = len(train)
         self.model = build_model(config, prepared.tokenizer.vocab_size, mesh)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -112,12 +114,13 @@ class Trainer:
         if self.mesh.first:
             trackers += [extensions.trackers[name](config, self.run_dir.path) for name in config.metrics.trackers]
         try:
-            with self.stopping.signals(), profiler(config.profiling, self.run_dir.profile) as profile:
+            profiling = profiler(config.profiling, self.run_dir.profile)
+            with self.stopping.signals(), profiling as profile, closing(self.loader.steps(start)) as data:
                 first = start == 0 or self.validation_is_missing(start)
                 if first and not self.validate(start, trackers, tensorboard):
                     stopped_at = start  # a step more, and nobody would know that this row is missing
                 else:
-                    stopped_at = self.loop(start, trackers, tensorboard, profile)
+                    stopped_at = self.loop(start, trackers, tensorboard, profile, data)
                 self.saver.finish()
         finally:
             for tracker in trackers:
@@ -131,26 +134,30 @@ class Trainer:
         return 128 + self.stopping.signal
 
     def loop(
-        self, start: int, trackers: list[extensions.Tracker], tensorboard: TensorBoard | None, profile: Any
+        self,
+        start: int,
+        trackers: list[extensions.Tracker],
+        tensorboard: TensorBoard | None,
+        profile: Any,
+        data: Iterator[StepData],
     ) -> int:
         """Steps until the last one or a signal; every way out has saved. Returns the step it stopped after."""
         config, steps = self.config, self.config.training.steps
-        batches = iter(self.loader)
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
             self.progress()
             set_lr(self.optimizer, config.optimizer.lr * lr_fraction(step, steps, config.lr_scheduler))
             try:
-                batch = next(batches)
-                factors = self.model.terms.factors(step, self.scales_to_lb(batch, step))
-                result = train_step(self.model, self.optimizer, batch, config, self.mesh, step, factors, self.spikes)
+                batches, data_crc = next(data)
+                factors = self.model.terms.factors(step, self.scales_to_lb(batches, step))
+                result = train_step(self.model, self.optimizer, batches, config, self.mesh, step, factors, self.spikes)
             except TrainingError as error:
                 self.saver.finish()
                 newest = self.run_dir.newest()
                 where = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
                 raise TrainingError(f"step {step}: {error}; nothing was updated, {where}") from error
             synchronize(self.device)
-            row = self.row(step, batch, result, time.perf_counter() - began)
+            row = self.row(step, data_crc, result, time.perf_counter() - began)
             self.look_at(step, result)
             for tracker in trackers:
                 tracker.log(row)
@@ -179,17 +186,17 @@ class Trainer:
             return False
         return not from_first(lambda: self.run_dir.has_validation(step))
 
-    def scales_to_lb(self, batch: Batch, step: int) -> dict[str, float]:
+    def scales_to_lb(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
         """The scaling of terms with `match_lb`, measured on the first batch of the run and kept in its checkpoints."""
         if self.scales is None:
             self.scales = {}
             if self.model.terms.matched:
-                values = measure_terms(self.model, batch, self.config, self.mesh, step)
+                values = measure_terms(self.model, batches, self.mesh, step)
                 self.scales = self.model.terms.scales_to_lb(values)
                 log.info("scaled to lb: " + ", ".join(f"{name} x {scale:g}" for name, scale in self.scales.items()))
         return self.scales
 
-    def row(self, step: int, batch: Batch, result: StepResult, seconds: float) -> dict[str, Any]:
+    def row(self, step: int, data_crc: int | None, result: StepResult, seconds: float) -> dict[str, Any]:
         """A train row of metrics.jsonl (INTERFACE of the file: docs/metrics.md)."""
         training = self.config.training
         self.skipped += result.skipped
@@ -203,7 +210,7 @@ class Trainer:
             **result.routing,
             "grad_norm": result.grad_norm,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "data_crc": zlib.crc32(batch.tokens.numpy().tobytes()),
+            "data_crc": data_crc,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "mfu": self.counts.flops_per_token * tokens / seconds / (self.peak * self.mesh.degrees.world),
@@ -248,7 +255,6 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "data": self.data_fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
-            "loader": self.loader.state_dict(),
             "scales": self.scales,
             "norms": list(self.spikes.norms),
             "skipped": self.skipped,
@@ -264,7 +270,6 @@ class Trainer:
             check_unchanged(state["config"], self.config, newest)
             self.check_data(state, newest)
             load_checkpoint(newest, self.model, self.optimizer)
-            self.loader.load_state_dict(state["loader"])
             self.scales = state["scales"]
             self.spikes = Spikes(self.config.training.skip_spikes, state["norms"])
             self.skipped = state["skipped"]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titan_moe.data.loader import Batch, Windows, validation_batches
+from titan_moe.data.loader import Batch, DataRank, Windows, validation_batches
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.context import take_part
@@ -58,10 +58,11 @@ def validate(
     experts, pairs = model.settings.moe.experts, max(model.moe_layers - 1, 0)
     counts = torch.zeros(model.moe_layers, experts, dtype=torch.int64, device=device)
     joint = torch.zeros(pairs, experts, experts, dtype=torch.float64, device=device)
-    for batch in validation_batches(windows, sequences, batch_size * mesh.degrees.data):
+    part = DataRank(batch_size, mesh.data_rank, mesh.degrees.data)
+    for batch in validation_batches(windows, sequences, part):
         if broken_off():
             return None
-        found = evaluate_batch(model, batch, batch_size, mesh)
+        found = evaluate_batch(model, batch, mesh)
         mask = found.labelled
         sums.add(found, tokenizer)
         counts += found.counts
@@ -108,11 +109,9 @@ class LossSums:
         return Losses(int(tokens), loss, math.exp(min(loss, 700.0)), nats / math.log(2) / source_bytes)
 
 
-def evaluate_batch(model: Transformer, batch: Batch, size: int, mesh: Mesh) -> Evaluated:
-    """size: sequences of the batch for each of the data ranks."""
-    ranks = mesh.degrees.data
-    part = batch.padded(size * ranks).part(mesh.data_rank * size, size) if ranks > 1 else batch
-    inputs = to_inputs(part, accumulation_dtype(model.dtype), mesh.device, share=0.0)
+def evaluate_batch(model: Transformer, batch: Batch, mesh: Mesh) -> Evaluated:
+    """batch: this data rank's sequences."""
+    inputs = to_inputs(batch, accumulation_dtype(model.dtype), mesh.device, share=0.0)
     inputs = take_part(inputs, mesh.degrees.cp, mesh.cp_rank)
     if model.pipeline is None:
         ce, carry, routing = model.evaluate(inputs)

@@ -1,7 +1,6 @@
 """titan-moe train: one rank's part of a run. What takes long to import comes after the checks."""
 
 import os
-import warnings
 
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.config.load import world_size_from_environment
@@ -36,8 +35,6 @@ def run(words: list[str]) -> int:
     from_first(run_dir.open)
     prepared = from_first(lambda: prepare(config))
     check_vocabulary(config, prepared.tokenizer.vocab_size)
-    # torchdata 0.11 sets a hint that torch 2.13 no longer reads.
-    warnings.filterwarnings("ignore", "'set_vital' is deprecated")
     from titan_moe.train.trainer import Trainer
 
     start_log(run_dir.log, rank)

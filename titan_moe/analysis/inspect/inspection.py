@@ -32,7 +32,7 @@ from titan_moe.checkpoint.run_dir import STATE_FILE, changed_keys, read_state, s
 from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.load import saved_config
 from titan_moe.config.tables import Config
-from titan_moe.data.loader import Windows, permuted, validation_batches
+from titan_moe.data.loader import DataRank, Windows, permuted, validation_batches
 from titan_moe.data.prepare import Prepared, cache_root, prepare, prepare_text
 from titan_moe.data.shards import TokenStream
 from titan_moe.data.tokenizer import Tokenizer
@@ -160,13 +160,12 @@ class Watched:
         """Streams the text through the model; the tally fills and is summed over ranks."""
         mesh, model = self.mesh, self.model
         self.recorder.tally = tally
-        size = micro_batch_size(self.config, mesh.degrees)
+        part = DataRank(micro_batch_size(self.config, mesh.degrees), mesh.data_rank, mesh.degrees.data)
         sums = LossSums()
-        step = size * mesh.degrees.data
-        batches = validation_batches(self.windows, self.sequences, step)
-        count, quiet = -(-self.sequences // step), not mesh.first
+        batches = validation_batches(self.windows, self.sequences, part)
+        count, quiet = -(-self.sequences // (part.size * part.ranks)), not mesh.first
         for batch in tqdm(batches, total=count, unit="batch", leave=False, disable=quiet or None):
-            found = evaluate_batch(model, batch, size, mesh)
+            found = evaluate_batch(model, batch, mesh)
             sums.add(found, self.prepared.tokenizer)
             tally.add_pairs(found.neighbours, found.labelled)
         tally.sum_over_ranks(mesh)
