@@ -1,16 +1,15 @@
 """How a training batch comes about, from token shards to the micro-batches of one rank.
 
-1. A split is one long stream of tokens (`shards.TokenStream`): documents `bos ids... eos`, one after the other. `Windows`
-   cuts it into windows of S + 1 tokens that overlap by one, so every token is predicted once. The last window is padded.
-2. Sequence k of step n is a window. `step_windows` computes its number from (seed, n, k) alone: each epoch is a
-   pseudo-random permutation of the windows, evaluated where it is needed and not stored (`permuted`).
+1. A split is one long stream of documents, `bos ids... eos` each (`shards.TokenStream`). `Windows` cuts it into windows of
+   S + 1 tokens that overlap by one, so every token is predicted once. The last window is padded.
+2. Sequence k of step n is a window. Its number is computed from (seed, n, k) alone (`step_windows`): each epoch is a
+   pseudo-random permutation of the windows, which is evaluated where it is needed and never stored (`permuted`).
 3. Each data rank builds only its own sequences (`DataRank`). Micro-step m of M holds sequences m * B / M to
    (m + 1) * B / M - 1 of the global batch of B; within them, rank r has `size` sequences from r * size on.
 4. The loss is a mean over the labelled tokens of the global batch. Each rank computes their number from window and document
    boundaries (`Windows.label_count`), without the tokens of other ranks and without a collective.
-5. `TrainingLoader` builds two steps ahead in a thread and, for a GPU, copies them to pinned memory in another thread.
-   Threads suffice, since NumPy on memory-mapped files mostly runs without the GIL. Unlike worker processes they get no
-   signals, and none is left behind when the trainer is killed.
+5. `TrainingLoader` builds two steps ahead in a thread; for a GPU, another thread copies them to pinned memory. Unlike worker
+   processes, threads get no signals and cannot outlive the trainer. NumPy releases the GIL for most of the work.
 
 So the loader has no state but the number of steps taken: a run resumes at any step, on any number of ranks.
 """
@@ -30,6 +29,8 @@ from torchdata.nodes import BaseNode, IterableWrapper, PinMemory, Prefetcher
 from titan_moe.data.shards import TokenStream
 
 Indices = npt.NDArray[np.int64]
+StepData = tuple[list["Batch"], int | None]
+"""The micro-batches of one rank in one optimizer step, and `data_crc` of metrics.jsonl where the loader computes it."""
 
 
 class Batch(NamedTuple):
@@ -88,37 +89,27 @@ class Windows:
         """(B, S + 1) token ids of windows, padded past the end of the stream."""
         return self.stream.rows(indices * self.seq_len, self.seq_len + 1, self.pad_id)
 
-    def first_documents(self, indices: Indices) -> tuple[Indices, Indices]:
-        """(B,) the document of each window's first token, and (B,) the number of documents that start after that token."""
-        starts = indices * self.seq_len
-        first = self.stream.documents_at(starts)
-        return first, self.stream.documents_at(starts + self.seq_len) - first
-
     def label_count(self, indices: Indices) -> int:
-        """The number of labelled tokens in these windows: tokens with a next token in the stream, minus those whose next
-        token starts a document. Reads no tokens."""
-        following = np.minimum(len(self.stream) - 1 - indices * self.seq_len, self.seq_len)
-        return int(following.sum() - self.first_documents(indices)[1].sum())
+        """The number of labelled tokens in windows: those with a next token, minus those whose next token starts a document.
+
+        Reads no tokens. Counts boundaries between documents, which are never empty."""
+        starts = indices * self.seq_len
+        last_labels = np.minimum(starts + self.seq_len, len(self.stream) - 1)
+        boundaries = self.stream.documents_at(last_labels) - self.stream.documents_at(starts)
+        return int((last_labels - starts - boundaries).sum())
 
     def batch(self, indices: Indices, rows: Indices | slice = slice(None)) -> Batch:
         """The sequences `rows` of the global batch that consists of the windows `indices`."""
         own = indices[rows]
         starts, columns = own[:, None] * self.seq_len, np.arange(self.seq_len + 1)
         exists = columns < len(self.stream) - starts
-        first, boundaries = self.first_documents(own)
-        row = np.repeat(np.arange(len(own)), boundaries)
-        earlier = np.cumsum(boundaries) - boundaries
-        document = first[row] + 1 + np.arange(len(row)) - earlier[row]
-        starts_document = np.zeros(exists.shape, dtype=bool)
-        starts_document[row, self.stream.starts[document] - starts[row, 0]] = True
-        documents = np.where(exists, first[:, None] + np.cumsum(starts_document, axis=1), -1)[:, :-1]
-        positions = np.broadcast_to(columns[:-1], documents.shape)
+        documents = np.where(exists, self.stream.documents_at(starts + columns), -1)
+        positions = np.broadcast_to(columns, exists.shape)
         if self.document_positions:
-            offset = np.maximum(self.stream.starts[documents] - starts, 0)
-            positions = np.where(exists[:, :-1], positions - offset, 0)
-        ids = self.tokens(own)
-        mask = exists[:, 1:] & ~starts_document[:, 1:]
-        arrays = (ids[:, :-1], ids[:, 1:], mask, documents, positions, np.arange(len(indices))[rows])
+            positions = np.where(exists, columns - np.maximum(self.stream.starts[documents] - starts, 0), 0)
+        ids, sequences = self.tokens(own), np.arange(len(indices))[rows]
+        mask = exists[:, 1:] & (documents[:, 1:] == documents[:, :-1])
+        arrays = (ids[:, :-1], ids[:, 1:], mask, documents[:, :-1], positions[:, :-1], sequences)
         return Batch._make([*(torch.from_numpy(array.copy()) for array in arrays), self.label_count(indices)])
 
 
@@ -161,14 +152,6 @@ def step_windows(count: int, batch_size: int, seed: int, step: int) -> Indices:
     return windows
 
 
-class StepData(NamedTuple):
-    """What one rank reads for one optimizer step."""
-
-    micro_batches: list[Batch]
-    data_crc: int | None
-    """CRC-32 of the global batch's tokens as int64 bytes; None unless `TrainingLoader.checksum`."""
-
-
 @dataclass(frozen=True)
 class TrainingLoader:
     """The training data of one rank."""
@@ -179,7 +162,7 @@ class TrainingLoader:
     seed: int
     part: DataRank
     checksum: bool = False
-    """Compute `StepData.data_crc`. Reads all tokens of the global batch."""
+    """Compute the CRC-32 of the global batch's token ids (as int64). This rank then reads the tokens of all ranks."""
     pin: bool = False
     """Put tensors into pinned memory, for asynchronous copies to a CUDA device."""
 
@@ -190,7 +173,7 @@ class TrainingLoader:
         crc = 0
         for some in np.array_split(indices, self.part.ranks) if self.checksum else ():
             crc = zlib.crc32(self.windows.tokens(some)[:, :-1].tobytes(), crc)
-        return StepData(batch.split(self.part.size), crc if self.checksum else None)
+        return batch.split(self.part.size), crc if self.checksum else None
 
     def steps(self, first: int = 0) -> Generator[StepData, None, None]:
         """All steps from `first` on, without end. Close the generator to stop the threads."""

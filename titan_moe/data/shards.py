@@ -86,7 +86,6 @@ class ShardWriter:
         self.shards.append(Shard(name, count, hashlib.sha256(shard).hexdigest()))
 
     def finish(self) -> Split:
-        """Writes what is pending and the file of documents."""
         if self.pending_tokens:
             self._write(self.pending_tokens)
         starts = np.array([self.starts, self.domains], dtype=np.int64)
@@ -150,12 +149,12 @@ class TokenStream:
         """(B, length) tokens from each of the (B,) positions `starts` on; `fill` past the end of the stream."""
         ids = np.full((len(starts), length), fill, dtype=np.int64)
         shard = np.searchsorted(self.ends, starts, side="right")
-        in_one_shard = starts + length <= self.ends[shard]
-        for index in np.unique(shard[in_one_shard]):
-            rows = np.flatnonzero(in_one_shard & (shard == index))
+        crosses = starts + length > self.ends[shard]
+        for index in np.unique(shard[~crosses]):
+            rows = np.flatnonzero(~crosses & (shard == index))
             offset = self.ends[index] - len(self.maps[index])
             ids[rows] = sliding_window_view(self.maps[index], length)[starts[rows] - offset]
-        for row in np.flatnonzero(~in_one_shard):
+        for row in np.flatnonzero(crosses):
             part = self.read(int(starts[row]), int(starts[row]) + length)
             ids[row, : len(part)] = part
         return ids
@@ -166,7 +165,6 @@ class TokenStream:
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for block in iter(lambda: file.read(1 << 22), b""):
