@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from titan_moe.config.degrees import resolve
+from titan_moe.config.degrees import micro_batch_size, resolve
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
-from titan_moe.data.loader import Batch
+from titan_moe.data.loader import Batch, DataRank
 from titan_moe.optim import build_optimizer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.parallelize import build_runner
@@ -64,13 +64,16 @@ class Stopwatch:
         return call
 
 
-def random_batch(config: Config) -> Batch:
+def random_batches(config: Config, mesh: Mesh) -> list[Batch]:
+    """This rank's micro-batches of a global batch of random tokens, all of them labelled."""
     size, seq = config.training.batch_size, config.training.seq_len
     tokens = torch.randint(VOCABULARY, (size, seq + 1), generator=torch.Generator().manual_seed(0))
     everything = torch.ones(size, seq, dtype=torch.bool)
     positions = torch.arange(seq).expand(size, seq)
     documents = torch.zeros(size, seq, dtype=torch.int64)
-    return Batch(tokens[:, :-1], tokens[:, 1:], everything, documents, positions, torch.arange(size), size * seq)
+    whole = Batch(tokens[:, :-1], tokens[:, 1:], everything, documents, positions, torch.arange(size), size * seq)
+    part = DataRank(micro_batch_size(config, mesh.degrees), mesh.data_rank, mesh.degrees.data)
+    return whole.rows(torch.from_numpy(part.rows(size))).split(part.size)
 
 
 def work(rank: int, world: int, words: list[str], steps: int, folder: str) -> None:
@@ -83,11 +86,11 @@ def work(rank: int, world: int, words: list[str], steps: int, folder: str) -> No
     model = build_model(config, VOCABULARY, mesh)
     runner = build_runner(model, config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
-    watch, batch = Stopwatch(), random_batch(config)
+    watch, batches = Stopwatch(), random_batches(config, mesh)
     times, shares = [], []
     for step in range(1, WARM_UP + steps + 1):
         watch.seconds, start = 0.0, time.perf_counter()
-        train_step(runner, optimizer, batch, config, mesh, step, {})
+        train_step(runner, optimizer, batches, config, mesh, step, {})
         times.append(time.perf_counter() - start)
         shares.append(watch.seconds / times[-1])
     if rank == 0:

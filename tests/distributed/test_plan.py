@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers.counting import counted
 from tests.helpers.ranks import launch
-from tests.helpers.steps import BATCH, DEEPSEEK, SEQ, VOCABULARY, batch_of, config_of, mesh_of
+from tests.helpers.steps import BATCH, DEEPSEEK, SEQ, VOCABULARY, batch_of, config_of, mesh_of, rank_part
 from titan_moe.config.degrees import resolve
 from titan_moe.config.tables import Config
 from titan_moe.estimate.plan import memory, sharded_model
@@ -47,7 +47,7 @@ def real(words: list[str], world: int) -> dict[str, int]:
     mesh = mesh_of(config, world)
     model = build_model(config, VOCABULARY, mesh)
     optimizer = build_optimizer(model, config.optimizer)
-    train_step(build_runner(model, config, mesh), optimizer, batch_of(1), config, mesh, 1, {})
+    train_step(build_runner(model, config, mesh), optimizer, rank_part(batch_of(1), config, mesh), config, mesh, 1, {})
     parameters = [local(p) for p in model.parameters()]
     moments = [local(m) for state in optimizer.state.values() for name, m in state.items() if name != "step"]
     return {
@@ -121,7 +121,9 @@ def sent(words: list[str], world: int) -> dict[str, int]:
     model = build_model(config, VOCABULARY, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     with counted() as found:
-        train_step(build_runner(model, config, mesh), optimizer, batch_of(1), config, mesh, 1, {})
+        train_step(
+            build_runner(model, config, mesh), optimizer, rank_part(batch_of(1), config, mesh), config, mesh, 1, {}
+        )
     return found
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.helpers.counting import counted
 from tests.helpers.ranks import launch
-from tests.helpers.steps import BATCH, SEQ, VOCABULARY, batch_of, config_of, mesh_of, train
+from tests.helpers.steps import BATCH, SEQ, VOCABULARY, batch_of, config_of, mesh_of, rank_part, train
 from titan_moe.optim import build_optimizer
 from titan_moe.parallel.parallelize import build_runner
 from titan_moe.train.build import build_model
@@ -22,7 +22,9 @@ def bytes_sent(words: list[str]) -> dict[str, int]:
     model = build_model(config, VOCABULARY, mesh)
     optimizer = build_optimizer(model, config.optimizer)
     with counted() as sent:
-        train_step(build_runner(model, config, mesh), optimizer, batch_of(1), config, mesh, 1, {})
+        train_step(
+            build_runner(model, config, mesh), optimizer, rank_part(batch_of(1), config, mesh), config, mesh, 1, {}
+        )
     return sent
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan_moe.checkpoint.dcp import load_checkpoint, tensors, write_tensors
-from titan_moe.config.degrees import resolve
+from titan_moe.config.degrees import micro_batch_size, resolve
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
-from titan_moe.data.loader import Batch
+from titan_moe.data.loader import Batch, DataRank
 from titan_moe.model.moe import Choice, MoELayer, Router
 from titan_moe.model.transformer import Transformer
 from titan_moe.optim import build_optimizer
@@ -108,6 +108,12 @@ def batch_of(step: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], mask, documents, positions, torch.arange(BATCH), int(mask.sum()))
 
 
+def rank_part(batch: Batch, config: Config, mesh: Mesh) -> list[Batch]:
+    """This rank's micro-batches of a global batch, as the loader would give them."""
+    part = DataRank(micro_batch_size(config, mesh.degrees), mesh.data_rank, mesh.degrees.data)
+    return batch.rows(torch.from_numpy(part.rows(len(batch.tokens)))).split(part.size)
+
+
 def whole(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
@@ -133,7 +139,7 @@ def train(
     for step in range(first, steps + 1):
         if watch is not None:
             watch.step = step - first
-        result = train_step(runner, optimizer, batch_of(step), config, mesh, step, {})
+        result = train_step(runner, optimizer, rank_part(batch_of(step), config, mesh), config, mesh, step, {})
         terms = dict(zip(model.terms.names, result.carry.terms.tolist(), strict=True))
         rows.append({"loss": result.loss.item(), "ce": result.ce.item(), "grad_norm": result.grad_norm.item(), **terms})
         counts.append(result.carry.counts)
@@ -155,7 +161,7 @@ def gradients(words: list[str], world: int) -> dict[str, Tensor]:
     mesh = mesh_of(config, world)
     model = build_model(config, VOCABULARY, mesh)
     runner = build_runner(model, config, mesh)
-    runner.forward_backward(step_inputs(model, batch_of(1), config, mesh, 1), {})
+    runner.forward_backward(step_inputs(model, rank_part(batch_of(1), config, mesh), mesh, 1), {})
     sum_replicated_gradients(model, mesh)
     found: dict[str, Any] = {name: p.grad for name, p in model.named_parameters()}
     assert all(grad is not None for grad in found.values()), [name for name, grad in found.items() if grad is None]

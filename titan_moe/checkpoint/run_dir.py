@@ -20,7 +20,7 @@ from titan_moe.errors import UserError
 
 FORMAT_VERSION = 2
 STATE_FILE = "state.json"
-STATE_KEYS = ("step", "config", "data", "tokenizer", "loader", "scales", "norms", "skipped")
+STATE_KEYS = ("step", "config", "data", "tokenizer", "scales", "norms", "skipped")
 
 # What a run may change when it goes on from its own checkpoint. Everything else is refused (docs/checkpoints.md).
 MAY_CHANGE = (

@@ -1,25 +1,40 @@
-"""Batches from token shards.
+"""How a training batch comes about, from token shards to the micro-batches of one rank.
 
-The token stream is cut into windows of S + 1 tokens that overlap by one, so every token is predicted once; the last window
-is padded, so none is dropped. Which window is sequence k of step n is a pure function of (seed, n, k): a permutation of the
-windows for each epoch, computed, not stored. So a run resumes anywhere, on any number of ranks, with nothing to replay.
+1. A split is one long stream of documents, `bos ids... eos` each (`shards.TokenStream`). `Windows` cuts it into windows of
+   S + 1 tokens that overlap by one, so every token is predicted once. The last window is padded.
+2. Sequence k of step n is a window. Its number is computed from (seed, n, k) alone (`step_windows`): each epoch is a
+   pseudo-random permutation of the windows, which is evaluated where it is needed and never stored (`permuted`).
+3. Each data rank builds only its own sequences (`DataRank`). Micro-step m of M holds sequences m * B / M to
+   (m + 1) * B / M - 1 of the global batch of B; within them, rank r has `size` sequences from r * size on.
+4. The loss is a mean over the labelled tokens of the global batch. Each rank computes their number from window and document
+   boundaries (`Windows.label_count`), without the tokens of other ranks and without a collective.
+5. `TrainingLoader` builds two steps ahead in a thread; for a GPU, another thread copies them to pinned memory. Unlike worker
+   processes, threads get no signals and cannot outlive the trainer. NumPy releases the GIL for most of the work.
+
+So the loader has no state but the number of steps taken: a run resumes at any step, on any number of ranks.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import itertools
+import zlib
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.nodes import BaseNode, IterableWrapper, PinMemory, Prefetcher
 
 from titan_moe.data.shards import TokenStream
 
+Indices = npt.NDArray[np.int64]
+StepData = tuple[list["Batch"], int | None]
+"""The micro-batches of one rank in one optimizer step, and `data_crc` of metrics.jsonl where the loader computes it."""
+
 
 class Batch(NamedTuple):
-    """B sequences of S tokens; tensors are (B, S) unless it is said otherwise."""
+    """Some sequences of a global batch: B sequences of S tokens. Tensors are (B, S) unless another shape is given."""
 
     tokens: Tensor
     """int64."""
@@ -28,87 +43,77 @@ class Batch(NamedTuple):
     loss_mask: Tensor
     """bool: False on padding and where the next token belongs to another document."""
     document_ids: Tensor
-    """int64, equal inside a document."""
+    """int64, equal for tokens of the same document; -1 on padding."""
     positions: Tensor
-    """int64, position inside the window (or inside the document, with `model.document_mask`)."""
+    """int64, position in the window (in the document, with `model.document_mask`)."""
     sequences: Tensor
     """(B,) int64, index of each sequence in the global batch."""
     label_count: int
-    """Labelled tokens of the whole global batch, this part and all others."""
+    """Labelled tokens of the global batch: all sequences of the step, of all ranks."""
 
-    def padded(self, size: int) -> "Batch":
-        """With sequences without any label after its own, to `size` of them: so that no rank is left without one."""
-        missing = size - self.tokens.shape[0]
-        if missing == 0:
-            return self
-        rows = torch.cat([torch.arange(self.tokens.shape[0]), torch.zeros(missing, dtype=torch.int64)])
-        mask = self.loss_mask[rows]
-        mask[-missing:] = False
-        tensors = (self.document_ids[rows], self.positions[rows], self.sequences[rows])
-        return Batch(self.tokens[rows], self.labels[rows], mask, *tensors, self.label_count)
+    def rows(self, index: slice | Tensor) -> "Batch":
+        """The sequences at `index`. The label count stays that of the global batch."""
+        return Batch._make([*(tensor[index] for tensor in self[:6]), self.label_count])
 
-    def part(self, start: int, size: int) -> "Batch":
-        """`size` sequences from `start` on; the label count stays that of the whole."""
-        rows = slice(start, start + size)
-        return Batch(
-            self.tokens[rows],
-            self.labels[rows],
-            self.loss_mask[rows],
-            self.document_ids[rows],
-            self.positions[rows],
-            self.sequences[rows],
-            self.label_count,
-        )
+    def split(self, size: int) -> list["Batch"]:
+        """Micro-batches of `size` consecutive sequences. The last one may be smaller."""
+        return [self.rows(slice(start, start + size)) for start in range(0, len(self.tokens), size)]
 
-    def split(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator["Batch"]:
-        """Micro-batches of `size` sequences for this of the ranks: micro-step m holds sequences `m * size * ranks` and on, the
-        first `size` of them for rank 0."""
-        for start in range(0, self.tokens.shape[0], size * ranks):
-            yield self.part(start + rank * size, size)
+
+class DataRank(NamedTuple):
+    """One of the ranks that the sequences of a global batch are divided among."""
+
+    size: int
+    """Sequences per rank in one micro-step."""
+    rank: int = 0
+    ranks: int = 1
+
+    def rows(self, batch_size: int) -> Indices:
+        """Indices of this rank's sequences in a global batch of `batch_size`, in order of micro-steps."""
+        rows = np.arange(batch_size, dtype=np.int64)
+        return rows[rows // self.size % self.ranks == self.rank]
 
 
 class Windows:
-    """One split as numbered windows."""
+    """One split as numbered windows. Window i holds the stream's tokens from i * S to i * S + S, both included."""
 
     def __init__(self, stream: TokenStream, seq_len: int, pad_id: int, document_positions: bool = False) -> None:
-        """document_positions: count positions from each document's start."""
+        """document_positions: positions restart at 0 in each document."""
         self.stream, self.seq_len, self.pad_id = stream, seq_len, pad_id
         self.document_positions = document_positions
 
     def __len__(self) -> int:
         return -(-(len(self.stream) - 1) // self.seq_len)
 
-    def batch(self, indices: npt.NDArray[np.int64]) -> Batch:
-        """The windows `indices` as a batch of their own."""
-        starts = indices[:, None] * self.seq_len
-        places = starts + np.arange(self.seq_len + 1)
-        exists = places < len(self.stream)
-        ids = np.full(places.shape, self.pad_id, dtype=np.int64)
-        for row, index in enumerate(indices):
-            found = self.stream.read(int(index) * self.seq_len, int(index) * self.seq_len + self.seq_len + 1)
-            ids[row, : len(found)] = found
-        documents = np.where(exists, self.stream.documents_at(places), -1)
-        mask = exists[:, 1:] & (documents[:, 1:] == documents[:, :-1])
-        positions = places[:, :-1] - starts
+    def tokens(self, indices: Indices) -> Indices:
+        """(B, S + 1) token ids of windows, padded past the end of the stream."""
+        return self.stream.rows(indices * self.seq_len, self.seq_len + 1, self.pad_id)
+
+    def label_count(self, indices: Indices) -> int:
+        """The number of labelled tokens in windows: those with a next token, minus those whose next token starts a document.
+
+        Reads no tokens. Counts boundaries between documents, which are never empty."""
+        starts = indices * self.seq_len
+        last_labels = np.minimum(starts + self.seq_len, len(self.stream) - 1)
+        boundaries = self.stream.documents_at(last_labels) - self.stream.documents_at(starts)
+        return int((last_labels - starts - boundaries).sum())
+
+    def batch(self, indices: Indices, rows: Indices | slice = slice(None)) -> Batch:
+        """The sequences `rows` of the global batch that consists of the windows `indices`."""
+        own = indices[rows]
+        starts, columns = own[:, None] * self.seq_len, np.arange(self.seq_len + 1)
+        exists = columns < len(self.stream) - starts
+        documents = np.where(exists, self.stream.documents_at(starts + columns), -1)
+        positions = np.broadcast_to(columns, exists.shape)
         if self.document_positions:
-            first = np.maximum(self.stream.starts[documents[:, :-1]], starts)
-            positions = np.where(exists[:, :-1], places[:, :-1] - first, 0)
-        return Batch(
-            _tensor(ids[:, :-1]),
-            _tensor(ids[:, 1:]),
-            _tensor(mask),
-            _tensor(documents[:, :-1]),
-            _tensor(positions),
-            torch.arange(len(indices)),
-            int(mask.sum()),
-        )
+            positions = np.where(exists, columns - np.maximum(self.stream.starts[documents] - starts, 0), 0)
+        ids, sequences = self.tokens(own), np.arange(len(indices))[rows]
+        mask = exists[:, 1:] & (documents[:, 1:] == documents[:, :-1])
+        arrays = (ids[:, :-1], ids[:, 1:], mask, documents[:, :-1], positions[:, :-1], sequences)
+        return Batch._make([*(torch.from_numpy(array.copy()) for array in arrays), self.label_count(indices)])
 
 
-def _tensor(array: npt.NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def permuted(index: npt.NDArray[np.int64], size: int, key: int) -> npt.NDArray[np.int64]:
+def permuted(index: Indices, size: int, key: int) -> Indices:
     """A pseudo-random permutation of range(size), evaluated at `index`: a four-round Feistel network, cycle-walked.
 
     Costs O(1) memory at any size and is the same in every version of every library.
@@ -137,44 +142,59 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-class TrainingSteps(IterableDataset[Batch]):
-    """The global batches of a run, one per step, from any step on."""
-
-    def __init__(self, windows: Windows, batch_size: int, seed: int) -> None:
-        self.windows, self.batch_size, self.seed = windows, batch_size, seed
-        self.step = 0
-
-    def indices(self, step: int) -> npt.NDArray[np.int64]:
-        """Windows of the sequences 0 .. B-1 of a step (counted from 0)."""
-        count = len(self.windows)
-        place = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
-        found = np.empty_like(place)
-        for epoch in np.unique(place // count):
-            now = place // count == epoch
-            found[now] = permuted(place[now] % count, count, self.seed * 1_000_003 + int(epoch))
-        return found
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            batch = self.windows.batch(self.indices(self.step))
-            self.step += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = int(state["step"])
+def step_windows(count: int, batch_size: int, seed: int, step: int) -> Indices:
+    """(B,) the windows, of `count`, that are the sequences of a step's global batch. step: counted from 0."""
+    sample = step * batch_size + np.arange(batch_size, dtype=np.int64)
+    windows = np.empty_like(sample)
+    for epoch in np.unique(sample // count):
+        in_epoch = sample // count == epoch
+        windows[in_epoch] = permuted(sample[in_epoch] % count, count, seed * 1_000_003 + int(epoch))
+    return windows
 
 
-def training_loader(windows: Windows, batch_size: int, seed: int) -> StatefulDataLoader:
-    """A stateful loader of global batches, one per step."""
-    return StatefulDataLoader(TrainingSteps(windows, batch_size, seed), batch_size=None, num_workers=0)
+@dataclass(frozen=True)
+class TrainingLoader:
+    """The training data of one rank."""
+
+    windows: Windows
+    batch_size: int
+    """Sequences in the global batch."""
+    seed: int
+    part: DataRank
+    checksum: bool = False
+    """Compute the CRC-32 of the global batch's token ids (as int64). This rank then reads the tokens of all ranks."""
+    pin: bool = False
+    """Put tensors into pinned memory, for asynchronous copies to a CUDA device."""
+
+    def build(self, step: int) -> StepData:
+        """The data of a step, counted from 0."""
+        indices = step_windows(len(self.windows), self.batch_size, self.seed, step)
+        batch = self.windows.batch(indices, self.part.rows(self.batch_size))
+        crc = 0
+        for some in np.array_split(indices, self.part.ranks) if self.checksum else ():
+            crc = zlib.crc32(self.windows.tokens(some)[:, :-1].tobytes(), crc)
+        return batch.split(self.part.size), crc if self.checksum else None
+
+    def steps(self, first: int = 0) -> Generator[StepData, None, None]:
+        """All steps from `first` on, without end. Close the generator to stop the threads."""
+        steps: BaseNode[StepData] = Prefetcher(
+            IterableWrapper(map(self.build, itertools.count(first))), prefetch_factor=2
+        )
+        yield from PinMemory(steps) if self.pin else steps
 
 
-def validation_batches(windows: Windows, sequences: int, size: int) -> Iterator[Batch]:
-    """The first `sequences` windows (0: all), always the same ones, `size` at a time."""
+def validation_batches(windows: Windows, sequences: int, part: DataRank) -> Iterator[Batch]:
+    """A rank's sequences of the first `sequences` windows (0: all), `part.size` at a time and always in the same order.
+
+    With several ranks each batch has `part.size` sequences on every rank, so that none is left without work: where the text
+    does not fill the last batch, repeated sequences without labels do. `Batch.sequences` holds window numbers here.
+    """
     count = min(sequences or len(windows), len(windows))
-    for start in range(0, count, size):
-        indices = np.arange(start, min(start + size, count), dtype=np.int64)
-        yield windows.batch(indices)._replace(sequences=torch.from_numpy(indices))
+    for start in range(0, count, part.size * part.ranks):
+        indices = np.arange(start, min(start + part.size * part.ranks, count), dtype=np.int64)
+        rows = part.rows(part.size * part.ranks if part.ranks > 1 else len(indices))
+        exists = rows < len(indices)
+        rows = np.where(exists, rows, 0)
+        batch = windows.batch(indices, rows)
+        mask = batch.loss_mask & torch.from_numpy(exists).unsqueeze(1)
+        yield batch._replace(loss_mask=mask, sequences=torch.from_numpy(indices[rows]))

@@ -1,7 +1,7 @@
-"""Token shards on disk: flat arrays of ids that training reads by memory map, with a manifest that vouches for them.
+"""Token shards on disk: flat arrays of token ids, read through memory maps, with a manifest of their checksums.
 
 A split ("train" or "validation") is a list of shard files of consecutive tokens. Every document is `bos ids... eos`. The
-manifest holds sizes and SHA-256 sums and is written last, so a directory with a manifest is whole.
+manifest holds sizes and SHA-256 sums. It is written last, so a directory with a manifest is complete.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from titan_moe.errors import UserError
 
@@ -37,7 +38,7 @@ class Split:
     documents: int
     source_bytes: int
     documents_sha256: str
-    """Of the file of each document's start and domain."""
+    """SHA-256 of the file that holds each document's start and domain."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,16 @@ class Manifest:
     version: int
     corpus: str
     tokenizer: str
-    """SHA-256 of the tokenizer's model."""
+    """SHA-256 of the tokenizer's model file."""
     dtype: str
     domains: list[str]
     splits: dict[str, Split]
     fingerprint: str
-    """SHA-256 over the shards' sums: the identity of the data set."""
+    """SHA-256 over the checksums of all shards. It identifies the data set."""
 
 
 class ShardWriter:
-    """Collects documents of one split and writes shards of SHARD_TOKENS ids, and each document's start and domain."""
+    """Writes the documents of one split as shards of SHARD_TOKENS ids, and a file of document starts and domains."""
 
     def __init__(self, folder: Path, split: str, dtype: str) -> None:
         self.folder, self.split, self.dtype = folder, split, np.dtype(dtype)
@@ -76,14 +77,13 @@ class ShardWriter:
             self._write(SHARD_TOKENS)
 
     def _write(self, count: int) -> None:
-        everything = np.concatenate(self.pending)
-        part, rest = everything[:count], everything[count:]
+        """Writes the first `count` pending tokens as a shard."""
+        pending = np.concatenate(self.pending)
+        shard, rest = pending[:count].tobytes(), pending[count:]
         self.pending, self.pending_tokens = [rest], len(rest)
-        self._save(f"{self.split}-{len(self.shards):05d}.bin", part)
-
-    def _save(self, name: str, values: Tokens) -> None:
-        (self.folder / name).write_bytes(values.tobytes())
-        self.shards.append(Shard(name, len(values), hashlib.sha256(values.tobytes()).hexdigest()))
+        name = f"{self.split}-{len(self.shards):05d}.bin"
+        (self.folder / name).write_bytes(shard)
+        self.shards.append(Shard(name, count, hashlib.sha256(shard).hexdigest()))
 
     def finish(self) -> Split:
         if self.pending_tokens:
@@ -99,26 +99,28 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises UserError for a manifest that is damaged or of another version."""
+    """The manifest of a directory. Raises UserError when it is damaged or of another version."""
     path = folder / "manifest.json"
     try:
         raw = json.loads(path.read_text())
         if raw["version"] != FORMAT_VERSION:
-            raise UserError(f"{path}: version {raw['version']}, not {FORMAT_VERSION}; delete {folder} to make it again")
+            raise UserError(
+                f"{path}: version {raw['version']}, not {FORMAT_VERSION}; delete {folder} to prepare it again"
+            )
         splits = {
             name: Split(**(split | {"shards": [Shard(**shard) for shard in split["shards"]]}))
             for name, split in raw["splits"].items()
         }
         return Manifest(**(raw | {"splits": splits}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete {folder} to make it again") from error
+        raise UserError(f"{path}: damaged ({error}); delete {folder} to prepare it again") from error
 
 
 class TokenStream:
-    """The tokens of one split as one long array, by memory map."""
+    """The tokens of one split as one long memory-mapped array."""
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
-        """Verifies every shard against its checksum. Raises UserError for a damaged or missing one."""
+        """Compares every file with its checksum. Raises UserError for a damaged or missing one."""
         self.split = manifest.splits[split]
         with ThreadPoolExecutor() as pool:
             sums = {shard.file: shard.sha256 for shard in self.split.shards}
@@ -133,7 +135,7 @@ class TokenStream:
         return self.split.tokens
 
     def read(self, start: int, end: int) -> Tokens:
-        """Tokens [start, end), across shards, as int64."""
+        """Tokens [start, end) as int64, also across shards. Stops at the end of the stream."""
         parts: list[Tokens] = []
         first = int(np.searchsorted(self.ends, start, side="right"))
         for index in range(first, len(self.maps)):
@@ -143,8 +145,22 @@ class TokenStream:
             parts.append(np.asarray(self.maps[index][max(start - offset, 0) : end - offset], dtype=np.int64))
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
+    def rows(self, starts: npt.NDArray[np.int64], length: int, fill: int) -> npt.NDArray[np.int64]:
+        """(B, length) tokens from each of the (B,) positions `starts` on; `fill` past the end of the stream."""
+        ids = np.full((len(starts), length), fill, dtype=np.int64)
+        shard = np.searchsorted(self.ends, starts, side="right")
+        crosses = starts + length > self.ends[shard]
+        for index in np.unique(shard[~crosses]):
+            rows = np.flatnonzero(~crosses & (shard == index))
+            offset = self.ends[index] - len(self.maps[index])
+            ids[rows] = sliding_window_view(self.maps[index], length)[starts[rows] - offset]
+        for row in np.flatnonzero(crosses):
+            part = self.read(int(starts[row]), int(starts[row]) + length)
+            ids[row, : len(part)] = part
+        return ids
+
     def documents_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Index of the document that each token position lies in."""
+        """Index of the document that the token at each position belongs to."""
         return np.searchsorted(self.starts, positions, side="right") - 1
 
 
@@ -157,10 +173,10 @@ def sha256(path: Path) -> str:
 
 
 def verify(path: Path, wanted: str, folder: Path) -> None:
-    """Raises UserError for a file that is missing, cut short or altered."""
+    """Raises UserError for a file that is missing, truncated or altered."""
     try:
-        found = sha256(path)
+        actual = sha256(path)
     except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}; delete {folder} to make it again") from error
-    if found != wanted:
-        raise UserError(f"{path}: damaged (its checksum differs); delete {folder} to make it again")
+        raise UserError(f"{path}: can't be read: {error.strerror}; delete {folder} to prepare it again") from error
+    if actual != wanted:
+        raise UserError(f"{path}: damaged (its checksum differs); delete {folder} to prepare it again")

@@ -1,4 +1,4 @@
-"""From a batch of the loader to the model's inputs on this rank."""
+"""Moves a batch to the device, in the form that the model takes."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,10 @@ from titan_moe.model.transformer import Inputs
 
 
 def to_inputs(batch: Batch, dtype: torch.dtype, device: torch.device, step: int = 0, share: float = 1.0) -> Inputs:
-    """The batch on `device`, as `Transformer.forward` takes it.
+    """The batch on `device`, as `Transformer.forward` takes it. Copies from pinned memory are asynchronous.
 
-    dtype: of the token weights, at least float32. step, share: see `Inputs`.
+    dtype: of the token weights (1 / label count of the global batch for labelled tokens, else 0), at least float32.
+    step, share: see `Inputs`.
     """
 
     def move(tensor: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def to_inputs(batch: Batch, dtype: torch.dtype, device: torch.device, step: int 
         labels=move(batch.labels),
         document_ids=move(batch.document_ids),
         positions=move(batch.positions),
-        token_weights=move(batch.loss_mask.to(dtype) / max(batch.label_count, 1)),
+        token_weights=move(batch.loss_mask).to(dtype) / max(batch.label_count, 1),
         sequences=move(batch.sequences),
         step=move(torch.tensor(step, dtype=torch.int64)),
         places=torch.arange(batch.tokens.shape[1], device=device),

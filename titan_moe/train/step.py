@@ -1,12 +1,11 @@
 """One optimizer step: batch, forward, loss, backward, clip, step, balance."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.tables import Balancer, Config
 from titan_moe.data.loader import Batch
 from titan_moe.model.transformer import Inputs, Transformer
@@ -41,21 +40,21 @@ class StepResult(NamedTuple):
 def train_step(
     runner: Runner,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    batches: Sequence[Batch],
     config: Config,
     mesh: Mesh,
     step: int,
     factors: Mapping[str, float],
     log: StepLog | None = None,
 ) -> StepResult:
-    """One optimizer step on a global batch.
+    """One optimizer step on this rank's microbatches of a global batch.
 
     factors: on the terms' weights at this step, by name. log: receives the step's numbers and decides whether to update.
     A number that is not finite prevents the update on all ranks; TrainingError names it, from here or from `log.read`.
     """
     model = runner.model
     log = log or StepLog(model, optimizer, Stopping(mesh.everyone, mesh.device))
-    inputs = step_inputs(model, batch, config, mesh, step)
+    inputs = step_inputs(model, batches, mesh, step)
     sums = runner.forward_backward(inputs, factors)  # forward, loss and backward of every microbatch
     numbers, carry = sum_over_ranks(sums, log.stopping.votes(), mesh)
     sum_replicated_gradients(model, mesh)
@@ -70,14 +69,14 @@ def train_step(
     return StepResult(loss, ce, carry, norm, skipped=not update)
 
 
-def step_inputs(model: Transformer, batch: Batch, config: Config, mesh: Mesh, step: int) -> list[Inputs]:
+def step_inputs(model: Transformer, batches: Sequence[Batch], mesh: Mesh, step: int) -> list[Inputs]:
     """This rank's microbatches of a step as inputs of the model.
 
     Terms that do not depend on tokens are computed in the first microbatch; each rank contributes an equal part.
     """
     dtype, degrees = accumulation_dtype(model.dtype), mesh.degrees
     inputs = []
-    for number, part in enumerate(batch.split(micro_batch_size(config, degrees), mesh.data_rank, degrees.data)):
+    for number, part in enumerate(batches):
         share = 1.0 / degrees.token_ranks if number == 0 else 0.0
         inputs.append(context_shard(to_inputs(part, dtype, mesh.device, step, share), degrees.cp, mesh.cp_rank))
     return inputs
@@ -114,10 +113,10 @@ def balance_experts(model: Transformer, counts: Tensor, settings: Balancer, foun
 
 
 @torch.no_grad()
-def measure_terms(runner: Runner, batch: Batch, config: Config, mesh: Mesh, step: int) -> dict[str, float]:
+def measure_terms(runner: Runner, batches: Sequence[Batch], mesh: Mesh, step: int) -> dict[str, float]:
     """The unweighted terms of a global batch, without an update."""
     carry: Carry | None = None
-    for inputs in step_inputs(runner.model, batch, config, mesh, step):
+    for inputs in step_inputs(runner.model, batches, mesh, step):
         carry = add_carry(carry, runner.evaluate(inputs).carry)
     assert carry is not None
     terms = sum_over_tokens(carry.terms, mesh).tolist()

@@ -24,7 +24,8 @@ class HostFacts(NamedTuple):
 
     step: int
     lr: float
-    data_crc: int
+    data_crc: int | None
+    """None on all ranks but the first."""
     memory_gib: float
     skipped: int
 

@@ -3,8 +3,7 @@
 import contextlib
 import logging
 import signal
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from titan_moe.checkpoint.start import start_from
 from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.extensions import Tracker
 from titan_moe.config.tables import Config
-from titan_moe.data.loader import Batch, Windows, training_loader
+from titan_moe.data.loader import Batch, DataRank, StepData, TrainingLoader, Windows
 from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import TokenStream
 from titan_moe.errors import TrainingError, UserError
@@ -70,7 +69,9 @@ class Trainer:
             )
             for split in ("train", "validation")
         )
-        self.loader = training_loader(train, config.training.batch_size, config.job.seed)
+        part = DataRank(micro_batch_size(config, mesh.degrees), mesh.data_rank, mesh.degrees.data)
+        pin = mesh.device.type == "cuda"
+        self.loader = TrainingLoader(train, config.training.batch_size, config.job.seed, part, mesh.first, pin)
         self.epoch_sequences = len(train)
         self.model = build_model(config, prepared.tokenizer.vocab_size, mesh)
         self.runner = build_runner(self.model, config, mesh)
@@ -96,12 +97,13 @@ class Trainer:
             open_trackers(config, path, start, self.mesh.first) as self.trackers,
             self.stopping.signals(),
             profiler(config.profiling, self.run_dir.profile) as profile,
+            contextlib.closing(self.loader.steps(start)) as data,
         ):
             first = start == 0 or self.validation_is_missing(start)
             if first and not self.validate(start):
                 stopped_at = start  # a step more, and the resumed run would not see that this row is missing
             else:
-                stopped_at = self.loop(start, profile)
+                stopped_at = self.loop(start, profile, data)
             self.saver.finish()
         if stopped_at == config.training.steps:
             log.info(f"Done: {path}")
@@ -111,19 +113,18 @@ class Trainer:
         log.info(f"Stopped by {name} after step {stopped_at}; the same command goes on from there")
         return 128 + self.stopping.signal
 
-    def loop(self, start: int, profile: Any) -> int:
+    def loop(self, start: int, profile: Any, data: Iterator[StepData]) -> int:
         """Trains until the last step or a signal, and saves before it returns. Returns the step it stopped after."""
         config, steps = self.config, self.config.training.steps
-        batches = iter(self.loader)
         for step in range(start + 1, steps + 1):
             self.progress()
             self.steps.begin()
             set_lr(self.optimizer, lr_fraction(step, steps, config.lr_scheduler))
-            batch = next(batches)
-            factors = self.model.terms.factors(step, self.scales_to_lb(batch, step))
+            batches, data_crc = next(data)
+            factors = self.model.terms.factors(step, self.scales_to_lb(batches, step))
             with self.naming_checkpoint():
-                result = train_step(self.runner, self.optimizer, batch, config, self.mesh, step, factors, self.steps)
-            self.steps.add(self.host_facts(step, batch, result.skipped))
+                result = train_step(self.runner, self.optimizer, batches, config, self.mesh, step, factors, self.steps)
+            self.steps.add(self.host_facts(step, data_crc, result.skipped))
             if not self.steps.deferred or step == 1 or due(step, config.metrics.interval):
                 self.report()
             profile.step()
@@ -161,20 +162,21 @@ class Trainer:
             return False
         return not from_first(lambda: self.run_dir.has_validation(step))
 
-    def scales_to_lb(self, batch: Batch, step: int) -> dict[str, float]:
+    def scales_to_lb(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
         """The scaling of terms with `match_lb`, measured on the first batch of the run and kept in its checkpoints."""
         if self.scales is None:
             self.scales = {}
             if self.model.terms.matched:
-                values = measure_terms(self.runner, batch, self.config, self.mesh, step)
+                values = measure_terms(self.runner, batches, self.mesh, step)
                 self.scales = self.model.terms.scales_to_lb(values)
                 log.info("scaled to lb: " + ", ".join(f"{name} x {scale:g}" for name, scale in self.scales.items()))
         return self.scales
 
-    def host_facts(self, step: int, batch: Batch, skipped: bool) -> HostFacts:
+    def host_facts(self, step: int, data_crc: int | None, skipped: bool) -> HostFacts:
         self.skipped += skipped
-        crc = zlib.crc32(batch.tokens.numpy().tobytes())
-        return HostFacts(step, self.optimizer.param_groups[0]["lr"], crc, peak_memory_gib(self.device), self.skipped)
+        return HostFacts(
+            step, self.optimizer.param_groups[0]["lr"], data_crc, peak_memory_gib(self.device), self.skipped
+        )
 
     def log_step(self, facts: HostFacts, numbers: Tensor, seconds: float) -> None:
         """A train row of metrics.jsonl (fields: docs/metrics.md), and warnings. numbers: packed, on the CPU."""
@@ -238,7 +240,6 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "data": self.data_fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
-            "loader": self.loader.state_dict(),
             "scales": self.scales,
             "norms": list(self.steps.spikes.norms),
             "skipped": self.skipped,
@@ -254,7 +255,6 @@ class Trainer:
             check_unchanged(state["config"], self.config, newest)
             self.check_data(state, newest)
             load_checkpoint(newest, self.model, self.optimizer)
-            self.loader.load_state_dict(state["loader"])
             self.scales = state["scales"]
             self.steps.spikes = Spikes(self.config.training.skip_spikes, state["norms"])
             self.skipped = state["skipped"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titan_moe.data.loader import Batch, Windows, validation_batches
+from titan_moe.data.loader import Batch, DataRank, Windows, validation_batches
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.model.transformer import Inputs
 from titan_moe.parallel.context import context_shard
@@ -56,10 +56,11 @@ def validate(
     experts, pairs = model.settings.moe.experts, max(model.moe_layers - 1, 0)
     counts = torch.zeros(model.moe_layers, experts, dtype=torch.int64, device=device)
     joint = torch.zeros(pairs, experts, experts, dtype=torch.float64, device=device)
-    for batch in validation_batches(windows, sequences, batch_size * mesh.degrees.data):
+    part = DataRank(batch_size, mesh.data_rank, mesh.degrees.data)
+    for batch in validation_batches(windows, sequences, part):
         if interrupted():
             return None
-        result = evaluate_batch(runner, batch, batch_size, mesh)
+        result = evaluate_batch(runner, batch, mesh)
         mask = result.labelled
         sums.add(result, tokenizer)
         counts += result.counts
@@ -106,11 +107,9 @@ class LossSums:
         return Losses(int(tokens), loss, math.exp(min(loss, 700.0)), nats / math.log(2) / source_bytes)
 
 
-def evaluate_batch(runner: Runner, batch: Batch, size: int, mesh: Mesh) -> Evaluated:
-    """Evaluates this rank's sequences of a batch. size: sequences per data rank."""
-    ranks = mesh.degrees.data
-    part = batch.padded(size * ranks).part(mesh.data_rank * size, size) if ranks > 1 else batch
-    inputs = to_inputs(part, accumulation_dtype(runner.model.dtype), mesh.device, share=0.0)
+def evaluate_batch(runner: Runner, batch: Batch, mesh: Mesh) -> Evaluated:
+    """Evaluates this rank's sequences of a batch."""
+    inputs = to_inputs(batch, accumulation_dtype(runner.model.dtype), mesh.device, share=0.0)
     inputs = context_shard(inputs, mesh.degrees.cp, mesh.cp_rank)
     ce, carry, routing_pairs = runner.evaluate(inputs)
     labelled = (inputs.token_weights > 0).flatten()

@@ -35,7 +35,7 @@ from titan_moe.checkpoint.run_dir import STATE_FILE, changed_keys, read_state, s
 from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.load import saved_config
 from titan_moe.config.tables import Config
-from titan_moe.data.loader import Windows, permuted, validation_batches
+from titan_moe.data.loader import DataRank, Windows, permuted, validation_batches
 from titan_moe.data.prepare import prepare
 from titan_moe.data.shards import TokenStream
 from titan_moe.data.tokenizer import Tokenizer
@@ -166,14 +166,13 @@ class Watched:
         """Streams the text through the model; the tally fills and is summed over ranks."""
         mesh = self.mesh
         self.recorder.tally = tally
-        size = micro_batch_size(self.config, mesh.degrees)
+        part = DataRank(micro_batch_size(self.config, mesh.degrees), mesh.data_rank, mesh.degrees.data)
         sums = LossSums()
-        step = size * mesh.degrees.data
-        batches = validation_batches(self.windows, self.sequences, step)
+        batches = validation_batches(self.windows, self.sequences, part)
         quiet = not (mesh.first and sys.stderr.isatty())
-        count, console = -(-self.sequences // step), Console(stderr=True)
+        count, console = -(-self.sequences // (part.size * part.ranks)), Console(stderr=True)
         for batch in track(batches, "Inspecting", count, console=console, transient=True, disable=quiet):
-            found = evaluate_batch(self.runner, batch, size, mesh)
+            found = evaluate_batch(self.runner, batch, mesh)
             sums.add(found, self.prepared.tokenizer)
             tally.add_pairs(found.routing_pairs, found.labelled)
         tally.sum_over_ranks(mesh)
