@@ -1,7 +1,9 @@
-"""The commands of README and docs parse and make valid configurations, their snippets run, their links exist."""
+"""README and docs: commands parse, snippets run, links exist, pictures are drawn from what they show, lines are short."""
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,10 +33,14 @@ def test_documented_commands_parse_and_their_configurations_are_valid(
     monkeypatch.chdir(tmp_path)
     before = dict(REGISTRY)
     try:
-        for line in "\n".join(blocks(page, "bash")).splitlines():
+        for line in "\n".join(blocks(page, "bash")).replace(" && ", "\n").splitlines():
             words = shlex.split(line, comments=True)
             while words and re.match(r"[A-Z_]+=", words[0]):
                 words = words[1:]
+            if words and words[0] == "sbatch":
+                script = next(word for word in words if word.endswith(".slurm"))
+                assert (ROOT / script).exists()
+                words = ["run_train.sh", *words[words.index(script) + 1 :]]
             if words and words[0].endswith(("run_train.sh", "titan-moe")) and "--help" not in words:
                 verb = [] if words[0].endswith("titan-moe") else ["train"]
                 check_command([*verb, *words[1:]], line)
@@ -70,10 +76,44 @@ def test_readme_configuration(tmp_path: Path) -> None:
     assert load_config(str(tmp_path / "mine.toml")).model.moe.top_k == 4
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert target.startswith("http") or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_prose_lines_are_at_most_120_characters(page: Path) -> None:
+    """Code blocks, tables, images, comments and lines that are one link may be longer."""
+    text = re.sub(
+        r"^ *```.*?^ *```", lambda block: "\n" * block.group().count("\n"), page.read_text(), flags=re.M | re.S
+    )
+    longer_allowed = re.compile(r"\||!\[|<!--|\s*([-*] )?\[[^]]*\]\([^)]*\)[.,;:]?$")
+    long = [
+        f"{page.name}:{number}: {len(line)} characters"
+        for number, line in enumerate(text.splitlines(), start=1)
+        if len(line) > 120 and not longer_allowed.match(line)
+    ]
+    assert not long
+
+
+@pytest.mark.parametrize("script", ["draw_architecture", "draw_losses"])
+def test_pictures_are_drawn_from_the_source_and_the_tables(script: str, tmp_path: Path) -> None:
+    """The scripts stop when an import points upward in the picture, or a table of the results is missing."""
+    picture = tmp_path / "picture.png"
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), str(picture)]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=120)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_file_in_the_readmes_tree_exists() -> None:
