@@ -8,43 +8,14 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import titan_moe.verbs as titan_moe_verbs
-from tests.conftest import ROOT, THREADS, titan_moe
+from tests.helpers.commands import ROOT, complaints, start, titan_moe, wait_for_step
 from titan_moe.cli import VERBS, parse
 from titan_moe.errors import UserError
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(THREADS)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "titan_moe.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored
-    )
-
-
-def complaints(stderr: str) -> list[str]:
-    """The lines on stderr without the one that a first run prints when it trains a tokenizer."""
-    return [line for line in stderr.splitlines() if not line.startswith("Training a tokenizer")]
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        metrics = run / "metrics.jsonl"
-        if metrics.exists() and f'"step": {step},' in metrics.read_text():
-            return
-        time.sleep(0.02)
-    process.kill()
-    raise AssertionError(process.communicate())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers.commands import ROOT
 from tests.helpers.extensions import forget_optimizers
 from titan_moe.analysis.sweep.grid import cell_config, cells_of, read_sweep
 from titan_moe.cli import parse

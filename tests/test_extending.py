@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.train.test_training import train
+from tests.helpers.commands import ROOT
+from tests.helpers.runs import train
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.config import extensions
 from titan_moe.config.tables import Config

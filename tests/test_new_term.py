@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY
+from tests.helpers.commands import ROOT, TINY
 from tests.helpers.ranks import launch
+from tests.helpers.runs import train
 from tests.helpers.steps import train as train_steps
-from tests.train.test_training import train
 from titan_moe.analysis.report.report import write_report
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.config.describe import json_schema, options_help

@@ -3,10 +3,11 @@
 `extensions.modules` in the configuration names the module; docs/extending.md has an example of each kind.
 """
 
-from titan_moe.config.extensions import Tracker, register_corpus, register_optimizer, register_tracker
+from titan_moe.config.extensions import Document, Tracker, register_corpus, register_optimizer, register_tracker
 from torchtitan_ext.terms import LayerView, Needs, Term, TermOptions, register
 
 __all__ = [
+    "Document",
     "LayerView",
     "Needs",
     "Term",

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.helpers.commands import ROOT
 from tests.helpers.ranks import launch
+from tests.helpers.runs import Make, train
 from tests.helpers.spy import spy_on
-from tests.train.test_training import Make, train
 from titan_moe.analysis.inspect.inspection import Options, chosen_checkpoints, inspect
 from titan_moe.checkpoint.dcp import load_checkpoint
 from titan_moe.checkpoint.run_dir import RunDir, read_state
@@ -32,13 +32,6 @@ from torchtitan_ext.losses import routing_variance_loss
 
 RESET = ("parallelism",)
 OPTIONS = Options(sequences=0, cluster_tokens=100, examples=3)
-WORDS = [
-    "--training.dtype=float64",
-    "--model.tie_embeddings=false",
-    "--balancer.rate=0.05",
-    "--model.moe.first_dense_layers=1",
-    "--model.layers=4",
-]
 
 
 def look(run: Path, words: list[str], options: Options = OPTIONS, world: int = 1) -> list[dict[str, Any]]:
@@ -47,34 +40,6 @@ def look(run: Path, words: list[str], options: Options = OPTIONS, world: int = 1
     config = saved_config(state["config"], "", words, world_size=world, reset=RESET)
     degrees = resolve(config.parallelism, world, str)
     return inspect(checkpoints, config, Mesh(degrees, torch.device("cpu")), options)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: Path) -> Path:
-    """A short run on two domains whose experts' bias has moved."""
-    from titan_moe.config.load import load_config
-
-    folder = tmp_path_factory.mktemp("inspected")
-    for domain in ("code", "poems"):
-        (folder / domain).mkdir()
-    for source in sorted(corpus_dir.iterdir())[:10]:
-        (folder / "code" / source.name).write_bytes(source.read_bytes()[:1500])
-        (folder / "poems" / source.name).write_text(f"{source.stem}: roses are red, violets are blue and so on\n" * 30)
-    words = [
-        *make_words(folder, cache_dir),
-        f'--data.corpus=["{folder / "code"}", "{folder / "poems"}"]',
-        "--data.validation_fraction=0.3",
-        *WORDS,
-    ]
-    config = load_config("debug", words)
-    train(config)
-    return RunDir(config).path
-
-
-def make_words(folder: Path, cache_dir: Path) -> list[str]:
-    from tests.conftest import TINY
-
-    return [*TINY, f"--job.output_dir={folder}", f"--data.cache_dir={cache_dir}"]
 
 
 def same(a: Any, b: Any, where: str = "") -> None:

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.analysis.test_inspection import run  # noqa: F401 - `run` is a fixture
-from tests.conftest import titan_moe
+from tests.helpers.commands import titan_moe
 from tests.helpers.ranks import launch
+from tests.helpers.runs import train
 from tests.helpers.steps import BASE, VOCABULARY, batch_of, config_of, mesh_of
-from tests.train.test_training import train
 from titan_moe.analysis.inspect.inspection import chosen_checkpoints, from_checkpoint
 from titan_moe.analysis.place.placement import (
     assign,
@@ -170,7 +169,7 @@ def test_files_of_orders(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_place_and_train_on(run: Path, tmp_path: Path) -> None:  # noqa: F811 - the fixture
+def test_place_and_train_on(run: Path, tmp_path: Path) -> None:
     done = titan_moe("place", str(run), "--ranks=2", f"--output={tmp_path / 'order.json'}")
     assert done.returncode == 0, done.stderr
     assert "path-aware" in done.stdout

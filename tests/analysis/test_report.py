@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import titan_moe
+from tests.helpers.commands import titan_moe
 from titan_moe.analysis.report.figures import INK
 from titan_moe.analysis.report.report import write_report
 from titan_moe.config.describe import to_toml

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.conftest import ROOT, TINY
+from tests.helpers.commands import ROOT, TINY
 from titan_moe.analysis.sweep.grid import SWEEPS, cell_config, cells_of, read_sweep
 from titan_moe.analysis.sweep.statistics import holm, paired
 from titan_moe.analysis.sweep.tables import verdict

@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.train.test_training import Make, rows, train, untimed
+from tests.helpers.commands import TINY
+from tests.helpers.runs import Make, rows, train, untimed
 from titan_moe.checkpoint.manifest import BLOCK_BYTES, DamageError, entry_of, read_manifest, verify, write_manifest
 from titan_moe.checkpoint.resume import newest_good
 from titan_moe.checkpoint.run_dir import RunDir, read_state
@@ -51,8 +52,6 @@ DAMAGES: list[Callable[[Path, Path], None]] = [flip, truncate, empty, delete, sw
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: Path) -> RunDir:
     """A run with checkpoints after steps 2 and 4."""
-    from tests.conftest import TINY
-
     folder = tmp_path_factory.mktemp("saved")
     words = [*TINY, f"--data.corpus={corpus_dir}", f"--data.cache_dir={cache_dir}", f"--job.output_dir={folder}"]
     config = load_config("debug", [*words, "--training.steps=4"])

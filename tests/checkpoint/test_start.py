@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.train.test_training import Make, train
+from tests.helpers.runs import Make, train
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.checkpoint.start import start_from
 from titan_moe.errors import UserError

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.helpers.runs import EXACT, TERMS, assert_same_run, rows, run_train
+from tests.helpers.commands import ROOT
+from tests.helpers.rank_runs import EXACT, TERMS, assert_same_run, rows, run_train
 
 pytestmark = pytest.mark.slow
 

@@ -1,53 +1,13 @@
 """No layout changes the result: five steps with all seven terms, in float64, against one process."""
 
-import functools
-
 import pytest
 import torch
 
+from tests.helpers.layouts import LAYOUTS, SEQUENCE, alone, assert_equal, assert_every_token_seen
 from tests.helpers.ranks import launch
-from tests.helpers.steps import DEEPSEEK, VANILLA, Outcome, gradients, train
+from tests.helpers.steps import DEEPSEEK, VANILLA, gradients, train
 
-SEQUENCE = ["--regularizers.lb.scope=sequence"]  # v's default is that
 GLOBAL = ["--regularizers.lb.scope=global", "--regularizers.v.scope=global"]
-
-# name -> (ranks, words of the layout)
-LAYOUTS = {
-    "dp2": (2, []),
-    "dp4": (4, []),
-    "hsdp2x2": (4, ["--parallelism.dp_replicate=2"]),
-    "replicate2": (2, ["--parallelism.dp_replicate=2"]),
-    "ep2": (2, ["--parallelism.ep=2"]),
-    "ep4": (4, ["--parallelism.ep=4"]),
-    "ep2dp2": (4, ["--parallelism.ep=2"]),
-    "ep2hsdp2": (4, ["--parallelism.ep=2", "--parallelism.dp_replicate=2"]),
-    "tp2": (2, ["--parallelism.tp=2"]),
-    "tp2dp2": (4, ["--parallelism.tp=2"]),
-    "ep2tp2": (4, ["--parallelism.ep=2", "--parallelism.tp=2"]),
-    "cp2tp2": (4, ["--parallelism.cp=2", "--parallelism.tp=2"]),
-    "cp2": (2, ["--parallelism.cp=2"]),
-    "cp2ep2": (2, ["--parallelism.cp=2", "--parallelism.ep=2"]),
-    "cp2dp2ep4": (4, ["--parallelism.cp=2", "--parallelism.ep=4"]),
-}
-
-
-@functools.cache
-def alone(*words: str) -> Outcome:
-    return train(list(words), 1)
-
-
-def assert_equal(found: Outcome, wanted: Outcome, tolerance: float = 1e-9) -> None:
-    assert torch.equal(found.counts, wanted.counts)
-    here = found.routing >= 0
-    if here.any():  # not watched when compiled
-        assert torch.equal(found.routing[here], wanted.routing[here])
-    for step, (row, other) in enumerate(zip(found.rows, wanted.rows, strict=True), start=1):
-        for name, value in row.items():
-            assert value == pytest.approx(other[name], rel=tolerance, abs=1e-14), f"{name} at step {step}"
-    assert found.parameters.keys() == wanted.parameters.keys()
-    for name, value in found.parameters.items():
-        difference = (value - wanted.parameters[name]).norm()
-        assert difference <= tolerance * wanted.parameters[name].norm() + 1e-14, f"{name}: {difference}"
 
 
 def check(layout: str, words: list[str], baseline: list[str] | None = None) -> None:
@@ -57,11 +17,6 @@ def check(layout: str, words: list[str], baseline: list[str] | None = None) -> N
     for found in results:
         assert_equal(found, wanted)
     assert_every_token_seen(results)
-
-
-def assert_every_token_seen(results: list[Outcome]) -> None:
-    """Together the ranks have shown where every token of every step and layer went."""
-    assert torch.stack([found.routing for found in results]).amax(0).min() >= 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

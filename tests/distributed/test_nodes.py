@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.helpers.runs import EXACT, TERMS, assert_same_run, run_train
+from tests.helpers.commands import ROOT
+from tests.helpers.rank_runs import EXACT, TERMS, assert_same_run, run_train
 
 ADDRESSES = {"node-a": "10.213.7.1", "node-b": "10.213.7.2"}
 SECONDS = 15  # after which a collective fails

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.test_layouts import SEQUENCE, alone, assert_equal, assert_every_token_seen
+from tests.helpers.layouts import SEQUENCE, alone, assert_equal, assert_every_token_seen
 from tests.helpers.ranks import launch
 from tests.helpers.steps import DEEPSEEK, VANILLA, Outcome, gradients, train
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import EXACT, TERMS, assert_same_rows, rows, run_train
+from tests.helpers.rank_runs import EXACT, TERMS, assert_same_rows, rows, run_train
 
 
 @pytest.mark.slow

@@ -1,40 +1,52 @@
-"""Whole runs of run_train.sh, and how the metrics of two of them are compared."""
+"""Training runs in this process, and what they write."""
 
 import json
-import os
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.conftest import ROOT
+from titan_moe.checkpoint.run_dir import RunDir
+from titan_moe.config.tables import Config
+from titan_moe.data.prepare import prepare
+from titan_moe.parallel.mesh import single
+from titan_moe.runtime.log import start_log
+from titan_moe.train.trainer import Trainer
 
-# float64 and a constant learning rate, so that the rows of a shorter run are the first rows of a longer one.
-EXACT = ["--training.dtype=float64", "--lr_scheduler.decay=none", "--checkpoint.interval=0", "--validation.interval=3"]
-TERMS = [f"--regularizers.{name}.weight=0.01" for name in ("z", "sp", "cp", "o", "v", "erc")]
-COMPARED = ("loss", "ce", "grad_norm", "lr", "tokens", "perplexity", "bits_per_byte")
-
-
-def run_train(processes: int, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs run_train.sh to its end with so many ranks on this machine."""
-    settings = {**os.environ, "NPROC": str(processes), "OMP_NUM_THREADS": "1", **environment}
-    command = [str(ROOT / "run_train.sh"), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=240, check=False)
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+TIMED = ("tokens_per_second", "step_seconds", "mfu", "memory_gib")
+Make = Callable[..., Config]
+"""The type of the fixture `tiny_config`: command-line options to a configuration."""
+DEEPSEEK = ["--model.moe.shared_experts=1", "--balancer.rate=1e-2", "--model.moe.score=sigmoid"]
+"""Options of a model with shared experts, sigmoid scores and a balancing bias, as DeepSeek-V3 has them."""
 
 
-def assert_same_run(run: Path, reference: Path) -> None:
-    assert_same_rows(rows(run), rows(reference))
+def train(config: Config) -> list[dict[str, Any]]:
+    """Trains in this process and returns the rows of metrics.jsonl."""
+    run_dir = RunDir(config)
+    run_dir.open()
+    start_log(run_dir.log, 0)
+    try:
+        Trainer(config, prepare(config), run_dir, single(torch.device("cpu"))).run()
+    finally:
+        run_dir.close()
+    return rows(run_dir)
 
 
-def assert_same_rows(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
-    """Same steps, and losses, terms and routing measures equal but for the order of float64 sums."""
-    assert [(row["kind"], row["step"]) for row in ours] == [(row["kind"], row["step"]) for row in theirs]
-    for row, other in zip(ours, theirs, strict=True):
-        for name, value in row.items():
-            if name in COMPARED or name.startswith(("reg/", "moe/")):
-                assert value == pytest.approx(other[name], rel=1e-9, abs=1e-12), (row["step"], name)
+def rows(run_dir: RunDir) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without timing and memory, which differ between two runs of the same job."""
+    return [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
+
+
+def saved_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint directory, by name."""
+    flat = checkpoint.parent / "flat.pt"
+    dcp_to_torch_save(checkpoint, flat)
+    loaded: dict[str, torch.Tensor] = torch.load(flat, weights_only=True)
+    return loaded

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.conftest import ROOT
+from tests.helpers.commands import ROOT
 from tests.helpers.extensions import forget_optimizers
 from tests.helpers.ranks import launch
 from tests.helpers.steps import DEEPSEEK, VOCABULARY, batch_of, config_of, mesh_of

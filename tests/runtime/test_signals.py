@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import TINY, titan_moe
-from tests.test_cli import start
-from tests.train.test_training import train, untimed
+from tests.helpers.commands import TINY, start, titan_moe
+from tests.helpers.runs import train, untimed
 from titan_moe.config.tables import Config
 from titan_moe.runtime.stopping import Stopping
 from titan_moe.train import trainer

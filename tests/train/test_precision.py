@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.test_cli import complaints
+from tests.helpers.commands import ROOT, complaints
 
 BAND, MEAN_BAND = 0.04, 0.005  # relative difference of the loss: at any step, and on average
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.train.test_training import DEEPSEEK, Make, rows, untimed
+from tests.helpers.runs import DEEPSEEK, Make, rows, untimed
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.config.tables import Config
 from titan_moe.data.prepare import prepare

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
-from tests.train.test_training import Make, rows, train
+from tests.helpers.commands import ROOT
+from tests.helpers.runs import Make, rows, train
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.cli import parse
 from titan_moe.config import extensions

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.helpers.runs import DEEPSEEK, TIMED, Make, rows, saved_tensors, train, untimed
 from titan_moe.checkpoint.dcp import _MetadataUnpickler, load_checkpoint
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.config.load import load_config
-from titan_moe.config.tables import Config
 from titan_moe.data.prepare import prepare
 from titan_moe.errors import TrainingError, UserError
 from titan_moe.parallel.mesh import single
-from titan_moe.runtime.log import start_log
 from titan_moe.train.trainer import Trainer
 
-TIMED = ("tokens_per_second", "step_seconds", "mfu", "memory_gib")
-Make = Callable[..., Config]
-
-DEEPSEEK = ["--model.moe.shared_experts=1", "--balancer.rate=1e-2", "--model.moe.score=sigmoid"]
 ALL_TERMS = [
     "--regularizers.o.weight=1e-3",
     "--regularizers.o.match_lb=true",
@@ -39,34 +34,6 @@ ALL_TERMS = [
 def _restore_determinism() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def train(config: Config) -> list[dict[str, Any]]:
-    """Trains in this process and returns the rows of metrics.jsonl."""
-    run_dir = RunDir(config)
-    run_dir.open()
-    start_log(run_dir.log, 0)
-    try:
-        Trainer(config, prepare(config), run_dir, single(torch.device("cpu"))).run()
-    finally:
-        run_dir.close()
-    return rows(run_dir)
-
-
-def rows(run_dir: RunDir) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
-
-
-def untimed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key not in TIMED} for row in found]
-
-
-def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    dcp_to_torch_save(path, path.parent / "flat.pt")
-    loaded: dict[str, torch.Tensor] = torch.load(path.parent / "flat.pt", weights_only=True)
-    return loaded
 
 
 def test_a_run_directory_has_all_it_should(tiny_config: Make) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.train.test_training import Make, rows, train, untimed
+from tests.helpers.runs import Make, rows, saved_tensors, train, untimed
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.train import trainer
 from titan_moe.train.watch import RoutingWatch, Spikes
@@ -64,8 +64,6 @@ def test_a_skipped_step_updates_nothing_and_is_counted(tiny_config: Make, monkey
 
 
 def load(config: Any, step: int) -> dict[str, torch.Tensor]:
-    from tests.train.test_training import saved_tensors
-
     return saved_tensors(RunDir(config).checkpoint(step))
 
 

