@@ -1,4 +1,4 @@
-"""`inspect`: its sums are the library's measures on all tokens at once, the same on any ranks and in any batches."""
+"""`inspect`: its accumulated sums give the library's measures on all tokens, for any number of ranks and any batch size."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ RESET = ("parallelism",)
 OPTIONS = Options(sequences=0, cluster_tokens=100, examples=3)
 
 
-def look(run: Path, words: list[str], options: Options = OPTIONS, world: int = 1) -> list[dict[str, Any]]:
+def inspect_run(run: Path, words: list[str], options: Options = OPTIONS, world: int = 1) -> list[dict[str, Any]]:
     checkpoints = chosen_checkpoints([run], every=True)[-2:]
     state = read_state(checkpoints[0], "")
     config = saved_config(state["config"], "", words, world_size=world, reset=RESET)
@@ -42,26 +42,28 @@ def look(run: Path, words: list[str], options: Options = OPTIONS, world: int = 1
     return inspect(checkpoints, config, Mesh(degrees, torch.device("cpu")), options)
 
 
-def same(a: Any, b: Any, where: str = "") -> None:
-    """Equal to 1e-6, text and whole numbers exactly."""
+def assert_same_result(a: Any, b: Any, where: str = "") -> None:
+    """Floats equal to 1e-6, all else exactly."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
-            same(a[key], b[key], f"{where}/{key}")
+            assert_same_result(a[key], b[key], f"{where}/{key}")
     elif isinstance(a, list):
         assert len(a) == len(b), where
         for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, f"{where}/{index}")
+            assert_same_result(x, y, f"{where}/{index}")
     else:
         assert a == (pytest.approx(b, rel=1e-6, abs=1e-9) if isinstance(b, float) else b), where
 
 
-def test_one_batch_or_many(run: Path) -> None:
-    whole = look(run, ["--training.batch_size=8"])
-    assert [result["step"] for result in whole] == [4, 6]
+def test_the_microbatch_size_does_not_change_the_measures(run: Path) -> None:
+    one_batch = inspect_run(run, ["--training.batch_size=8"])
+    assert [result["step"] for result in one_batch] == [4, 6]
     for size in (1, 2):
-        same(look(run, ["--training.batch_size=8", f"--training.microbatch_size={size}"]), whole)
+        assert_same_result(
+            inspect_run(run, ["--training.batch_size=8", f"--training.microbatch_size={size}"]), one_batch
+        )
 
 
 LAYOUTS = {
@@ -75,16 +77,16 @@ LAYOUTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_on_two_ranks(run: Path, layout: str) -> None:
+def test_two_ranks_give_the_measures_of_one(run: Path, layout: str) -> None:
     world, words = LAYOUTS[layout]
     words = ["--training.batch_size=8", "--training.microbatch_size=2", *words]
-    first, second = launch(world, look, run, words, OPTIONS, world)
+    first, second = launch(world, inspect_run, run, words, OPTIONS, world)
     assert second == []
-    same(first, look(run, ["--training.batch_size=8"]))
+    assert_same_result(first, inspect_run(run, ["--training.batch_size=8"]))
 
 
-def test_the_sums_are_the_measures_of_all_tokens_at_once(run: Path) -> None:
-    (_, result) = look(run, ["--training.batch_size=8", "--training.microbatch_size=2"])
+def test_measures_from_accumulated_sums_equal_those_computed_on_all_tokens_at_once(run: Path) -> None:
+    (_, result) = inspect_run(run, ["--training.batch_size=8", "--training.microbatch_size=2"])
     checkpoint = chosen_checkpoints([run], every=False)[0]
     config = saved_config(read_state(checkpoint, "")["config"], "", [], world_size=1)
     prepared = prepare(config)
@@ -103,11 +105,11 @@ def test_the_sums_are_the_measures_of_all_tokens_at_once(run: Path) -> None:
     domains = torch.from_numpy(stream.domains)[batch.document_ids.flatten()[keep]]
     assert len(domains.unique()) == 2
     experts = config.model.moe.experts
-    for found, view, moe in zip(result["layers"], spy.views, model.moe_modules(), strict=True):
+    for measured, view, moe in zip(result["layers"], spy.views, model.moe_modules(), strict=True):
         scores, ids = view.scores_TE[keep], view.topk_ids_TK[keep]
         counts = torch.bincount(ids.flatten(), minlength=experts)
-        shares = view.gates_TK[keep] / view.gates_TK[keep].sum(1, keepdim=True)
-        gates = torch.zeros_like(scores).scatter(1, ids, shares)
+        normalized = view.gates_TK[keep] / view.gates_TK[keep].sum(1, keepdim=True)
+        gates = torch.zeros_like(scores).scatter(1, ids, normalized)
         load = metrics.domain_load(ids, domains, experts, 2)
         wanted = {
             "max_vio_global": metrics.max_vio(counts),
@@ -123,23 +125,23 @@ def test_the_sums_are_the_measures_of_all_tokens_at_once(run: Path) -> None:
             "domain_information": metrics.domain_information(load),
         }
         for name, value in wanted.items():
-            assert found[name] == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
-        assert found["load"] == counts.tolist()
-        assert found["domain_load"] == load.tolist()
+            assert measured[name] == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
+        assert measured["load"] == counts.tolist()
+        assert measured["domain_load"] == load.tolist()
         matrix = metrics.expert_response(moe.router.weight, moe.experts.gate_up[:, 0])
-        torch.testing.assert_close(torch.tensor(found["erc_M"]).double(), matrix.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(measured["erc_M"]).double(), matrix.detach(), rtol=1e-6, atol=0)
         best = gates.amax(0)
-        assert all(len(row) == 3 for row, gate in zip(found["examples"], best, strict=True) if gate > 0)
-    for found, (earlier, later) in zip(
+        assert all(len(row) == 3 for row, gate in zip(measured["examples"], best, strict=True) if gate > 0)
+    for measured, (earlier, later) in zip(
         result["pairs"], itertools.pairwise(view.topk_ids_TK[keep] for view in spy.views), strict=True
     ):
-        assert found["kappa"] == pytest.approx(metrics.coupling_kappa(earlier[:, 0], later[:, 0], experts))
+        assert measured["kappa"] == pytest.approx(metrics.coupling_kappa(earlier[:, 0], later[:, 0], experts))
         cond = metrics.conditional_routing(earlier, later, experts)
-        torch.testing.assert_close(torch.tensor(found["cond"], dtype=torch.float64), cond, rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(measured["cond"], dtype=torch.float64), cond, rtol=1e-6, atol=0)
 
 
-def test_persistence_is_counted_on_the_same_tokens(run: Path) -> None:
-    first, second = look(run, ["--training.batch_size=8"])
+def test_persistence_starts_with_the_second_checkpoint_and_is_1_for_the_same_one(run: Path) -> None:
+    first, second = inspect_run(run, ["--training.batch_size=8"])
     assert "persistence_top1" not in first["layers"][0]
     assert 0 < second["summary"]["persistence_top1"] < 1
     checkpoint = chosen_checkpoints([run], every=False)[0]
@@ -148,9 +150,9 @@ def test_persistence_is_counted_on_the_same_tokens(run: Path) -> None:
     assert again[1]["summary"]["persistence_top1"] == again[1]["summary"]["persistence_topk"] == 1.0
 
 
-def test_examples_are_the_tokens_with_the_largest_gates(run: Path) -> None:
-    """Every example is text of the validation split, what stands before it included."""
-    (_, result) = look(run, [], OPTIONS._replace(cluster_tokens=0, sequences=2))
+def test_examples_are_text_of_the_validation_split(run: Path) -> None:
+    """So is the context before each example token."""
+    (_, result) = inspect_run(run, [], OPTIONS._replace(cluster_tokens=0, sequences=2))
     assert "knn_overlap" not in result["layers"][0]
     config = saved_config(read_state(chosen_checkpoints([run], False)[0], "")["config"], "", [], world_size=1)
     prepared = prepare(config)
@@ -163,30 +165,32 @@ def test_examples_are_the_tokens_with_the_largest_gates(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_the_command_line(run: Path, tmp_path: Path) -> None:
+def test_inspect_on_the_command_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("violets are red\n" * 200)
 
-    def call(*words: str) -> subprocess.CompletedProcess[str]:
+    def run_inspect(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "titan_moe.cli", "inspect", *words]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
 
-    done = call(str(run), "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out.json"), "--examples=0")
+    done = run_inspect(
+        str(run), "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out.json"), "--examples=0"
+    )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found["domains"] == ["text"]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["domains"] == ["text"]
     assert "kappa" in done.stdout
-    done = call(str(run), "--all", "--cluster-tokens", "0")
+    done = run_inspect(str(run), "--all", "--cluster-tokens", "0")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (run / "inspect").iterdir()) == [f"step-0000000{n}.json" for n in (2, 4, 6)]
-    for words, message in MISTAKES.items():
-        done = call(*words.format(run=run).split())
+    for words, message in REFUSED.items():
+        done = run_inspect(*words.format(run=run).split())
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert message in done.stderr
 
 
-MISTAKES = {
+REFUSED = {
     "": "error: the following arguments are required: RUN; see `titan-moe inspect --help`",
     "/nowhere": "error: /nowhere: neither a checkpoint nor a run directory with one",
     "{run} --text /nowhere": "error: --text = '/nowhere': neither a corpus",
@@ -195,15 +199,15 @@ MISTAKES = {
 }
 
 
-def test_a_damaged_checkpoint_and_one_of_another_model(run: Path, tiny_config: Make) -> None:
+def test_a_damaged_checkpoint_and_one_of_another_model_are_refused(run: Path, tiny_config: Make) -> None:
     other = tiny_config("--model.dim=16")
     train(other)
     checkpoint = chosen_checkpoints([run], every=False)[0]
     config = saved_config(read_state(checkpoint, "")["config"], "", [], world_size=1)
-    alone = single(torch.device("cpu"))
+    one_rank = single(torch.device("cpu"))
     with pytest.raises(UserError, match=r"another model: model\.dim differs"):
-        inspect([checkpoint, RunDir(other).checkpoint(6)], config, alone, OPTIONS)
+        inspect([checkpoint, RunDir(other).checkpoint(6)], config, one_rank, OPTIONS)
     path = RunDir(other).checkpoint(6)
     (path / "__0_0.distcp").write_bytes(b"x")
     with pytest.raises(UserError, match="is damaged"):
-        inspect([path], other, alone, OPTIONS)
+        inspect([path], other, one_rank, OPTIONS)

@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, whatever the runs hold, small enough, with all numbers beside it."""
+"""The report: a self-contained page for any runs, of limited size, with the numbers of every plot as CSV."""
 
 import csv
 import html
@@ -23,11 +23,11 @@ from titan_moe.errors import UserError
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def made_run(folder: Path, name: str, words: list[str], steps: int = 30, checkpoints: int = 2, seed: int = 0) -> Path:
-    """A run directory with random numbers in all places."""
+def write_run(folder: Path, name: str, words: list[str], steps: int = 30, checkpoints: int = 2, seed: int = 0) -> Path:
+    """Writes a run directory with random metrics and inspections."""
     config = load_config("debug", [f"--job.name={name}", *words])
     layers, moe = config.model.layers, config.model.moe
-    dice = np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     path = folder / name
     (path / "inspect").mkdir(parents=True)
     (path / "config.toml").write_text(to_toml(config))
@@ -43,39 +43,39 @@ def made_run(folder: Path, name: str, words: list[str], steps: int = 30, checkpo
         "ce",
     ]
     rows: list[dict[str, Any]] = [
-        {"kind": "train", "step": n, "tokens": n * 100, **{key: float(dice.random()) for key in names}}
+        {"kind": "train", "step": n, "tokens": n * 100, **{key: float(random.random()) for key in names}}
         for n in range(1, steps + 1)
     ]
     rows.append({"kind": "validation", "step": steps, "loss": 4.0 + seed, "perplexity": 55.0, "bits_per_byte": 2.0})
     (path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for number in range(1, checkpoints + 1):
-        found = made_inspection(layers, moe.experts, dice, number > 1)
+        found = random_inspection(layers, moe.experts, random, number > 1)
         (path / "inspect" / f"step-{number * 10:08d}.json").write_text(json.dumps(found | {"step": number * 10}))
     return path
 
 
-def made_inspection(layers: int, experts: int, dice: np.random.Generator, later: bool) -> dict[str, Any]:
+def random_inspection(layers: int, experts: int, random: np.random.Generator, later: bool) -> dict[str, Any]:
     kept = {"persistence_top1": 0.5, "persistence_topk": 0.6} if later else {}
     measures = ("entropy", "topk_mass", "margin", "overlap", "overlap_chance", "overlap_y", "overlap_y_chance")
     measures += ("load_variation", "domain_information", "silhouette", "knn_overlap", "knn_overlap_chance")
     found = [
         {
-            **{name: float(dice.random()) for name in measures},
+            **{name: float(random.random()) for name in measures},
             **kept,
-            "load": dice.integers(0, 1000, experts).tolist(),
-            "domain_load": dice.integers(0, 1000, (2, experts)).tolist(),
-            "erc_M": dice.random((experts, experts)).round(7).tolist(),
+            "load": random.integers(0, 1000, experts).tolist(),
+            "domain_load": random.integers(0, 1000, (2, experts)).tolist(),
+            "erc_M": random.random((experts, experts)).round(7).tolist(),
             "examples": [[["before <b>&amp;", "token</svg>"]] * 8 for _ in range(experts)],
         }
         for _ in range(layers)
     ]
     pairs = [
         {
-            "kappa": float(dice.random()),
+            "kappa": float(random.random()),
             "kappa_chance": 0.1,
             "cluster_agreement": 0.4,
-            "matching": dice.permutation(experts).tolist(),
-            "cond": dice.random((experts, experts)).round(7).tolist(),
+            "matching": random.permutation(experts).tolist(),
+            "cond": random.random((experts, experts)).round(7).tolist(),
         }
         for _ in range(layers - 1)
     ]
@@ -110,8 +110,8 @@ class Page(html.parser.HTMLParser):
             self.open.pop()
 
 
-def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
-    runs = [made_run(tmp_path, name, ["--model.layers=3"], seed=n) for n, name in enumerate(("one", "two"))]
+def test_the_page_is_self_contained_and_every_link_has_a_target(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, name, ["--model.layers=3"], seed=n) for n, name in enumerate(("one", "two"))]
     page = write_report(runs, tmp_path / "out")
     text = page.read_text()
     found = Page(text)
@@ -126,12 +126,10 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     assert INK not in text
     assert "currentColor" in text
     assert "token&lt;/svg&gt;" in text
-    pictures = sorted(path.stem for path in (tmp_path / "out").glob("*.png"))
-    assert {"loss", "terms", "balance", "sharpness", "layers", "load", "kappa", "persistence", "clusters"} <= set(
-        pictures
-    )
-    assert {"paths-0", "paths-1", "domains-0", "response-1"} <= set(pictures)
-    for name in pictures:
+    plots = sorted(path.stem for path in (tmp_path / "out").glob("*.png"))
+    assert {"loss", "terms", "balance", "sharpness", "layers", "load", "kappa", "persistence", "clusters"} <= set(plots)
+    assert {"paths-0", "paths-1", "domains-0", "response-1"} <= set(plots)
+    for name in plots:
         rows = list(csv.DictReader((tmp_path / "out" / f"{name}.csv").open()))
         assert rows, name
         assert f'id="{name}"' in text
@@ -139,74 +137,74 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
 
 
 def test_differences_are_paired_by_step(tmp_path: Path) -> None:
-    runs = [made_run(tmp_path, name, [], steps=40) for name in ("one", "two")]
+    runs = [write_run(tmp_path, name, [], steps=40) for name in ("one", "two")]
     rows = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         if row["kind"] == "train":
             row["ce"] += 0.25 + 0.01 * (row["step"] % 4)
     (runs[1] / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     write_report(runs, tmp_path / "out")
-    found = {row["measure"]: row for row in csv.DictReader((tmp_path / "out" / "differences.csv").open())}
-    assert float(found["ce"]["difference"]) == pytest.approx(0.265, abs=1e-9)
-    assert 0.25 < float(found["ce"]["low"]) < 0.265 < float(found["ce"]["high"]) < 0.28
-    assert float(found["moe/entropy"]["difference"]) == 0.0
+    by_measure = {row["measure"]: row for row in csv.DictReader((tmp_path / "out" / "differences.csv").open())}
+    assert float(by_measure["ce"]["difference"]) == pytest.approx(0.265, abs=1e-9)
+    assert 0.25 < float(by_measure["ce"]["low"]) < 0.265 < float(by_measure["ce"]["high"]) < 0.28
+    assert float(by_measure["moe/entropy"]["difference"]) == 0.0
 
 
-def test_of_a_run_that_nobody_inspected(tmp_path: Path) -> None:
-    run = made_run(tmp_path, "plain", [], checkpoints=0)
+def test_a_run_without_inspections_gets_a_page_that_names_the_command(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "plain", [], checkpoints=0)
     text = write_report([run], tmp_path / "out").read_text()
     assert f"titan-moe inspect {run} --all" in text
     assert not (tmp_path / "out" / "layers.png").exists()
 
 
 @pytest.mark.slow
-def test_the_size_of_a_medium_run_with_twenty_checkpoints(tmp_path: Path) -> None:
+def test_the_page_of_a_medium_run_with_twenty_checkpoints_is_below_5_mb(tmp_path: Path) -> None:
     words = ["--model.layers=16", "--model.moe.experts=64", "--model.moe.top_k=4"]
-    page = write_report([made_run(tmp_path, "medium", words, steps=3000, checkpoints=20)], tmp_path / "out")
+    page = write_report([write_run(tmp_path, "medium", words, steps=3000, checkpoints=20)], tmp_path / "out")
     assert page.stat().st_size < 5e6
 
 
-def browsed(page: Path, profile: Path) -> subprocess.CompletedProcess[str]:
-    """The page as a browser at the width of a phone leaves it, and what it logs."""
+def open_in_browser(page: Path, profile: Path) -> subprocess.CompletedProcess[str]:
+    """Loads the page in a browser as wide as a phone: the resulting DOM on stdout, console messages on stderr."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,844", "--enable-logging=stderr"]
     command = [str(BROWSER), *options, f"--user-data-dir={profile}", "--dump-dom", f"file://{page}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-REACHED = """<script>
+PROBE = """<script>
 document.querySelectorAll("details").forEach(e => e.open = true);
 const reach = e => { e.focus(); return document.activeElement === e; };
 const all = [...document.querySelectorAll("*")];
 const scrolls = all.filter(e => e.scrollWidth > e.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(e).overflowX));
 const controls = all.filter(e => e.matches("a[href], summary"));
-const lost = [...scrolls, ...controls].filter(e => !reach(e)).map(e => e.outerHTML.slice(0, 80));
+const unreachable = [...scrolls, ...controls].filter(e => !reach(e)).map(e => e.outerHTML.slice(0, 80));
 const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-document.title = JSON.stringify({scrolls: scrolls.length, controls: controls.length, lost, wide});
+document.title = JSON.stringify({scrolls: scrolls.length, controls: controls.length, unreachable, wide});
 </script>"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_in_a_browser(tmp_path: Path) -> None:
-    """No error on the console; all that can be opened or scrolled can be reached from the keyboard; the page itself is not
-    wider than the screen."""
-    page = write_report([made_run(tmp_path, "one", [])], tmp_path / "out")
-    done = browsed(page, tmp_path / "profile")
-    assert "how the experts specialise" in done.stdout
+def test_the_page_works_in_a_browser_by_keyboard_and_on_a_narrow_screen(tmp_path: Path) -> None:
+    """No console message; every link and scrollable element can get the keyboard focus; the page is not wider than the
+    screen."""
+    page = write_report([write_run(tmp_path, "one", [])], tmp_path / "out")
+    done = open_in_browser(page, tmp_path / "profile")
+    assert "expert specialization" in done.stdout
     assert "CONSOLE" not in done.stderr
     probe = page.with_name("probe.html")
-    probe.write_text(page.read_text().replace("</body>", f"{REACHED}</body>"))
-    found = re.search(r"<title>(.*?)</title>", browsed(probe, tmp_path / "profile").stdout)
-    assert found is not None
-    seen = json.loads(html.unescape(found[1]))
-    assert seen["lost"] == []
+    probe.write_text(page.read_text().replace("</body>", f"{PROBE}</body>"))
+    title = re.search(r"<title>(.*?)</title>", open_in_browser(probe, tmp_path / "profile").stdout)
+    assert title is not None
+    seen = json.loads(html.unescape(title[1]))
+    assert seen["unreachable"] == []
     assert not seen["wide"]
     assert seen["scrolls"] > 3
     assert seen["controls"] > 20
 
 
-def test_mistakes(tmp_path: Path) -> None:
-    run = made_run(tmp_path, "one", [])
+def test_wrong_arguments_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "one", [])
     for words, message in (
         ([], "error: the following arguments are required: RUN; see `titan-moe report --help`"),
         (["/nowhere"], "error: /nowhere: not a run directory: "),

@@ -1,4 +1,4 @@
-"""Sweeps: the cells of a grid, their statistics, and whole sweeps that are killed and go on."""
+"""Sweeps: the cells of a grid, the statistics, and real sweeps that are killed and restarted."""
 
 import csv
 import os
@@ -48,7 +48,7 @@ def sweep_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_cells(sweep_file: Path) -> None:
+def test_a_sweep_has_a_cell_for_every_arm_grid_point_and_seed(sweep_file: Path) -> None:
     path, sweep = read_sweep(str(sweep_file))
     cells = cells_of(path, sweep)
     assert len(cells) == 2 * 2 * 3
@@ -65,7 +65,7 @@ def test_cells(sweep_file: Path) -> None:
     assert dense.model.moe.first_dense_layers == 3
 
 
-MISTAKES = {
+INVALID = {
     "[arms]": r"arms: .*at least 1",
     "[arms.a]\n[arrms.b]": r"arrms: extra inputs .*; a sweep has .*baseline",
     'baseline = "b"\n[arms.a]': r"baseline = 'b' is none of the arms: a",
@@ -77,15 +77,15 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("text", list(MISTAKES))
-def test_mistakes_in_a_sweep(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", list(INVALID))
+def test_an_invalid_sweep_file_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.toml").write_text(text)
-    with pytest.raises(UserError, match=MISTAKES[text]) as caught:
+    with pytest.raises(UserError, match=INVALID[text]) as caught:
         cells_of(*read_sweep(str(tmp_path / "bad.toml")))
     assert "\n" not in str(caught.value)
 
 
-def test_a_mistake_in_an_arm_says_where_it_stands(tmp_path: Path) -> None:
+def test_an_invalid_setting_of_an_arm_names_file_and_arm(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[arms.a]\n[arms.b]\nmodel.dimm = 3")
     path, sweep = read_sweep(str(tmp_path / "bad.toml"))
     good, bad = cells_of(path, sweep)
@@ -94,15 +94,15 @@ def test_a_mistake_in_an_arm_says_where_it_stands(tmp_path: Path) -> None:
         cell_config(bad, sweep, tmp_path, [], 1)
 
 
-def test_a_place_of_the_grid_may_have_its_own_configuration(tmp_path: Path) -> None:
+def test_a_grid_value_may_replace_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(
         "[arms.a]\n[set]\nmodel.layers = 2\n[grid]\nscale = { x = { config = 'small.toml' } }"
     )
     (tmp_path / "more.toml").write_text("extends = 'base.toml'\nconfig = 'mine.toml'\n[arms.b]\n[grid]\nscale.y = {}")
     (tmp_path / "mine.toml").write_text("extends = 'debug.toml'\nmodel.dim = 96")
     path, sweep = read_sweep(str(tmp_path / "more.toml"))
-    found = {cell.name: cell_config(cell, sweep, tmp_path, [], 1) for cell in cells_of(path, sweep)}
-    assert {name: (config.model.dim, config.model.layers) for name, config in found.items()} == {
+    result = {cell.name: cell_config(cell, sweep, tmp_path, [], 1) for cell in cells_of(path, sweep)}
+    assert {name: (config.model.dim, config.model.layers) for name, config in result.items()} == {
         f"{arm}--{scale}--seed0": (dim, 2) for arm in "ab" for scale, dim in (("x", 576), ("y", 96))
     }
     path, sweep = read_sweep(str(tmp_path / "more.toml"), base="medium")
@@ -110,26 +110,26 @@ def test_a_place_of_the_grid_may_have_its_own_configuration(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.toml")), ids=lambda file: file.stem)
-def test_shipped_sweeps(file: Path) -> None:
+def test_all_cells_of_the_shipped_sweeps_are_valid(file: Path) -> None:
     path, sweep = read_sweep(file.stem)
     for cell in cells_of(path, sweep):
         cell_config(cell, sweep, Path("runs"), [], 1)
 
 
-def test_paired_differences() -> None:
+def test_paired_tests_equal_those_of_scipy() -> None:
     values = [0.1, 0.3, -0.05, 0.2, 0.15]
-    found = paired(values, margin=0.05)
+    result = paired(values, margin=0.05)
     test = stats.ttest_1samp(values, 0.0)
     interval = test.confidence_interval(0.95)
-    assert (found.p, found.low, found.high) == pytest.approx((test.pvalue, interval.low, interval.high), rel=1e-12)
+    assert (result.p, result.low, result.high) == pytest.approx((test.pvalue, interval.low, interval.high), rel=1e-12)
     below = stats.ttest_1samp(values, 0.05, alternative="less").pvalue
     above = stats.ttest_1samp(values, -0.05, alternative="greater").pvalue
-    assert found.p_equivalent == pytest.approx(max(below, above), rel=1e-12)
+    assert result.p_equivalent == pytest.approx(max(below, above), rel=1e-12)
     assert np.isnan(paired([0.1], 0.05).p)
     assert paired([0.0, 0.0], 0.05)[1:] == (0.0, 0.0, 0.0, 1.0, 0.0)
 
 
-def test_holm() -> None:
+def test_holm_adjusted_p_values() -> None:
     assert holm([0.01, 0.04, float("nan"), 0.03]) == pytest.approx([0.03, 0.06, float("nan"), 0.06], nan_ok=True)
     assert holm([0.6, 0.5]) == [1.0, 1.0]
     assert holm([]) == []
@@ -145,13 +145,13 @@ def test_holm() -> None:
         ([0.1], "too few pairs"),
     ],
 )
-def test_verdicts(values: list[float], word: str) -> None:
-    found = paired(values, 0.005)
-    assert verdict(found, found.p) == word
+def test_verdict_on_paired_losses(values: list[float], word: str) -> None:
+    result = paired(values, 0.005)
+    assert verdict(result, result.p) == word
 
 
-def started(sweep_file: Path, folder: Path, corpus: Path, *words: str) -> subprocess.Popen[str]:
-    tiny = [word for word in TINY if "top_k" not in word]  # which the dense arm sets itself
+def start_sweep(sweep_file: Path, folder: Path, corpus: Path, *words: str) -> subprocess.Popen[str]:
+    tiny = [word for word in TINY if "top_k" not in word]  # the dense arm sets top_k; options would override it
     options = [*tiny, f"--data.corpus={corpus}", "--training.dtype=float32", "--model.moe.hidden_dim=24", *words]
     command = [sys.executable, "-m", "titan_moe.cli", "sweep", "--config", str(sweep_file), "--output", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TITAN_MOE_CACHE": str(folder.parent / "cache")}
@@ -168,11 +168,11 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_at_any_moment_ends_with_the_same_tables(
+def test_a_sweep_killed_at_random_times_ends_with_the_same_tables(
     sweep_file: Path, tmp_path: Path, corpus_dir: Path
 ) -> None:
     sweep_file.write_text(SWEEP.partition("[grid]")[0].replace("seeds = [0, 1]", "seeds = [0]"))
-    out = finish(started(sweep_file, tmp_path / "whole", corpus_dir))
+    out = finish(start_sweep(sweep_file, tmp_path / "whole", corpus_dir))
     assert "3 of 3 runs" in out
     rows = list(csv.DictReader((tmp_path / "whole" / "results.csv").open()))
     assert len(rows) == 3
@@ -183,21 +183,21 @@ def test_a_sweep_killed_at_any_moment_ends_with_the_same_tables(
     measures = {row["measure"] for row in csv.DictReader((tmp_path / "whole" / "comparisons.csv").open())}
     assert {"loss", "moe/overlap", "reg/lb", "inspect/kappa", "inspect/persistence_top1"} <= measures
 
-    dice = random.Random(1)
+    random_times = random.Random(1)
     for number in signal.SIGKILL, signal.SIGTERM, signal.SIGKILL:
-        process = started(sweep_file, tmp_path / "broken", corpus_dir)
-        time.sleep(dice.uniform(4, 10))
+        process = start_sweep(sweep_file, tmp_path / "broken", corpus_dir)
+        time.sleep(random_times.uniform(4, 10))
         process.send_signal(number)
         process.communicate(timeout=120)
         assert process.returncode in (-9, 143, 0)
-    finish(started(sweep_file, tmp_path / "broken", corpus_dir))
+    finish(start_sweep(sweep_file, tmp_path / "broken", corpus_dir))
     for name in ("results.csv", "comparisons.csv", "results.md"):
         assert (tmp_path / "broken" / name).read_text() == (tmp_path / "whole" / name).read_text(), name
 
     began = time.monotonic()
-    finish(started(sweep_file, tmp_path / "whole", corpus_dir))
+    finish(start_sweep(sweep_file, tmp_path / "whole", corpus_dir))
     assert time.monotonic() - began < 60
-    changed = started(sweep_file, tmp_path / "whole", corpus_dir, "--optimizer.lr=1e-5")
+    changed = start_sweep(sweep_file, tmp_path / "whole", corpus_dir, "--optimizer.lr=1e-5")
     _, errors = changed.communicate(timeout=120)
     assert changed.returncode == 2
     assert "optimizer.lr: has changed since dense--seed0 was run" in errors
@@ -207,7 +207,7 @@ def test_a_sweep_killed_at_any_moment_ends_with_the_same_tables(
 def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path, corpus_dir: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("validations = 1\n[arms.good]\n[arms.bad]\ncheckpoint.load_path = '/nowhere'\n")
-    process = started(file, tmp_path / "out", corpus_dir)
+    process = start_sweep(file, tmp_path / "out", corpus_dir)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "1 of 2 runs" in out

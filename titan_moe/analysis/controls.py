@@ -1,7 +1,7 @@
-"""Two controls for sp and cp, as terms of their own: `extensions.modules = ["titan_moe.analysis.controls"]`.
+"""Two control experiments for sp and cp, as loss terms: `extensions.modules = ["titan_moe.analysis.controls"]`.
 
-regularizers.entropy.weight     the entropy of the routing scores: sharpness without any coupling of layers
-regularizers.shuffled.weight    sp between experts of different tokens: repulsion without co-activation
+regularizers.entropy.weight     entropy of the routing scores: sharpens routing as cp does, without coupling layers
+regularizers.shuffled.weight    sp between experts of different tokens: pushes experts apart, co-activated or not
 """
 
 import torch
@@ -26,8 +26,10 @@ class Entropy(Term):
 
 @register
 class ShuffledSpecialization(Term):
-    """Squared cosines of each token's expert activations with those of other experts on another token, half a microbatch
-    away; scaled to sp's k(k-1) pairs. A zero vector has cosine 0 with everything."""
+    """Squared cosines between a token's expert activations and those of the token half a microbatch later.
+
+    Only pairs of different experts count; their mean is multiplied by k(k-1), sp's number of pairs. A zero vector has
+    cosine 0 with every other."""
 
     name = "shuffled"
     title = "sp of shuffled tokens (control)"

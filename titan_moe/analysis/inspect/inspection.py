@@ -1,6 +1,6 @@
-"""A checkpoint and text in, the measures of docs/metrics.md out: streaming, on any number of ranks.
+"""Measures of checkpoints on a text (docs/metrics.md), accumulated batch by batch on any number of ranks.
 
-With several checkpoints of one model the text goes through each, and each is compared with the one before.
+With several checkpoints of one model, every one runs on the same text and is compared with the one before.
 """
 
 import json
@@ -62,10 +62,10 @@ from torchtitan_ext.metrics import (
 from torchtitan_ext.ops.response import coupling_noise_bound
 from torchtitan_ext.terms.specialization import chance_overlap
 
-DIGITS = 7  # significant ones of the numbers in matrices
-UNSAFE = re.compile(r"[^\w.-]")  # in a file's name
+DIGITS = 7  # significant digits of matrix entries in the JSON file
+UNSAFE = re.compile(r"[^\w.-]")  # characters replaced in file names
 CONTEXT = 8  # tokens shown before an example
-ROUTING_TOKENS = 1 << 17  # from the text's start, whose choices are compared between checkpoints
+ROUTING_TOKENS = 1 << 17  # at the start of the text, whose chosen experts are compared between checkpoints
 
 COLUMNS = {
     "load_variation": "load cv",
@@ -90,7 +90,7 @@ class Options(NamedTuple):
     text: str = ""
     """A corpus as in data.corpus; empty: the validation text of the run."""
     sequences: int = 0
-    """Of the text, from its start; 0: all."""
+    """Sequences read, from the start of the text; 0: all."""
     cluster_tokens: int = 2048
     """Tokens whose router inputs are clustered; 0: none."""
     examples: int = 8
@@ -98,26 +98,27 @@ class Options(NamedTuple):
 
 
 def inspect(checkpoints: Sequence[Path], config: Config, mesh: Mesh, options: Options) -> list[dict[str, Any]]:
-    """What there is to say of each checkpoint; empty on all ranks but the first. config: the model's, and how to run it.
-    Raises UserError."""
-    watched = Watched(config, mesh, options)
+    """The measures of every checkpoint, on rank 0; an empty list on other ranks. Raises UserError.
+
+    config: of the checkpoints' model, with the parallelism and dtype to run it with."""
+    inspected = InspectedModel(config, mesh, options)
     results: list[dict[str, Any]] = []
     before: Tally | None = None
     for checkpoint in checkpoints:
-        tally = watched.tally(kept_routing=ROUTING_TOKENS if len(checkpoints) > 1 else 0)
-        watched.load(checkpoint)
-        losses = watched.go_through(tally)
+        tally = inspected.tally(kept_routing=ROUTING_TOKENS if len(checkpoints) > 1 else 0)
+        inspected.load(checkpoint)
+        losses = inspected.go_through(tally)
         result = {"checkpoint": str(checkpoint), "step": int(read_state(checkpoint, "checkpoint")["step"])}
         result |= {"text": options.text or "validation", **losses._asdict()}
-        found = summary(watched, tally, before)
+        measures = summary(inspected, tally, before)
         if mesh.first:
-            results.append(result | found)
+            results.append(result | measures)
         before = tally
     return results
 
 
-class Watched:
-    """A model whose layers report to a tally, and the text that goes through it."""
+class InspectedModel:
+    """A model whose MoE layers report to a tally, and the text to run it on."""
 
     def __init__(self, config: Config, mesh: Mesh, options: Options) -> None:
         """Raises UserError."""
@@ -136,7 +137,7 @@ class Watched:
         record(self.model, self.recorder, inputs=options.cluster_tokens > 0)
 
     def tally(self, **more: Any) -> Tally:
-        """An empty one."""
+        """An empty tally. more: Tally's options."""
         moe, stream = self.config.model.moe, self.stream
         return Tally(
             layers=self.model.moe_layers,
@@ -144,14 +145,14 @@ class Watched:
             domains=len(self.prepared.manifest.domains),
             seq_len=self.windows.seq_len,
             device=self.mesh.device,
-            domain_at=lambda places: stream.domains[stream.documents_at(places)],
-            sampled=sampled_places(self.sequences * self.windows.seq_len, self.options.cluster_tokens),
+            domain_at=lambda positions: stream.domains[stream.documents_at(positions)],
+            sampled=sampled_positions(self.sequences * self.windows.seq_len, self.options.cluster_tokens),
             examples=self.options.examples,
             **more,
         )
 
     def load(self, checkpoint: Path) -> None:
-        """Takes a checkpoint's weights. Raises UserError for a damaged one, and one of another model."""
+        """Loads a checkpoint's weights. Raises UserError when it is damaged or of another model."""
         state = read_state(checkpoint, "checkpoint")
         different = changed_keys(state["config"]["model"], self.config.model_dump(mode="json")["model"], "model.")
         if different:
@@ -163,7 +164,7 @@ class Watched:
 
     @torch.no_grad()
     def go_through(self, tally: Tally) -> Losses:
-        """Streams the text through the model; the tally fills and is summed over ranks."""
+        """Runs the model on the text and returns the losses. Fills the tally and sums it over ranks."""
         mesh = self.mesh
         self.recorder.tally = tally
         part = DataRank(micro_batch_size(self.config, mesh.degrees), mesh.data_rank, mesh.degrees.data)
@@ -172,69 +173,70 @@ class Watched:
         quiet = not (mesh.first and sys.stderr.isatty())
         count, console = -(-self.sequences // (part.size * part.ranks)), Console(stderr=True)
         for batch in track(batches, "Inspecting", count, console=console, transient=True, disable=quiet):
-            found = evaluate_batch(self.runner, batch, mesh)
-            sums.add(found, self.prepared.tokenizer)
-            tally.add_pairs(found.routing_pairs, found.labelled)
+            evaluated = evaluate_batch(self.runner, batch, mesh)
+            sums.add(evaluated, self.prepared.tokenizer)
+            tally.add_pairs(evaluated.routing_pairs, evaluated.labelled)
         tally.sum_over_ranks(mesh)
         return sums.over_ranks(mesh)
 
 
-def sampled_places(count: int, wanted: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":
-    """Which of `count` positions of the text are clustered: the same ones on any number of ranks and in any batches."""
+def sampled_positions(count: int, wanted: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    """A mask of the `wanted` positions, of `count`, to cluster: the same for any number of ranks and any batch size."""
     chosen = np.zeros(count, dtype=np.bool_)
     chosen[permuted(np.arange(min(wanted, count), dtype=np.int64), count, key=0)] = True
     return chosen
 
 
-class Part(NamedTuple):
-    """What one rank has that does not simply add up."""
+class RankResult(NamedTuple):
+    """Results of one rank that rank 0 merges, since they are no sums."""
 
     responses: dict[int, tuple[Tensor, Tensor]]
+    """By layer, erc's M and eps."""
     samples: dict[int, Sample]
     best_gates: Tensor
-    best_places: Tensor
+    best_positions: Tensor
 
 
-def summary(watched: Watched, tally: Tally, before: Tally | None) -> dict[str, Any]:
-    """Every measure: by layer, by pair of layers, and means. Collective; the result counts on the first rank."""
-    model, mesh, prepared, stream = watched.model, watched.mesh, watched.prepared, watched.stream
+def summary(inspected: InspectedModel, tally: Tally, before: Tally | None) -> dict[str, Any]:
+    """Every measure by layer, by pair of consecutive layers, and its means. A collective; returns {} except on rank 0."""
+    model, mesh, prepared, stream = inspected.model, inspected.mesh, inspected.prepared, inspected.stream
     responses = {moe.layer: response(moe.router.weight, moe.experts.gate_up) for moe in model.moe_modules()}
-    persistent = None if before is None else unchanged_choices(before, tally)
-    if persistent is not None:
-        persistent = all_sum(all_sum(persistent.to(mesh.device), mesh.ranks.data), mesh.pp)
-    own = Part(responses, tally.samples, tally.best_gates.cpu(), tally.best_places.cpu())
-    parts = [own]
+    unchanged = None if before is None else unchanged_choices(before, tally)
+    if unchanged is not None:
+        unchanged = all_sum(all_sum(unchanged.to(mesh.device), mesh.ranks.data), mesh.pp)
+    ours = RankResult(responses, tally.samples, tally.best_gates.cpu(), tally.best_positions.cpu())
+    parts = [ours]
     if mesh.degrees.world > 1:
         everyone: list[Any] = [None] * mesh.degrees.world
-        dist.gather_object(own, everyone if mesh.first else None)
+        dist.gather_object(ours, everyone if mesh.first else None)
         parts = everyone
     if not mesh.first:
         return {}
     samples = merged([part.samples for part in parts])
     gates = torch.cat([part.best_gates for part in parts], dim=2)
-    places = torch.cat([part.best_places for part in parts], dim=2)
-    examples = [unique_largest(g, p, tally.examples) for g, p in zip(gates, places, strict=True)]
+    positions = torch.cat([part.best_positions for part in parts], dim=2)
+    examples = [unique_largest(g, p, tally.examples) for g, p in zip(gates, positions, strict=True)]
     layers = []
     for layer in range(tally.layers):
-        found = layer_measures(tally, layer, model)
+        measures = layer_measures(tally, layer, model)
         matrix, eps = next(part.responses[layer] for part in parts if layer in part.responses)
-        found |= {"erc_eps": rounded(eps), "erc_M": rounded(matrix)}
+        measures |= {"erc_eps": rounded(eps), "erc_M": rounded(matrix)}
         if layer in samples:
-            found |= cluster_measures(*samples[layer])
-        if persistent is not None:
-            first, kept, count = persistent[layer].tolist()
-            found |= {"persistence_top1": first / max(count, 1), "persistence_topk": kept / max(count, 1)}
+            measures |= cluster_measures(*samples[layer])
+        if unchanged is not None:
+            first, kept, count = unchanged[layer].tolist()
+            measures |= {"persistence_top1": first / max(count, 1), "persistence_topk": kept / max(count, 1)}
         if tally.examples:
-            found["examples"] = [
-                [context(stream, prepared.tokenizer, place) for place in row if place >= 0]
+            measures["examples"] = [
+                [context(stream, prepared.tokenizer, position) for position in row if position >= 0]
                 for row in examples[layer].tolist()
             ]
-        layers.append(found)
+        layers.append(measures)
     pairs = [pair_measures(tally, pair) for pair in range(tally.layers - 1)]
     if samples:
-        shares = cluster_agreement([samples[layer][0] for layer in range(tally.layers)], tally.experts)
-        for found, share in zip(pairs, shares, strict=True):
-            found["cluster_agreement"] = share
+        agreements = cluster_agreement([samples[layer][0] for layer in range(tally.layers)], tally.experts)
+        for measures, agreement in zip(pairs, agreements, strict=True):
+            measures["cluster_agreement"] = agreement
     return {
         "domains": [name or "none" for name in prepared.manifest.domains],
         "summary": means([*layers]) | means(pairs),
@@ -244,6 +246,7 @@ def summary(watched: Watched, tally: Tally, before: Tally | None) -> dict[str, A
 
 
 def layer_measures(tally: Tally, layer: int, model: Transformer) -> dict[str, Any]:
+    """Measures of one MoE layer that follow from the summed tally."""
     moe = model.settings.moe
     counts = tally.counts[layer].cpu()
     tokens = max(int(counts.sum()) // moe.top_k, 1)
@@ -266,7 +269,7 @@ def layer_measures(tally: Tally, layer: int, model: Transformer) -> dict[str, An
 
 
 def pair_measures(tally: Tally, pair: int) -> dict[str, Any]:
-    """Of one layer and the next."""
+    """Measures of the routing from one MoE layer to the next."""
     joint, first = tally.joint[pair].cpu().double(), tally.first_joint[pair].cpu().double()
     matching, kappa = match_experts(first)
     used = tally.counts[pair].cpu().clamp(min=1).unsqueeze(1)
@@ -280,44 +283,47 @@ def pair_measures(tally: Tally, pair: int) -> dict[str, Any]:
 
 
 def cluster_measures(inputs: Tensor, top1: Tensor) -> dict[str, float]:
-    shares = torch.bincount(top1).double() / len(top1)
-    found = {"knn_overlap": knn_overlap(inputs, top1), "knn_overlap_chance": 1.0 - shares.square().sum().item()}
-    if 1 < int((shares > 0).sum()) < len(top1):
-        found["silhouette"] = routing_silhouette(inputs, top1)
-    return found
+    """How router inputs (N, D) group by their first expert (N,)."""
+    fractions = torch.bincount(top1).double() / len(top1)
+    measures = {"knn_overlap": knn_overlap(inputs, top1), "knn_overlap_chance": 1.0 - fractions.square().sum().item()}
+    if 1 < int((fractions > 0).sum()) < len(top1):
+        measures["silhouette"] = routing_silhouette(inputs, top1)
+    return measures
 
 
 def response(router_weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """erc's M, rows divided by their diagonal, and eps, of a layer's whole weights."""
+    """erc's M (E, E), its rows divided by their diagonal, and eps (E,), from the all-gathered weights of a layer."""
     router, gate = whole(router_weight).detach(), whole(gate_up).detach()[:, 0]
     return expert_response(router, gate).cpu(), coupling_noise_bound(router).cpu()
 
 
-def unique_largest(gates: Tensor, places: Tensor, count: int) -> Tensor:
-    """The places (E, count) of the largest gates when ranks that share tokens report each of them; -1 where there is none."""
-    order = places.argsort(dim=1, stable=True)
-    gates, places = gates.gather(1, order), places.gather(1, order)
-    again = torch.zeros_like(places, dtype=torch.bool)
-    again[:, 1:] = places[:, 1:] == places[:, :-1]
-    gates, places = gates.masked_fill(again, -torch.inf), places.masked_fill(again, -1)
-    return largest(gates, places, count)[1]
+def unique_largest(gates: Tensor, positions: Tensor, count: int) -> Tensor:
+    """Each expert's positions with the largest gates, (E, count); -1 where there are fewer tokens.
+
+    gates, positions: (E, n) of all ranks. Tensor-parallel ranks report the same tokens; each counts once."""
+    order = positions.argsort(dim=1, stable=True)
+    gates, positions = gates.gather(1, order), positions.gather(1, order)
+    repeated = torch.zeros_like(positions, dtype=torch.bool)
+    repeated[:, 1:] = positions[:, 1:] == positions[:, :-1]
+    gates, positions = gates.masked_fill(repeated, -torch.inf), positions.masked_fill(repeated, -1)
+    return largest(gates, positions, count)[1]
 
 
-def context(stream: TokenStream, tokenizer: Tokenizer, place: int) -> list[str]:
-    """What stands before a token in its document, and the token, as text."""
-    start = max(place - CONTEXT, int(stream.starts[stream.documents_at(np.array([place]))[0]]))
-    ids = stream.read(start, place + 1).tolist()
+def context(stream: TokenStream, tokenizer: Tokenizer, position: int) -> list[str]:
+    """The last tokens before a position, within its document, and the token at it, both as text."""
+    start = max(position - CONTEXT, int(stream.starts[stream.documents_at(np.array([position]))[0]]))
+    ids = stream.read(start, position + 1).tolist()
     return [tokenizer.decode(ids[:-1]), tokenizer.decode(ids[-1:])]
 
 
-def means(found: list[dict[str, Any]]) -> dict[str, float]:
-    """Of every number that all of them have."""
-    names = [name for name, value in found[0].items() if isinstance(value, int | float)] if found else []
-    return {name: sum(one[name] for one in found) / len(found) for name in names if all(name in one for one in found)}
+def means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means of every number that all rows have."""
+    names = [name for name, value in rows[0].items() if isinstance(value, int | float)] if rows else []
+    return {name: sum(row[name] for row in rows) / len(rows) for name in names if all(name in row for row in rows)}
 
 
 def rounded(x: Tensor) -> Any:
-    """A matrix for a file."""
+    """Nested lists of numbers with few digits, for JSON."""
 
     def short(value: Any) -> Any:
         return [short(v) for v in value] if isinstance(value, list) else float(f"{value:.{DIGITS}g}")
@@ -336,51 +342,52 @@ def write_results(checkpoints: Sequence[Path], results: list[dict[str, Any]], te
         if output:
             path = output / path.name if len(checkpoints) > 1 else output
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}")
-        fresh.write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
-        fresh.replace(path)
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
+        temporary.replace(path)
         print_table(table(result))
         print(path)
 
 
 def table(result: dict[str, Any]) -> Table:
-    """A row a layer; what belongs to a pair stands with the earlier layer."""
+    """One row per MoE layer. Measures of a pair of layers are in the row of the earlier layer."""
     title = f"{result['checkpoint']}: loss {result['loss']:.4f} on {result['tokens']:,} tokens of {result['text']}"
     rows = [*map(dict, result["layers"]), result["summary"]]
     for row, pair in zip(rows, result["pairs"], strict=False):
         row |= pair
     names = [name for name in COLUMNS if any(name in row for row in rows)]
-    found = Table(title=title)
+    result_table = Table(title=title)
     for title in ("layer", *(COLUMNS[name] for name in names)):
-        found.add_column(title, justify="right")
+        result_table.add_column(title, justify="right")
     for number, row in enumerate(rows):
         label = str(number) if number < len(result["layers"]) else "mean"
-        found.add_row(label, *(f"{row[name]:.3g}" if name in row else "" for name in names))
-    return found
+        result_table.add_row(label, *(f"{row[name]:.3g}" if name in row else "" for name in names))
+    return result_table
 
 
 def place_of(checkpoint: Path, text: str) -> Path:
-    """Where the result of a checkpoint of a run directory is kept."""
+    """The file for the result of a checkpoint: in `inspect/` of its run directory."""
     name = f"{checkpoint.name}-{UNSAFE.sub('_', text)}" if text else checkpoint.name
     return checkpoint.parent.parent / "inspect" / f"{name}.json"
 
 
 def chosen_checkpoints(paths: Sequence[Path], every: bool) -> list[Path]:
-    """Checkpoints as they are, and of run directories the newest, or every one. Raises UserError."""
-    found = []
+    """The paths that are checkpoints, and of run directories the newest checkpoint (`every`: all). Raises UserError."""
+    checkpoints = []
     for path in paths:
         steps = saved_steps(path / "checkpoints")
         if steps:
-            found += [path / "checkpoints" / f"step-{step:08d}" for step in (steps if every else steps[-1:])]
+            checkpoints += [path / "checkpoints" / f"step-{step:08d}" for step in (steps if every else steps[-1:])]
         elif (path / STATE_FILE).exists():
-            found.append(path)
+            checkpoints.append(path)
         else:
             raise UserError(f"{path}: neither a checkpoint nor a run directory with one")
-    return found
+    return checkpoints
 
 
 def from_checkpoint(paths: Sequence[Path], every: bool, words: Sequence[str], world: int) -> tuple[list[Path], Config]:
-    """The checkpoints that paths mean, and their model's configuration, to be run here. words: `--section.key=value`."""
+    """The checkpoints of `chosen_checkpoints`, and their configuration without the parallelism that they were trained
+    with. words: overrides, `--section.key=value`."""
     checkpoints = chosen_checkpoints(paths, every)
     state = read_state(checkpoints[0], "checkpoint")
     reset = ("parallelism", "compile", "activation_checkpoint")

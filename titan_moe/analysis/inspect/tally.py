@@ -1,4 +1,4 @@
-"""What an inspection collects while text streams through the model: sums that add up over batches and ranks.
+"""What `inspect` accumulates while text runs through the model. The sums add up over batches and ranks.
 
 L MoE layers, E experts, K chosen experts, T tokens of a batch, D model width.
 """
@@ -22,43 +22,43 @@ from torchtitan_ext.ops.routing import normalize_scores
 from torchtitan_ext.terms import LayerView, Needs, Setting, Term, TermOptions, Terms
 
 PER_TOKEN = ("entropy", "topk_mass", "margin", "overlap", "overlap_y", "squared_gates")
-Places = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int64]
 
 
 class Sample(NamedTuple):
     """Router inputs of some tokens at one layer."""
 
-    places: list[Places]
-    """Positions in the text, of this rank's part."""
+    positions: list[Positions]
+    """Positions in the text, of this rank's tokens."""
     inputs: list[Tensor]
     """(n, D) float32."""
     top1: list[Tensor]
-    """(n,) first choices."""
+    """(n,) experts with the largest gate."""
 
 
 @dataclass
 class Tally:
-    """All that is collected, of this rank's tokens."""
+    """Everything collected from this rank's tokens."""
 
     layers: int
     experts: int
     domains: int
     seq_len: int
-    """Tokens of a whole sequence."""
+    """Tokens per sequence, over all context-parallel ranks."""
     device: torch.device
-    domain_at: Callable[[Places], Places]
-    """The domain of every position in the text."""
+    domain_at: Callable[[Positions], Positions]
+    """Positions in the text to their domains."""
     sampled: npt.NDArray[np.bool_]
-    """By position in the text: whether its router inputs are kept."""
+    """By position in the text: whether the router inputs are kept."""
     examples: int
-    """Tokens kept for each expert, those with the largest gates."""
+    """How many tokens with the largest gates are kept for each expert."""
     kept_routing: int = 0
-    """Positions of the text, from its start, whose choices are kept, to be compared with another checkpoint's."""
+    """The chosen experts of this many first positions are kept, to be compared with another checkpoint's."""
     sequences: int = 0
-    """Sequences whose rows are counted apart; 0: none."""
+    """Rows per expert are counted for each of this many sequences; 0: not counted."""
     samples: dict[int, Sample] = field(default_factory=dict)
-    routing: dict[int, list[tuple[Places, Tensor]]] = field(default_factory=dict)
-    """By layer: positions, and choices (n, K) int16."""
+    routing: dict[int, list[tuple[Positions, Tensor]]] = field(default_factory=dict)
+    """By layer: positions, and chosen experts (n, K) int16."""
 
     def __post_init__(self) -> None:
         shape = (self.layers, self.experts)
@@ -75,13 +75,13 @@ class Tally:
         self.first_joint = torch.zeros_like(self.joint)
         self.sequence_load = zeros(self.sequences, self.layers, self.experts)
         self.best_gates = torch.full((*shape, self.examples), -torch.inf, dtype=torch.float64, device=self.device)
-        self.best_places = torch.full((*shape, self.examples), -1, dtype=torch.int64, device=self.device)
+        self.best_positions = torch.full((*shape, self.examples), -1, dtype=torch.int64, device=self.device)
 
     def add_layer(self, view: LayerView, inputs_TD: Tensor | None) -> None:
-        """One layer's view of a batch, and its router inputs."""
+        """Adds one layer's view of a batch. inputs_TD: router inputs, None when none are sampled."""
         layer, tokens = view.layer, view.tokens
         labelled_T = (tokens.weights > 0).flatten()
-        places_T = (tokens.sequences.unsqueeze(1) * self.seq_len + tokens.places).flatten()
+        positions_T = (tokens.sequences.unsqueeze(1) * self.seq_len + tokens.places).flatten()
         ids_TK, weights_T = view.topk_ids_TK, labelled_T.to(torch.float64)
         gates_TK = normalize_scores(view.gates_TK)
         k = ids_TK.shape[1]
@@ -105,40 +105,42 @@ class Tally:
         )
         self.counts[layer] += torch.bincount(chosen.flatten(), minlength=self.experts)
         self.first_counts[layer] += torch.bincount(chosen[:, 0], minlength=self.experts)
-        places = places_T[labelled_T]
-        found = places.cpu().numpy()
-        domains = torch.from_numpy(self.domain_at(found)).to(self.device)
+        positions = positions_T[labelled_T]
+        positions_cpu = positions.cpu().numpy()
+        domains = torch.from_numpy(self.domain_at(positions_cpu)).to(self.device)
         self.domain_load[layer] += domain_load(chosen, domains, self.experts, self.domains)
-        self.keep_examples(layer, chosen, gates, places)
+        self.keep_examples(layer, chosen, gates, positions)
         if self.sequences:
-            rows_T = (places // self.seq_len).unsqueeze(1) * self.experts
+            rows_T = (positions // self.seq_len).unsqueeze(1) * self.experts
             load = torch.bincount((rows_T + chosen).flatten(), minlength=self.sequences * self.experts)
             self.sequence_load[:, layer] += load.view(self.sequences, self.experts)
-        early = found < self.kept_routing
-        if early.any():
-            rows = torch.from_numpy(early).to(self.device)
-            self.routing.setdefault(layer, []).append((found[early], chosen[rows].to(torch.int16).cpu()))
+        compared = positions_cpu < self.kept_routing
+        if compared.any():
+            rows = torch.from_numpy(compared).to(self.device)
+            self.routing.setdefault(layer, []).append((positions_cpu[compared], chosen[rows].to(torch.int16).cpu()))
         if inputs_TD is not None:
-            wanted = self.sampled[found]
-            rows = torch.from_numpy(wanted).to(self.device)
+            kept = self.sampled[positions_cpu]
+            rows = torch.from_numpy(kept).to(self.device)
             sample = self.samples.setdefault(layer, Sample([], [], []))
-            sample.places.append(found[wanted])
+            sample.positions.append(positions_cpu[kept])
             sample.inputs.append(inputs_TD[labelled_T][rows].float().cpu())
             sample.top1.append(chosen[rows, 0].cpu())
 
-    def keep_examples(self, layer: int, chosen: Tensor, gates: Tensor, places: Tensor) -> None:
-        """Merges a batch's tokens with the largest gates of each expert into those so far; of equal ones the earlier."""
+    def keep_examples(self, layer: int, chosen: Tensor, gates: Tensor, positions: Tensor) -> None:
+        """Updates each expert's tokens with the largest gates by those of a batch; of equal gates the earlier position."""
         if self.examples == 0 or len(chosen) == 0:
             return
         gates_TE = torch.full((len(chosen), self.experts), -torch.inf, dtype=torch.float64, device=self.device)
         gates_TE.scatter_(1, chosen, gates.to(torch.float64))
         best = gates_TE.topk(min(self.examples, len(chosen)), dim=0)
         values = torch.cat([self.best_gates[layer], best.values.t()], dim=1)
-        spots = torch.cat([self.best_places[layer], places[best.indices.t()]], dim=1)
-        self.best_gates[layer], self.best_places[layer] = largest(values, spots, self.examples)
+        candidates = torch.cat([self.best_positions[layer], positions[best.indices.t()]], dim=1)
+        self.best_gates[layer], self.best_positions[layer] = largest(values, candidates, self.examples)
 
     def add_pairs(self, neighbours: dict[int, tuple[Tensor, Tensor]], labelled_T: Tensor) -> None:
-        """The choices of neighbouring layers on the same tokens."""
+        """Counts how often an expert of one layer and one of the next are chosen for the same token.
+
+        neighbours: by the earlier layer, the chosen experts (T, K) of both."""
         experts = self.experts
         for pair, (earlier, later) in neighbours.items():
             a, b = earlier[labelled_T], later[labelled_T]
@@ -148,21 +150,21 @@ class Tally:
             self.first_joint[pair] += torch.bincount(first, minlength=experts**2).view(experts, experts)
 
     def sum_over_ranks(self, mesh: Mesh) -> None:
-        """Makes every sum that of all ranks' tokens and all stages' layers."""
+        """Adds up the sums over data-parallel ranks, and over pipeline stages, which have different layers."""
         for name in ("sums", "gates", "counts", "first_counts", "domain_load", "joint", "first_joint", "sequence_load"):
             setattr(self, name, all_sum(all_sum(getattr(self, name), mesh.ranks.data), mesh.pp))
 
 
-def largest(values: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest values of each row and their places; of equal ones those with the smaller place."""
-    order = places.argsort(dim=1, stable=True)
-    values, places = values.gather(1, order), places.gather(1, order)
+def largest(values: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest values of each row and their positions; of equal values the smaller position first."""
+    order = positions.argsort(dim=1, stable=True)
+    values, positions = values.gather(1, order), positions.gather(1, order)
     order = values.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return values.gather(1, order), places.gather(1, order)
+    return values.gather(1, order), positions.gather(1, order)
 
 
 def margins(scores_TE: Tensor, top_k: int) -> Tensor:
-    """Gap between each token's k-th and (k+1)-th score: (T, E) -> (T,); the k-th itself where none is left out."""
+    """Gap between each token's k-th and (k+1)-th score: (T, E) -> (T,); the k-th score itself when k = E."""
     if top_k >= scores_TE.shape[1]:
         return scores_TE.amin(1)
     best = scores_TE.topk(top_k + 1, dim=1).values
@@ -170,7 +172,7 @@ def margins(scores_TE: Tensor, top_k: int) -> Tensor:
 
 
 class Recorder(Term):
-    """A term without a value: passes what it sees of every layer to the tally."""
+    """A term of value 0 that passes every layer's view to a tally."""
 
     name = "recorder"
     needs = Needs(activations=True, outputs=True)
@@ -178,9 +180,9 @@ class Recorder(Term):
     def __init__(self) -> None:
         super().__init__(TermOptions(), Setting(top_k=0))
         self.tally: Tally | None = None
-        """The one to fill now."""
+        """The tally to fill."""
         self.inputs: dict[int, Tensor] = {}
-        """By layer, the latest router inputs."""
+        """By layer, the last input of its router."""
 
     def value(self, view: LayerView) -> Tensor:
         if self.tally is not None:
@@ -202,27 +204,27 @@ def record(model: Transformer, recorder: Recorder, inputs: bool) -> None:
 
 
 def unchanged_choices(before: Tally, after: Tally) -> Tensor:
-    """Of the kept tokens of this rank, by layer: how many first choices, and how many of the k, are the same; and tokens.
+    """Sums over this rank's kept tokens, (L, 3) float64: unchanged first choices, unchanged fraction of the k choices, tokens.
 
-    (L, 3) float64. Both tallies saw the same text in the same batches."""
-    found = torch.zeros(before.layers, 3, dtype=torch.float64)
+    Both tallies must come from the same text in the same batches."""
+    sums = torch.zeros(before.layers, 3, dtype=torch.float64)
     for layer, parts in before.routing.items():
-        for (places, old), (others, new) in zip(parts, after.routing[layer], strict=True):
-            assert np.array_equal(places, others)
+        for (positions, old), (others, new) in zip(parts, after.routing[layer], strict=True):
+            assert np.array_equal(positions, others)
             kept = (old.unsqueeze(2) == new.unsqueeze(1)).any(2).to(torch.float64).mean(1).sum()
-            found[layer] += torch.tensor([(old[:, 0] == new[:, 0]).sum(), kept, len(old)], dtype=torch.float64)
-    return found
+            sums[layer] += torch.tensor([(old[:, 0] == new[:, 0]).sum(), kept, len(old)], dtype=torch.float64)
+    return sums
 
 
 def merged(parts: list[dict[int, Sample]]) -> dict[int, tuple[Tensor, Tensor]]:
     """Samples of all ranks by layer, in the order of the text: router inputs (N, D), first choices (N,)."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    by_layer: dict[int, tuple[Tensor, Tensor]] = {}
     for layer in sorted({*itertools.chain.from_iterable(parts)}):
         samples = [part[layer] for part in parts if layer in part]
-        places = np.concatenate([places for sample in samples for places in sample.places])
-        # Ranks that share tokens (tensor parallelism) report each of them.
-        _, order = np.unique(places, return_index=True)
+        positions = np.concatenate([positions for sample in samples for positions in sample.positions])
+        # Tensor-parallel ranks process the same tokens and each report them.
+        _, order = np.unique(positions, return_index=True)
         rows = torch.from_numpy(order)
         inputs = torch.cat([x for sample in samples for x in sample.inputs])[rows]
-        found[layer] = inputs, torch.cat([x for sample in samples for x in sample.top1])[rows]
-    return found
+        by_layer[layer] = inputs, torch.cat([x for sample in samples for x in sample.top1])[rows]
+    return by_layer

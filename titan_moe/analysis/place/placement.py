@@ -1,10 +1,12 @@
-"""Which rank should hold which expert, so that tokens travel less: path-aware placement.
+"""Path-aware placement: which rank holds which expert, so that fewer routed rows are sent between ranks.
 
-Every sequence has a home rank; a routed row crosses ranks when its expert is elsewhere. Each rank holds as many experts of
-every layer. Sequences are sent home by their first router's choice (a bucket is a rank), experts by where their rows come from.
+The tokens of a sequence start on its source rank; a routed row crosses ranks when its expert is on another rank. Every rank
+holds the same number of experts of each layer. A sequence goes to the rank whose experts its first router chose most; an expert
+goes to the rank that most of its rows come from.
 
-N sequences, L MoE layers, E experts, R ranks. Source: Hu et al., appendix F, which names the parts but no algorithm: here the
-cross-layer co-activation graph is cut by METIS, then experts and homes are assigned in turn, each step the best there is.
+N sequences, L MoE layers, E experts, R ranks. Source: Hu et al., appendix F, which names the parts but gives no algorithm. Here
+METIS partitions the graph of cross-layer co-activations; then experts and source ranks are assigned in turn, each assignment
+optimal given the other.
 """
 
 from typing import Any, NamedTuple
@@ -23,30 +25,31 @@ Ranks = npt.NDArray[np.int64]
 
 
 class Traffic(NamedTuple):
-    """What a placement makes of a text."""
+    """Rows sent between ranks for a placement and a text."""
 
     share: float
-    """Of all routed rows, those that cross ranks."""
+    """Fraction of all routed rows that cross ranks."""
     by_layer: list[float]
+    """The same fraction, layer by layer."""
     load: float
-    """The busiest rank's rows over the mean, mean over layers."""
+    """Rows of the busiest rank divided by the mean over ranks; mean over layers."""
 
 
 def in_order(layers: int, experts: int, ranks: int) -> Ranks:
-    """Blocks of experts in their own order: what expert parallelism does. (L, E) rank of every expert."""
+    """Contiguous blocks of experts, as expert parallelism places them: the rank of every expert, (L, E)."""
     return np.tile(np.arange(experts) // (experts // ranks), (layers, 1))
 
 
 def round_robin(layers: int, experts: int, ranks: int) -> Ranks:
-    """Expert e on rank e mod R."""
+    """Expert e on rank e mod R: (L, E)."""
     return np.tile(np.arange(experts) % ranks, (layers, 1))
 
 
-def traffic(counts: Counts, rank_of: Ranks, homes: Ranks) -> Traffic:
-    """counts: (N, L, E) rows of each sequence. rank_of: (L, E). homes: (N,)."""
-    at_home = rank_of[None] == homes[:, None, None]
+def traffic(counts: Counts, rank_of: Ranks, source_rank: Ranks) -> Traffic:
+    """counts: (N, L, E) rows of each sequence and expert. rank_of: (L, E), by expert. source_rank: (N,), by sequence."""
+    is_local = rank_of[None] == source_rank[:, None, None]
     total = counts.sum((0, 2)).clip(min=1)
-    crossing = 1.0 - (counts * at_home).sum((0, 2)) / total
+    crossing = 1.0 - (counts * is_local).sum((0, 2)) / total
     rows = counts.sum(0)
     ranks = int(rank_of.max()) + 1
     loads = np.stack([(rows * (rank_of == rank)).sum(1) for rank in range(ranks)], axis=1)
@@ -55,40 +58,46 @@ def traffic(counts: Counts, rank_of: Ranks, homes: Ranks) -> Traffic:
     return Traffic(share, crossing.tolist(), float(busiest.mean()))
 
 
-def homes_in_order(sequences: int, ranks: int) -> Ranks:
-    """Sequences dealt to ranks as they come."""
+def source_in_order(sequences: int, ranks: int) -> Ranks:
+    """Sequence n on rank n mod R: (N,)."""
     return np.arange(sequences) % ranks
 
 
-def homes_by_first_router(counts: Counts, rank_of: Ranks) -> Ranks:
-    """Each sequence to the rank whose experts its first router chose most, as many to each rank (one more to some): (N,).
+def source_by_first_router(counts: Counts, rank_of: Ranks) -> Ranks:
+    """Sequences to the ranks whose experts their first router chose most: (N,).
 
-    The best such assignment, a transport problem."""
+    Ranks get equally many sequences, or one more. The assignment with the most local rows, a transport problem."""
     sequences, ranks = counts.shape[0], int(rank_of.max()) + 1
     gain = np.stack([(counts[:, 0] * (rank_of[0] == rank)).sum(1) for rank in range(ranks)], axis=1)
     variables = np.arange(sequences * ranks)
-    one_home = coo_array((np.ones(len(variables)), (variables // ranks, variables)))
-    in_bucket = coo_array((np.ones(len(variables)), (variables % ranks, variables)))
-    limits = [LinearConstraint(one_home, 1, 1), LinearConstraint(in_bucket, sequences // ranks, -(-sequences // ranks))]
-    found = milp(-gain.reshape(-1).astype(np.float64), constraints=limits, bounds=(0, 1))  # whole by itself
-    assert found.x is not None, found.message
-    homes: Ranks = found.x.reshape(sequences, ranks).argmax(1)
-    return homes
+    one_rank_each = coo_array((np.ones(len(variables)), (variables // ranks, variables)))
+    rank_sizes = coo_array((np.ones(len(variables)), (variables % ranks, variables)))
+    limits = [
+        LinearConstraint(one_rank_each, 1, 1),
+        LinearConstraint(rank_sizes, sequences // ranks, -(-sequences // ranks)),
+    ]
+    # The constraints are totally unimodular: the optimum of the linear program is integral.
+    solution = milp(-gain.reshape(-1).astype(np.float64), constraints=limits, bounds=(0, 1))
+    assert solution.x is not None, solution.message
+    source_rank: Ranks = solution.x.reshape(sequences, ranks).argmax(1)
+    return source_rank
 
 
 def assign(gain: npt.NDArray[Any]) -> Ranks:
-    """The best assignment of experts to ranks, as many to each: gain (E, R) -> (E,)."""
+    """The assignment of experts to ranks with the largest total gain, equally many to each: gain (E, R) -> (E,)."""
     experts, ranks = gain.shape
     size = experts // ranks
     rows, columns = linear_sum_assignment(np.repeat(gain, size, axis=1), maximize=True)
-    found = np.empty(experts, dtype=np.int64)
-    found[rows] = columns // size
-    return found
+    rank = np.empty(experts, dtype=np.int64)
+    rank[rows] = columns // size
+    return rank
 
 
 def cut_graph(joint: npt.NDArray[Any], ranks: int) -> Ranks:
-    """A first placement: METIS cuts the graph whose nodes are the experts of all layers and whose edges are how often one
-    follows another; then every rank gets its number of each layer's experts. joint: (L - 1, E, E) -> (L, E)."""
+    """An initial placement by graph partitioning: joint (L - 1, E, E) -> (L, E).
+
+    A node is an expert of a layer, an edge's weight how often tokens go from one expert to the other in the next layer. METIS
+    partitions the graph; then each layer's experts are assigned to ranks in equal numbers."""
     import pymetis
 
     pairs, experts, _ = joint.shape
@@ -98,20 +107,20 @@ def cut_graph(joint: npt.NDArray[Any], ranks: int) -> Ranks:
         a, b = pair * experts, (pair + 1) * experts
         weights[a : a + experts, b : b + experts] = joint[pair]
         weights[b : b + experts, a : a + experts] = joint[pair].T
-    if weights.max() > 1 << 20:  # METIS counts in 32 bits
+    if weights.max() > 1 << 20:  # METIS has 32-bit weights
         weights = weights * (1 << 20) // weights.max()
     starts = np.concatenate([[0], np.cumsum((weights > 0).sum(1))])
     neighbours = np.nonzero(weights)[1]
     edges = weights[weights > 0]
     graph = pymetis.CSRAdjacency(starts, neighbours)
     _, parts = pymetis.part_graph(ranks, graph, eweights=edges)
-    belongs = np.eye(ranks)[np.array(parts)]
-    drawn = weights @ belongs  # how strongly each node is drawn to each part
-    return np.stack([assign(drawn[layer * experts : (layer + 1) * experts]) for layer in range(pairs + 1)])
+    in_part = np.eye(ranks)[np.array(parts)]
+    attraction = weights @ in_part  # (L E, R): total weight of a node's edges into each part
+    return np.stack([assign(attraction[layer * experts : (layer + 1) * experts]) for layer in range(pairs + 1)])
 
 
 def place(counts: Counts, joint: npt.NDArray[Any], ranks: int) -> Ranks:
-    """The placement (L, E) with the fewest crossing rows that was found; never more than round-robin's. Raises UserError."""
+    """The placement (L, E) with the fewest crossing rows of those tried, round-robin among them. Raises UserError."""
     _, layers, experts = counts.shape
     if experts % ranks or ranks < 2:
         raise UserError(f"--ranks = {ranks}: must divide model.moe.experts = {experts}, and be 2 or more")
@@ -123,23 +132,23 @@ def place(counts: Counts, joint: npt.NDArray[Any], ranks: int) -> Ranks:
     best, fewest = starts[0], np.inf
     for rank_of in starts:
         for _ in range(ROUNDS):
-            homes = homes_by_first_router(counts, rank_of)
-            share = traffic(counts, rank_of, homes).share
+            source_rank = source_by_first_router(counts, rank_of)
+            share = traffic(counts, rank_of, source_rank).share
             if share >= fewest:
                 break
             best, fewest = rank_of, share
-            from_home = np.stack([counts[homes == rank].sum(0) for rank in range(ranks)], axis=2)
-            rank_of = np.stack([assign(gain) for gain in from_home])
+            rows_from = np.stack([counts[source_rank == rank].sum(0) for rank in range(ranks)], axis=2)
+            rank_of = np.stack([assign(gain) for gain in rows_from])
     return best
 
 
 def order_of(rank_of: Ranks) -> Ranks:
-    """The order of experts in which contiguous blocks are ranks: (L, E), new place to old number."""
+    """The order in which each rank's experts are contiguous: (L, E), the old expert index at each new index."""
     return np.argsort(rank_of, axis=1, kind="stable")
 
 
 def order_by_paths(matchings: list[list[int]]) -> Ranks:
-    """The order in which expert e of a layer is followed by expert e of the next: layers chained by their matchings."""
+    """The order in which expert e of a layer is matched with expert e of the next: the matchings composed, (L, E)."""
     orders = [np.arange(len(matchings[0]))]
     for matching in matchings:
         orders.append(np.array(matching)[orders[-1]])

@@ -1,4 +1,4 @@
-"""The pictures of a report, by matplotlib: each as SVG that takes the page's colours, as PNG, and as the numbers behind it."""
+"""The plots of a report, by matplotlib. Each is an SVG in the page's colours, a PNG, and the numbers behind it."""
 
 import io
 import re
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from titan_moe.analysis.report.runs import Run
 from torchtitan_ext.terms import REGISTRY
 
-INK = "#101112"  # what the page replaces with its own text colour
+INK = "#101112"  # replaced in the SVG by the page's text colour
 COLOURS = ("#3b8fd6", "#e8743b", "#2ca58d", "#c2549d", "#a98f00", "#7a6ff0", "#8a8a8a")
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -38,7 +38,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.labelcolor": INK,
 }
-POINTS = 300  # of a curve, at most; each is then a mean over as many steps
+POINTS = 300  # per curve, at most; longer curves are averaged over blocks of steps
 WIDTH, HEIGHT = 3.3, 2.3  # inches of one panel
 COLUMNS = 3
 TERMS = {name: term.title or name for name, term in REGISTRY.items()}
@@ -46,38 +46,38 @@ TERMS = {name: term.title or name for name, term in REGISTRY.items()}
 Row = dict[str, Any]
 
 
-class Picture(NamedTuple):
+class Plot(NamedTuple):
     """One figure of the page."""
 
     name: str
-    """Of its files, and its place in the page."""
+    """Stem of its file names, and its id in the page."""
     title: str
     caption: str
     svg: str
     png: bytes
     rows: list[Row]
-    """The numbers that it shows."""
+    """The numbers shown, written as CSV."""
 
 
-def picture(
+def plot(
     name: str, runs: Sequence[Run], draw: Callable[[Sequence[Run]], tuple[Figure, list[Row]]], suffix: str = ""
-) -> Picture:
-    """name: in TITLES and CAPTIONS. suffix: tells several of that name apart."""
+) -> Plot:
+    """Draws a plot. name: a key of TITLES and CAPTIONS. suffix: distinguishes several plots of that name."""
     with mpl.rc_context(STYLE):
         figure, rows = draw(runs)
         name, title, caption = f"{name}{suffix}", TITLES[name], CAPTIONS[name]
-        return Picture(name, title, caption, svg_of(figure, name), png_of(figure), rows)
+        return Plot(name, title, caption, svg_of(figure, name), png_of(figure), rows)
 
 
 def svg_of(figure: Figure, prefix: str) -> str:
-    """For inside a page: no declaration, ids of its own, the page's text colour, and a width that gives way."""
+    """SVG to embed in a page: no XML declaration, ids with `prefix`, the page's text colour, a flexible width."""
     buffer = io.StringIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<image[^>]*?) id="[^"]*"', r"\1", text)  # equal images get equal ids
+    text = re.sub(r'(<image[^>]*?) id="[^"]*"', r"\1", text)  # matplotlib gives equal images equal ids
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
     text = text.replace(INK, "currentColor")
     width = figure.get_figwidth()
@@ -93,7 +93,7 @@ def png_of(figure: Figure) -> bytes:
 
 
 def panels(count: int, columns: int = COLUMNS, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
-    """A figure with a grid of so many panels."""
+    """A figure with a grid of `count` panels."""
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
     figure = Figure(figsize=(WIDTH * columns, height * rows), layout="constrained")
@@ -104,9 +104,9 @@ def panels(count: int, columns: int = COLUMNS, height: float = HEIGHT) -> tuple[
 
 
 def curve(values: Sequence[tuple[int, float]]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Steps and values, thinned to block means."""
-    found = np.array(values, dtype=np.float64).reshape(-1, 2)
-    blocks = np.array_split(found, min(POINTS, max(len(found), 1)))
+    """Steps and values, as means over at most POINTS blocks."""
+    points = np.array(values, dtype=np.float64).reshape(-1, 2)
+    blocks = np.array_split(points, min(POINTS, max(len(points), 1)))
     means = np.array([block.mean(0) for block in blocks if len(block)]).reshape(-1, 2)
     return means[:, 0], means[:, 1]
 
@@ -117,13 +117,15 @@ def over_steps(
     rows_of: Callable[[Run], Sequence[Row]] = lambda run: run.rows("train"),
     chance: dict[str, float] | None = None,
 ) -> tuple[Figure, list[Row]]:
-    """A panel for every field of the rows that any run has, a line for every run."""
-    found = [rows_of(run) for run in runs]
-    present = {key: title for key, title in keys.items() if any(key in row for rows in found for row in rows)}
+    """A panel per measure (key to title) that any run has, a line per run, against the training step.
+
+    rows_of: the rows of a run, by default its training steps. chance: by measure, a level drawn as a dotted line."""
+    rows_by_run = [rows_of(run) for run in runs]
+    present = {key: title for key, title in keys.items() if any(key in row for rows in rows_by_run for row in rows)}
     figure, axes = panels(len(present))
     written: list[Row] = []
     for (key, title), axis in zip(present.items(), axes, strict=True):
-        for number, (run, rows) in enumerate(zip(runs, found, strict=True)):
+        for number, (run, rows) in enumerate(zip(runs, rows_by_run, strict=True)):
             values = [(row["step"], row[key]) for row in rows if key in row]
             axis.plot(*curve(values), label=run.name, color=colour(number), marker="." if len(values) < 40 else "")
             written += [{"run": run.name, "measure": key, "step": step, "value": value} for step, value in values]
@@ -135,30 +137,37 @@ def over_steps(
     return figure, written
 
 
-def of_checkpoints(run: Run) -> list[Row]:
-    """The means that its inspections have, as rows."""
+def inspection_rows(run: Run) -> list[Row]:
+    """The summaries of a run's inspections, as rows."""
     return [{"step": one["step"], **one["summary"]} for one in run.inspections]
 
 
 def over_layers(
     runs: Sequence[Run], keys: dict[str, tuple[str, str]], part: str = "layers"
 ) -> tuple[Figure, list[Row]]:
-    """A panel for every measure of the newest inspections; keys: measure to title, and to its chance level's name or ""."""
+    """A panel per measure of the newest inspections, a line per run, against the MoE layer.
+
+    keys: measure to (title, name of its chance level or ""). part: "layers", or "pairs" of consecutive layers."""
     present = {key: value for key, value in keys.items() if any(key in one for run in runs for one in run.newest[part])}
     figure, axes = panels(len(present))
     rows: list[Row] = []
     for (key, (title, chance)), axis in zip(present.items(), axes, strict=True):
         for number, run in enumerate(runs):
-            found = [(n, one) for n, one in enumerate(run.newest[part]) if key in one]
-            places = [n for n, _ in found]
+            values = [(n, one) for n, one in enumerate(run.newest[part]) if key in one]
+            indices = [n for n, _ in values]
             axis.plot(
-                places, [one[key] for _, one in found], marker="o", markersize=3.5, color=colour(number), label=run.name
+                indices,
+                [one[key] for _, one in values],
+                marker="o",
+                markersize=3.5,
+                color=colour(number),
+                label=run.name,
             )
-            if chance and found:
-                axis.plot(places, [one[chance] for _, one in found], linestyle=":", linewidth=1, color=colour(number))
+            if chance and values:
+                axis.plot(indices, [one[chance] for _, one in values], linestyle=":", linewidth=1, color=colour(number))
             rows += [
                 {"run": run.name, "measure": key, "layer": n, "value": one[key], "chance": one.get(chance, "")}
-                for n, one in found
+                for n, one in values
             ]
         axis.set_title(title)
         axis.set_xlabel("MoE layer" if part == "layers" else "from layer")
@@ -185,7 +194,7 @@ def heat(axis: Axes, matrix: npt.NDArray[Any], title: str, low: float = 0.0, hig
 
 
 def load_maps(runs: Sequence[Run]) -> tuple[Figure, list[Row]]:
-    """Load of every expert over the mean, a row a layer, a panel a run."""
+    """A panel per run: every expert's load divided by the mean of its layer, a row per layer."""
     figure, axes = panels(len(runs), columns=2, height=2.6)
     rows: list[Row] = []
     for run, axis in zip(runs, axes, strict=True):
@@ -203,7 +212,9 @@ def load_maps(runs: Sequence[Run]) -> tuple[Figure, list[Row]]:
 
 
 def path_maps(run: Run) -> tuple[Figure, list[Row]]:
-    """cond[e, v] of every pair of layers; experts stand in the order of the chain of matchings, so a path is a diagonal."""
+    """cond[e, v] of every pair of consecutive layers.
+
+    Experts are ordered by composing the matchings from the first layer on, so matched experts are on the diagonal."""
     pairs = run.newest["pairs"]
     figure, axes = panels(len(pairs), columns=4, height=2.9)
     rows: list[Row] = []
@@ -231,16 +242,20 @@ def path_maps(run: Run) -> tuple[Figure, list[Row]]:
 
 
 def domain_maps(run: Run) -> tuple[Figure, list[Row]]:
-    """Of every expert's assignments, the share of each domain; experts in the order of their domains."""
+    """A panel per layer: the fraction of each domain in every expert's assignments. Experts are sorted by main domain."""
     layers, domains = run.newest["layers"], run.newest["domains"]
     figure, axes = panels(len(layers), columns=2, height=0.9 + 0.18 * len(domains))
     rows: list[Row] = []
     for number, (layer, axis) in enumerate(zip(layers, axes, strict=True)):
         load = np.array(layer["domain_load"], dtype=np.float64)
-        share = load / load.sum(0).clip(min=1)
-        order = np.lexsort((-share.max(0), share.argmax(0)))
+        fraction = load / load.sum(0).clip(min=1)
+        order = np.lexsort((-fraction.max(0), fraction.argmax(0)))
         heat(
-            axis, share[:, order], f"layer {number}: I(expert; domain) {layer['domain_information']:.2f} nats", 0.0, 1.0
+            axis,
+            fraction[:, order],
+            f"layer {number}: I(expert; domain) {layer['domain_information']:.2f} nats",
+            0.0,
+            1.0,
         )
         axis.set_yticks(range(len(domains)), domains)
         axis.set_xticks([])
@@ -253,7 +268,7 @@ def domain_maps(run: Run) -> tuple[Figure, list[Row]]:
 
 
 def response_maps(run: Run) -> tuple[Figure, list[Row]]:
-    """erc's M of every layer."""
+    """A panel per layer: erc's M."""
     layers = run.newest["layers"]
     figure, axes = panels(len(layers), columns=4, height=2.7)
     rows: list[Row] = []
@@ -265,41 +280,43 @@ def response_maps(run: Run) -> tuple[Figure, list[Row]]:
         axis.set_ylabel("routing vector")
         rows += [{"layer": number, "vector": i, "expert": j, "M": matrix[i, j]} for i, j in np.ndindex(*matrix.shape)]
     if image is not None:
-        figure.colorbar(image, ax=axes, label="M, by its diagonal")
+        figure.colorbar(image, ax=axes, label="M / its diagonal")
     return figure, rows
 
 
 CAPTIONS = {
-    "loss": "Training: means over blocks of steps. Validation: text never trained on.",
-    "terms": "Unweighted, sums over layers. lb is 1 per layer when balanced; cp's lowest value is minus the number of pairs.",
-    "balance": "max_vio: the busiest expert's assignments over the mean, minus 1. Dead: share of experts without a token.",
-    "sharpness": "Entropy of the scores in nats; score mass on the chosen experts; mean squared cosine of the activations of "
-    "experts that meet on a token, with its chance level 1/F dotted.",
-    "layers": "At the newest checkpoint. Dotted: by chance. overlap y is that of the experts' outputs.",
-    "load": "Assignments of each expert over the mean of its layer, sorted.",
-    "paths": "Probability of each expert of the next layer, given an expert of this one. Experts are ordered by the best "
-    "one-to-one matching from layer to layer: the brighter the diagonal, the clearer the paths.",
-    "kappa": "kappa: share of tokens whose first choices follow the best one-to-one matching; dotted: by chance, "
-    "from the loads. Clusters: share of tokens that stay in the same cluster of router inputs.",
-    "persistence": "Share of the text's tokens whose first choice, and share of the k choices, is as at the one before.",
-    "clusters": "Silhouette of the tokens by first expert; share of a token's ten nearest neighbours with another expert.",
-    "domains": "Of each expert's assignments, the share of each kind of text.",
-    "response": "How strongly expert j answers routing vector i, over how strongly expert i does. Below 1 off the diagonal, "
-    "experts answer their own vectors best.",
+    "loss": "Training: means over blocks of steps. Validation: text that is not trained on.",
+    "terms": "Unweighted sums over layers. lb is 1 per layer when balanced; cp is at least minus the number of layer pairs.",
+    "balance": "max_vio: assignments of the busiest expert / mean, minus 1. Dead: fraction of experts without a token.",
+    "sharpness": "Entropy of the routing scores in nats; score mass on the chosen experts; mean squared cosine of the "
+    "activations of experts chosen for the same token (dotted: chance level 1/F).",
+    "layers": "At the newest checkpoint. Dotted: chance level. overlap y: of the experts' outputs, not activations.",
+    "load": "Assignments of each expert divided by the mean of its layer, sorted.",
+    "paths": "Probability of each expert of the next layer, given an expert of this layer. Experts are ordered by the best "
+    "one-to-one matching from layer to layer: a bright diagonal means that tokens follow fixed paths.",
+    "kappa": "kappa: fraction of tokens whose first choices follow the best one-to-one matching (dotted: chance level, "
+    "from the loads). Cluster agreement: fraction of tokens in matching clusters of router inputs.",
+    "persistence": "Compared with the checkpoint before: fraction of tokens with the same first choice, and fraction of the "
+    "k choices that are the same.",
+    "clusters": "Router inputs grouped by first expert: silhouette, and fraction of a token's ten nearest neighbours with "
+    "another expert.",
+    "domains": "Fraction of each domain of text in every expert's assignments.",
+    "response": "Activation norm of expert j for routing vector i, divided by that of expert i. When it is below 1 off the "
+    "diagonal, every expert responds most to its own routing vector.",
 }
 TITLES = {
     "loss": "Cross-entropy",
-    "terms": "Terms",
+    "terms": "Regularizers",
     "balance": "Balance",
     "sharpness": "Sharpness and overlap",
-    "layers": "By layer",
-    "load": "Load",
-    "paths": "Paths",
+    "layers": "Measures by layer",
+    "load": "Load by expert",
+    "paths": "Transitions between experts",
     "kappa": "Paths and clusters by pair of layers",
     "persistence": "Persistence between checkpoints",
     "clusters": "How router inputs group by expert",
-    "domains": "Domains",
-    "response": "erc's M",
+    "domains": "Domains by expert",
+    "response": "Response of experts to routing vectors (M of erc)",
 }
 BY_LAYER = {
     "entropy": ("routing entropy", ""),
@@ -307,15 +324,18 @@ BY_LAYER = {
     "margin": ("margin of the k-th score", ""),
     "overlap": ("overlap", "overlap_chance"),
     "overlap_y": ("overlap y", "overlap_y_chance"),
-    "load_variation": ("load: deviation / mean", ""),
+    "load_variation": ("load: standard deviation / mean", ""),
 }
 BY_PAIR = {"kappa": ("kappa", "kappa_chance"), "cluster_agreement": ("cluster agreement", "")}
-OF_INPUTS = {"silhouette": ("silhouette", ""), "knn_overlap": ("neighbours elsewhere", "knn_overlap_chance")}
+ROUTER_INPUTS = {
+    "silhouette": ("silhouette", ""),
+    "knn_overlap": ("neighbours with another expert", "knn_overlap_chance"),
+}
 OVER_TIME = {"persistence_top1": "first choice", "persistence_topk": "all choices", "kappa": "kappa, mean of pairs"}
 
 
-def pictures(runs: Sequence[Run]) -> Iterator[tuple[str, list[Picture]]]:
-    """Sections of the page with their pictures; one that would show nothing is left out."""
+def plots(runs: Sequence[Run]) -> Iterator[tuple[str, list[Plot]]]:
+    """Sections of the page with their plots. A section without data is left out."""
     chance = {"moe/overlap": 1.0 / runs[0].config["model"]["moe"]["hidden_dim"]}
     terms = {f"reg/{name}": title for name, title in TERMS.items()} | custom_terms(runs)
     balance = {"moe/max_vio": "max_vio", "moe/dead": "dead experts"}
@@ -323,15 +343,15 @@ def pictures(runs: Sequence[Run]) -> Iterator[tuple[str, list[Picture]]]:
     yield (
         "Loss",
         [
-            picture("loss", runs, losses),
-            picture("terms", runs, lambda runs: over_steps(runs, terms)),
+            plot("loss", runs, losses),
+            plot("terms", runs, lambda runs: over_steps(runs, terms)),
         ],
     )
     yield (
         "Balance and sharpness over time",
         [
-            picture("balance", runs, lambda runs: over_steps(runs, balance)),
-            picture("sharpness", runs, lambda runs: over_steps(runs, sharpness, chance=chance)),
+            plot("balance", runs, lambda runs: over_steps(runs, balance)),
+            plot("sharpness", runs, lambda runs: over_steps(runs, sharpness, chance=chance)),
         ],
     )
     inspected = [run for run in runs if run.inspections]
@@ -340,8 +360,8 @@ def pictures(runs: Sequence[Run]) -> Iterator[tuple[str, list[Picture]]]:
     yield (
         "Layers",
         [
-            picture("layers", inspected, lambda runs: over_layers(runs, BY_LAYER)),
-            picture("load", inspected, load_maps),
+            plot("layers", inspected, lambda runs: over_layers(runs, BY_LAYER)),
+            plot("load", inspected, load_maps),
         ],
     )
     coupled = [run for run in inspected if run.newest["pairs"]]
@@ -349,30 +369,30 @@ def pictures(runs: Sequence[Run]) -> Iterator[tuple[str, list[Picture]]]:
         yield (
             "Paths through depth",
             [
-                *of_each("paths", coupled, path_maps),
-                picture("kappa", coupled, lambda runs: over_layers(runs, BY_PAIR, "pairs")),
+                *plot_per_run("paths", coupled, path_maps),
+                plot("kappa", coupled, lambda runs: over_layers(runs, BY_PAIR, "pairs")),
             ],
         )
     if any("persistence_top1" in one["summary"] for run in inspected for one in run.inspections):
         yield (
             "Persistence",
-            [picture("persistence", inspected, lambda runs: over_steps(runs, OVER_TIME, of_checkpoints))],
+            [plot("persistence", inspected, lambda runs: over_steps(runs, OVER_TIME, inspection_rows))],
         )
     if any("knn_overlap" in layer for run in inspected for layer in run.newest["layers"]):
-        yield "Router inputs", [picture("clusters", inspected, lambda runs: over_layers(runs, OF_INPUTS))]
+        yield "Router inputs", [plot("clusters", inspected, lambda runs: over_layers(runs, ROUTER_INPUTS))]
     mixed = [run for run in inspected if len(run.newest["domains"]) > 1]
     if mixed:
-        yield "Domains", of_each("domains", mixed, domain_maps)
-    yield "Routing vectors and experts", of_each("response", inspected, response_maps)
+        yield "Domains", plot_per_run("domains", mixed, domain_maps)
+    yield "Routing vectors and experts", plot_per_run("response", inspected, response_maps)
 
 
-def of_each(name: str, runs: Sequence[Run], draw: Callable[[Run], tuple[Figure, list[Row]]]) -> list[Picture]:
-    """A picture of its own for every run."""
-    found = []
+def plot_per_run(name: str, runs: Sequence[Run], draw: Callable[[Run], tuple[Figure, list[Row]]]) -> list[Plot]:
+    """One plot per run, named in its title when there are several."""
+    result = []
     for number, run in enumerate(runs):
-        one = picture(name, [run], lambda runs: draw(runs[0]), suffix=f"-{number}" if len(runs) > 1 else "")
-        found.append(one._replace(title=f"{one.title}: {run.name}") if len(runs) > 1 else one)
-    return found
+        one = plot(name, [run], lambda runs: draw(runs[0]), suffix=f"-{number}" if len(runs) > 1 else "")
+        result.append(one._replace(title=f"{one.title}: {run.name}") if len(runs) > 1 else one)
+    return result
 
 
 def losses(runs: Sequence[Run]) -> tuple[Figure, list[Row]]:
@@ -395,5 +415,6 @@ def losses(runs: Sequence[Run]) -> tuple[Figure, list[Row]]:
 
 
 def custom_terms(runs: Sequence[Run]) -> dict[str, str]:
-    found = (key for run in runs for row in run.rows("train")[:1] for key in row)
-    return {key: key.removeprefix("reg/") for key in found if key.startswith("reg/") and key[4:] not in TERMS}
+    """Metrics of the user's own regularizers, to their names."""
+    keys = (key for run in runs for row in run.rows("train")[:1] for key in row)
+    return {key: key.removeprefix("reg/") for key in keys if key.startswith("reg/") and key[4:] not in TERMS}

@@ -1,4 +1,4 @@
-"""One self-contained page about one or several runs, and beside it every picture as PNG and its numbers as CSV."""
+"""Writes one self-contained HTML page about one or several runs; every plot also as PNG, its numbers as CSV."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,26 +10,26 @@ import numpy as np
 from markupsafe import Markup
 
 from titan_moe import __version__
-from titan_moe.analysis.report.figures import pictures
+from titan_moe.analysis.report.figures import plots
 from titan_moe.analysis.report.runs import Run, read_runs
 from titan_moe.analysis.sweep.statistics import paired
 from titan_moe.analysis.sweep.tables import write_csv
 
-BLOCKS = 10  # of paired steps, whose means are taken as independent
+BLOCKS = 10  # of paired steps; their means are treated as independent samples
 SUMMARY = {
     "entropy": "routing entropy",
     "topk_mass": "top-k mass",
     "margin": "margin",
     "overlap": "overlap",
-    "overlap_chance": "overlap by chance",
+    "overlap_chance": "overlap, chance level",
     "overlap_y": "overlap y",
-    "load_variation": "load: deviation / mean",
-    "max_vio_global": "max_vio, whole text",
+    "load_variation": "load: standard deviation / mean",
+    "max_vio_global": "max_vio, over the text",
     "kappa": "kappa",
-    "kappa_chance": "kappa by chance",
+    "kappa_chance": "kappa, chance level",
     "cluster_agreement": "cluster agreement",
     "silhouette": "silhouette",
-    "knn_overlap": "neighbours elsewhere",
+    "knn_overlap": "neighbours with another expert",
     "domain_information": "I(expert; domain)",
     "persistence_top1": "persistence, first choice",
     "persistence_topk": "persistence, all choices",
@@ -44,11 +44,11 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     runs = read_runs(paths)
     folder.mkdir(parents=True, exist_ok=True)
     sections = []
-    for title, found in pictures(runs):
-        for picture in found:
-            (folder / f"{picture.name}.png").write_bytes(picture.png)
-            write_csv(folder / f"{picture.name}.csv", picture.rows)
-        shown = [picture._replace(svg=Markup(picture.svg)) for picture in found if picture.rows]
+    for title, drawn in plots(runs):
+        for plot in drawn:
+            (folder / f"{plot.name}.png").write_bytes(plot.png)
+            write_csv(folder / f"{plot.name}.csv", plot.rows)
+        shown = [plot._replace(svg=Markup(plot.svg)) for plot in drawn if plot.rows]
         if shown:
             sections.append((title, shown))
     compared = [row for run in runs[1:] for row in differences(runs[0], run)]
@@ -76,7 +76,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
 
 
 def facts(run: Run) -> dict[str, str]:
-    """What a reader wants to know first."""
+    """The table at the top of the page: a run's settings and results."""
     config, last = run.config, run.rows("train")[-1]
     moe, model, training = config["model"]["moe"], config["model"], config["training"]
     weights = {
@@ -86,7 +86,7 @@ def facts(run: Run) -> dict[str, str]:
     }
     weights |= config["regularizers"].get("custom", {})
     validations = run.rows("validation")
-    found = {
+    result = {
         "run": run.name,
         "model": f"{model['layers']} layers, width {model['dim']}",
         "experts": f"{moe['experts']} of width {moe['hidden_dim']}, {moe['top_k']} per token",
@@ -101,27 +101,29 @@ def facts(run: Run) -> dict[str, str]:
         "training loss": f"{last['ce']:.4f}",
     }
     if validations:
-        best = validations[-1]
-        found["validation loss"] = f"{best['loss']:.4f}"
-        found["perplexity"] = f"{best['perplexity']:.2f}"
-        found["bits per byte"] = f"{best['bits_per_byte']:.4f}"
-    return found
+        latest = validations[-1]
+        result["validation loss"] = f"{latest['loss']:.4f}"
+        result["perplexity"] = f"{latest['perplexity']:.2f}"
+        result["bits per byte"] = f"{latest['bits_per_byte']:.4f}"
+    return result
 
 
 def summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Means over layers at the newest checkpoint, a column a run."""
+    """Means over layers at the newest inspected checkpoint: (title, a value per run)."""
     inspected = [run for run in runs if run.inspections]
-    found = []
+    table = []
     for key, title in SUMMARY.items():
         values = [run.newest["summary"].get(key) for run in inspected]
         if any(value is not None for value in values):
-            found.append((title, ["" if value is None else f"{value:.4g}" for value in values]))
-    return [("step", [f"{run.newest['step']:,}" for run in inspected]), *found] if inspected else []
+            table.append((title, ["" if value is None else f"{value:.4g}" for value in values]))
+    return [("step", [f"{run.newest['step']:,}" for run in inspected]), *table] if inspected else []
 
 
 def differences(first: Run, other: Run) -> list[Row]:
-    """Every measure that both runs log at each step: the mean of the paired differences over the second half of the steps they
-    share, its 95% interval from the means of blocks of steps; and the last validation."""
+    """Differences of two runs in every measure that both log, and in the last validation loss.
+
+    Means of the differences at equal steps, over the second half of the steps that both have. The 95% interval comes from
+    the means of BLOCKS blocks of steps."""
     rows: list[Row] = []
     a, b = ({row["step"]: row for row in run.rows("train")} for run in (first, other))
     steps = sorted(a.keys() & b.keys())
@@ -132,16 +134,16 @@ def differences(first: Run, other: Run) -> list[Row]:
             continue
         gaps = [b[step][key] - a[step][key] for step in steps]
         blocks = [float(block.mean()) for block in np.array_split(np.array(gaps), min(BLOCKS, len(gaps)))]
-        found = paired(blocks, margin=0.0)
+        difference = paired(blocks, margin=0.0)
         rows.append(
             {
                 "run": other.name,
                 "measure": key,
                 "first": statistics.fmean(a[step][key] for step in steps),
                 "other": statistics.fmean(b[step][key] for step in steps),
-                "difference": found.mean,
-                "low": found.low,
-                "high": found.high,
+                "difference": difference.mean,
+                "low": difference.low,
+                "high": difference.high,
             }
         )
     ends = [run.rows("validation")[-1:] for run in (first, other)]
@@ -162,5 +164,5 @@ def differences(first: Run, other: Run) -> list[Row]:
 
 
 def examples(run: Run) -> list[list[list[list[str]]]]:
-    """By layer and expert, the tokens with the largest gates and what stands before them."""
+    """By layer and expert: (text before it, token) of the tokens with the largest gates."""
     return [layer.get("examples", []) for layer in run.newest["layers"][:EXAMPLE_LAYERS]]

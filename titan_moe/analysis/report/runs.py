@@ -1,4 +1,4 @@
-"""Run directories, read for a report."""
+"""Reads run directories for a report."""
 
 import json
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from titan_moe.errors import UserError
 
 
 class Run:
-    """What a run directory holds of numbers."""
+    """The configuration, metrics and inspections of a run directory."""
 
     def __init__(self, path: Path, name: str) -> None:
-        """Raises UserError for what is no run directory, or has no training step."""
+        """Raises UserError when `path` is not a run directory or has no training step."""
         self.path, self.name = path, name
         try:
             self.config: dict[str, Any] = tomli.loads((path / "config.toml").read_text(encoding="utf-8"))
@@ -27,19 +27,19 @@ class Run:
             raise UserError(f"{path}: has no training step yet")
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
-        """Of metrics.jsonl: "train" or "validation"."""
+        """The rows of metrics.jsonl of a kind, "train" or "validation"."""
         return [row for row in self.all_rows if row["kind"] == kind]
 
     @cached_property
     def inspections(self) -> list[dict[str, Any]]:
-        """What `inspect` found at each checkpoint, by step."""
-        found = []
+        """The results of `inspect`, in the order of their steps. Raises UserError for a broken file."""
+        results = []
         for path in sorted((self.path / "inspect").glob("step-????????.json")):
             try:
-                found.append(json.loads(path.read_text(encoding="utf-8")))
+                results.append(json.loads(path.read_text(encoding="utf-8")))
             except ValueError as error:
                 raise UserError(f"{path}: can't be read: {error}; delete it and inspect the run again") from error
-        return sorted(found, key=lambda one: int(one["step"]))
+        return sorted(results, key=lambda one: int(one["step"]))
 
     @property
     def newest(self) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Runs named by their directories, with as much of the path as tells them apart."""
+    """Reads runs; each is named by as many last parts of its path as make the names distinct. Raises UserError."""
     for depth in range(1, 8):
         names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):

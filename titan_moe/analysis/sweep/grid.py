@@ -1,4 +1,4 @@
-"""A sweep's TOML file, and the cells that it spans: every arm at every place of the grid with every seed.
+"""A sweep's TOML file and its cells: one run for every arm, grid point and seed.
 
 config = "debug.toml"            # what every cell starts from
 seeds = [0, 1, 2]                # job.seed: initial weights, order of the data, draws
@@ -7,14 +7,14 @@ baseline = "lb"                  # the arm that the others are compared with, se
 [set]                            # for all cells
 training.steps = 400
 
-[before.dense]                   # a run of its own at every place and seed, before the arms; its directory is "{dense}"
+[before.dense]                   # runs first, at every grid point and seed; its directory is written "{dense}"
 model.moe.first_dense_layers = 4
 
 [arms.lb]
 [arms."lb,sp"]
 regularizers.sp.weight = 2e-3
 
-[grid]                           # values of one key, or settings with a name
+[grid]                           # axes: values of one key, or named settings
 "model.moe.top_k" = [2, 4]
 style = { vanilla = {}, deepseek = { balancer.rate = 1e-3, model.moe.shared_experts = 1 } }
 scale = { small = { config = "small.toml" }, medium = { config = "medium.toml" } }
@@ -36,7 +36,7 @@ SWEEPS = CONFIG_DIR / "sweeps"
 
 
 class Sweep(Table):
-    """What a sweep's file says."""
+    """The content of a sweep's file."""
 
     config: str = "debug"
     """A file of train_configs/, or a path (relative to the sweep's file): what every cell starts from."""
@@ -47,13 +47,13 @@ class Sweep(Table):
     validations: PositiveInt = 3
     """The last validations of a run whose mean is its result."""
     equivalence: PositiveFloat = 0.005
-    """Difference of validation loss, in nats, that counts as none."""
+    """The largest difference of validation loss, in nats, that counts as no difference."""
     inspect: bool = False
-    """Inspect the checkpoints of every cell; the last one's measures join the tables."""
+    """Run `titan-moe inspect` on the checkpoints of every cell; the tables show the measures of the last."""
     inspect_options: list[str] = []
-    """Words for `titan-moe inspect`, as "--sequences=200"."""
+    """Options of `titan-moe inspect`, for example "--sequences=200"."""
     keep: PositiveInt = 1
-    """Checkpoints that every cell keeps (checkpoint.keep)."""
+    """checkpoint.keep of every cell."""
     set: dict[str, Any] = {}
     before: dict[str, dict[str, Any]] = {}
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
@@ -65,19 +65,19 @@ class Cell(NamedTuple):
 
     name: str
     arm: str
-    place: tuple[str, ...]
-    """Value of every axis of the grid, as text."""
+    grid_point: tuple[str, ...]
+    """The value on every axis of the grid, as text."""
     seed: int
     settings: tuple[tuple[str, dict[str, Any]], ...]
-    """What it sets over the sweep's configuration, later wins; each with where that stands."""
+    """(where it is written, settings) over the sweep's configuration; the later wins."""
     config: str
-    """The configuration that it starts from."""
+    """The configuration file that the settings apply to."""
     needs: tuple[str, ...] = ()
-    """Names of cells that must be finished before."""
+    """Names of cells that must finish first."""
 
 
 def read_sweep(name: str, base: str = "") -> tuple[Path, Sweep]:
-    """A file of train_configs/sweeps/ by name, or a path. base: in place of its `config`. Raises UserError."""
+    """Reads a sweep: a file of train_configs/sweeps/ by name, or a path. base: replaces its `config`. Raises UserError."""
     candidates = [Path(name), SWEEPS / name, SWEEPS / f"{name}.toml"]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
@@ -107,32 +107,32 @@ def read_sweep(name: str, base: str = "") -> tuple[Path, Sweep]:
     return path, sweep
 
 
-def found_config(path: Path, name: str) -> str:
-    """A configuration that a sweep's file names: relative to it, or one of train_configs/."""
+def config_path(path: Path, name: str) -> str:
+    """The configuration that a sweep's file names: a path relative to that file, or a name in train_configs/."""
     near = path.parent / name
     return str(near) if near.is_file() else name
 
 
 def cells_of(path: Path, sweep: Sweep) -> list[Cell]:
-    """All cells, those of `before` first."""
+    """All cells, those of `before` first. Raises UserError when two have the same name."""
     axes = [list(choices(path, axis, values)) for axis, values in sweep.grid.items()]
     cells: list[Cell] = []
-    common = (f"{path}: set", without_places(sweep.set, {*sweep.before}))
+    common = (f"{path}: set", without_named_runs(sweep.set, {*sweep.before}))
     for point in itertools.product(*axes):
-        place = tuple(text for text, _, _ in point)
+        grid_point = tuple(text for text, _, _ in point)
         at_point = [(where, {k: v for k, v in table.items() if k != "config"}) for _, where, table in point]
         named = [table["config"] for _, _, table in point if "config" in table]
-        config = found_config(path, named[-1] if named else sweep.config)
+        config = config_path(path, named[-1] if named else sweep.config)
         for seed in sweep.seeds:
             seeded = (f"{path}: seeds", {"job": {"seed": seed}, "checkpoint": {"keep": sweep.keep}})
-            before = {name: cell_name(name, place, seed) for name in sweep.before}
+            before = {name: cell_name(name, grid_point, seed) for name in sweep.before}
             for name, table in sweep.before.items():
                 settings = (common, *at_point, (f"{path}: before.{name}", table), seeded)
-                cells.append(Cell(before[name], name, place, seed, settings, config))
+                cells.append(Cell(before[name], name, grid_point, seed, settings, config))
             for arm, table in sweep.arms.items():
                 settings = ((f"{path}: set", sweep.set), *at_point, (f"{path}: arms.{arm}", table), seeded)
-                needs = tuple(before[name] for name in places_in([table for _, table in settings], {*before}))
-                cells.append(Cell(cell_name(arm, place, seed), arm, place, seed, settings, config, needs))
+                needs = tuple(before[name] for name in runs_named_in([table for _, table in settings], {*before}))
+                cells.append(Cell(cell_name(arm, grid_point, seed), arm, grid_point, seed, settings, config, needs))
     names = [cell.name for cell in cells]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -141,7 +141,7 @@ def cells_of(path: Path, sweep: Sweep) -> list[Cell]:
 
 
 def choices(path: Path, axis: str, values: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every value of an axis: its text, where it stands, and the settings that it means."""
+    """Every value of an axis: its text, where it is written, and the settings that it stands for."""
     where = f"{path}: grid.{axis}"
     if isinstance(values, dict):
         for name, settings in values.items():
@@ -153,31 +153,31 @@ def choices(path: Path, axis: str, values: Any) -> Iterator[tuple[str, str, dict
         yield str(value), where, settings
 
 
-def cell_name(arm: str, place: tuple[str, ...], seed: int) -> str:
-    """A plain name for the run directory."""
-    return re.sub(r"[^\w.,+=-]", "_", "--".join((arm, *place, f"seed{seed}")))
+def cell_name(arm: str, grid_point: tuple[str, ...], seed: int) -> str:
+    """The name of the run directory, of characters that are safe in a path."""
+    return re.sub(r"[^\w.,+=-]", "_", "--".join((arm, *grid_point, f"seed{seed}")))
 
 
-def places_in(values: Any, names: set[str]) -> list[str]:
-    """The runs of `before` that some text in these settings names, as "{name}"."""
+def runs_named_in(values: Any, names: set[str]) -> list[str]:
+    """The runs of `before` whose directory these settings refer to, as "{name}"."""
     if isinstance(values, dict):
         values = list(values.values())
     if isinstance(values, list):
-        return sorted({name for value in values for name in places_in(value, names)})
+        return sorted({name for value in values for name in runs_named_in(value, names)})
     return sorted(name for name in names if isinstance(values, str) and f"{{{name}}}" in values)
 
 
-def without_places(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """Settings without those that name a run of `before`."""
+def without_named_runs(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """The settings without those that refer to a run of `before`."""
     return {
-        key: without_places(value, names) if isinstance(value, dict) else value
+        key: without_named_runs(value, names) if isinstance(value, dict) else value
         for key, value in values.items()
-        if isinstance(value, dict) or not places_in(value, names)
+        if isinstance(value, dict) or not runs_named_in(value, names)
     }
 
 
 def filled(values: Any, folders: dict[str, str]) -> Any:
-    """The same settings, with the directories of the runs that they name."""
+    """The settings with every "{name}" replaced by the directory of that run."""
     if isinstance(values, dict):
         return {key: filled(value, folders) for key, value in values.items()}
     if isinstance(values, list):
@@ -189,8 +189,8 @@ def filled(values: Any, folders: dict[str, str]) -> Any:
 
 
 def cell_config(cell: Cell, sweep: Sweep, runs: Path, words: list[str], world: int) -> Config:
-    """The whole configuration of a cell, checked. runs: the directory of the cells' run directories. Raises UserError."""
-    folders = {name: str(runs / cell_name(name, cell.place, cell.seed)) for name in sweep.before}
+    """The validated configuration of a cell. runs: the directory that holds the run directories. Raises UserError."""
+    folders = {name: str(runs / cell_name(name, cell.grid_point, cell.seed)) for name in sweep.before}
     settings = [(where, filled(table, folders)) for where, table in cell.settings]
     settings.append(("the sweep", {"job": {"name": cell.name, "output_dir": str(runs)}}))
     return load_config(cell.config, words, world_size=world, settings=settings)

@@ -1,9 +1,9 @@
-"""Runs the cells of a sweep, some at a time, each in a process of its own, and keeps their tables up to date.
+"""Runs the cells of a sweep, several at a time, each in its own process, and rewrites the tables after each.
 
     runs/sweeps/NAME/   results.md  results.csv  comparisons.csv  runs/CELL/  configs/CELL.toml  logs/CELL.log
 
-A finished cell is left alone, a broken-off one goes on from its newest checkpoint: so a sweep that is killed and started again
-ends with the tables of one that nobody disturbed.
+A finished cell is not run again; an interrupted one resumes from its newest checkpoint. So a sweep that is killed and started
+again ends with the same tables as one that was not.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from titan_moe.data.prepare import prepare
 from titan_moe.errors import TrainingError, UserError
 
 POLL_SECONDS = 0.2
-LOCK_SECONDS = 120  # for a cell's process of a killed sweep to save and end
-STOP_SECONDS = 300  # for the cells to save after a signal
+LOCK_SECONDS = 120  # to wait for a process of a killed sweep to save and exit
+STOP_SECONDS = 300  # to wait for running cells to save and exit after SIGTERM
 PR_SET_PDEATHSIG = 1
 
 
@@ -43,8 +43,8 @@ class Running(NamedTuple):
     command: list[str]
 
 
-class Work:
-    """What is done, under way and to be done of a sweep."""
+class SweepState:
+    """A sweep's cells: which are finished, running, failed or waiting."""
 
     def __init__(self, name: str, base: str, folder: Path | None, words: list[str], processes: int) -> None:
         path, self.sweep = read_sweep(name, base)
@@ -58,14 +58,14 @@ class Work:
         self.processes = processes
         self.running: list[Running] = []
         self.failed: dict[str, str] = {}
-        """Why, by cell."""
+        """Reasons, by cell name."""
         self.results: dict[str, dict[str, float]] = {}
 
     def complete(self, cell: Cell) -> bool:
         return self.command(cell) is None
 
     def command(self, cell: Cell) -> list[str] | None:
-        """What is to be run next for a cell; None when all is done."""
+        """The next command of a cell: training, then inspection; None when both are done."""
         config = self.configs[cell.name]
         steps = RunDir(config).saved_steps()
         if not steps or steps[-1] < config.training.steps:
@@ -79,8 +79,8 @@ class Work:
         return None
 
     def open(self) -> None:
-        """Makes the directory, writes what the cells are, and gathers what is done already. Raises UserError for a cell that
-        was run with other settings."""
+        """Makes the directories, writes the cells' configurations and reads the results of finished cells. Raises UserError
+        when a cell was run with other settings."""
         for name in ("runs", "configs", "logs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         for cell in self.cells:
@@ -114,9 +114,9 @@ class Work:
                 return
             if cell.name in self.results or cell.name in self.failed or cell.name in busy:
                 continue
-            lost = next((need for need in cell.needs if need in self.failed), None)
-            if lost is not None:
-                self.failed[cell.name] = f"{lost} failed"
+            failed_need = next((need for need in cell.needs if need in self.failed), None)
+            if failed_need is not None:
+                self.failed[cell.name] = f"{failed_need} failed"
             elif all(need in self.results for need in cell.needs):
                 self.launch(cell)
 
@@ -138,27 +138,27 @@ class Work:
             )
         self.running.append(Running(cell, process, command))
 
-    def look(self) -> bool:
-        """Takes note of the processes that ended; whether any did."""
+    def collect_ended(self) -> bool:
+        """Records results and failures of processes that ended, and starts their next commands. Whether any ended."""
         ended = [running for running in self.running if running.process.poll() is not None]
         for running in ended:
             self.running.remove(running)
             cell, status = running.cell, running.process.returncode
-            following = self.command(cell)
-            if status != 0 or following == running.command:
+            next_command = self.command(cell)
+            if status != 0 or next_command == running.command:
                 self.failed[cell.name] = f"status {status}: {last_line(self.folder / 'logs' / f'{cell.name}.log')}"
-            elif following is not None:
+            elif next_command is not None:
                 self.launch(cell)
             else:
                 self.gather(cell)
                 write_tables(self.folder, self.sweep, self.cells, self.results)
         return bool(ended)
 
-    def over(self) -> bool:
+    def finished(self) -> bool:
         return not self.running and all(cell.name in {**self.results, **self.failed} for cell in self.cells)
 
     def stop(self) -> None:
-        """Lets the running cells save and end."""
+        """Sends SIGTERM to the running cells and waits while they save."""
         for running in self.running:
             with contextlib.suppress(ProcessLookupError):
                 running.process.terminate()
@@ -166,19 +166,19 @@ class Work:
             running.process.wait(STOP_SECONDS)
 
     def table(self) -> RichTable:
-        """Every arm at every place: seeds done, what runs, and the results so far."""
+        """Every arm at every grid point: finished seeds, running cells, and results so far."""
         table = RichTable(title=f"{self.folder}: {len(self.results)} of {len(self.cells)} runs")
         for column in (*self.sweep.grid, "arm", "seeds", "running", "loss", f"to {self.sweep.baseline}"):
             table.add_column(column)
         groups = grouped(self.cells, self.results)
-        for group in dict.fromkeys(Group(cell.place, cell.arm) for cell in self.cells):
-            mine = [cell for cell in self.cells if Group(cell.place, cell.arm) == group]
+        for group in dict.fromkeys(Group(cell.grid_point, cell.arm) for cell in self.cells):
+            mine = [cell for cell in self.cells if Group(cell.grid_point, cell.arm) == group]
             done = groups.get(group, {})
             gaps = differences(groups, group, self.sweep.baseline, "loss") if done else []
             failed = sum(cell.name in self.failed for cell in mine)
-            running = [self.progress(r.cell) for r in self.running if Group(r.cell.place, r.cell.arm) == group]
+            running = [self.progress(r.cell) for r in self.running if Group(r.cell.grid_point, r.cell.arm) == group]
             table.add_row(
-                *group.place,
+                *group.grid_point,
                 group.arm,
                 f"{len(done)}/{len(mine)}{f', {failed} failed' if failed else ''}",
                 "; ".join(running),
@@ -196,59 +196,60 @@ class Work:
 def run_sweep(
     name: str, base: str, folder: Path | None, words: list[str], processes: int, only_tables: bool = False
 ) -> int:
-    """Runs what is not finished, and writes the tables. base: in place of the sweep's own `config`. Returns the exit status: 1
-    when a cell failed. Raises UserError."""
-    work = Work(name, base, folder, words, processes)
-    work.folder.mkdir(parents=True, exist_ok=True)
-    with (work.folder / ".lock").open("a") as lock:
+    """Runs the unfinished cells and writes the tables. Returns the exit status, 1 when a cell failed. Raises UserError.
+
+    base: replaces the sweep's `config`. only_tables: run nothing."""
+    state = SweepState(name, base, folder, words, processes)
+    state.folder.mkdir(parents=True, exist_ok=True)
+    with (state.folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"--output: another sweep is running in {work.folder}") from error
-        work.open()
+            raise UserError(f"--output: another sweep is running in {state.folder}") from error
+        state.open()
         if not only_tables:
-            prepare_once(work.configs.values())
-            carry_out(work)
-        if not work.results:
-            raise UserError(f"--tables: no run of {work.folder} is finished")
-        write_tables(work.folder, work.sweep, work.cells, work.results)
-    print(f"{work.folder / 'results.md'}: {len(work.results)} of {len(work.cells)} runs")
-    for cell, reason in work.failed.items():
+            prepare_once(state.configs.values())
+            run_all(state)
+        if not state.results:
+            raise UserError(f"--tables: no run of {state.folder} is finished")
+        write_tables(state.folder, state.sweep, state.cells, state.results)
+    print(f"{state.folder / 'results.md'}: {len(state.results)} of {len(state.cells)} runs")
+    for cell, reason in state.failed.items():
         print(f"failed: {cell}: {reason}", file=sys.stderr)
-    return 1 if work.failed else 0
+    return 1 if state.failed else 0
 
 
-def carry_out(work: Work) -> None:
-    """Until every cell is done or has failed."""
+def run_all(state: SweepState) -> None:
+    """Runs cells until each has finished or failed."""
     console = Console()
-    live = Live(work.table(), console=console, auto_refresh=False) if console.is_terminal else None
+    live = Live(state.table(), console=console, auto_refresh=False) if console.is_terminal else None
     shown = time.monotonic()
     with live or contextlib.nullcontext():
         try:
-            while not work.over():
-                work.start()
-                changed = work.look()
+            while not state.finished():
+                state.start()
+                changed = state.collect_ended()
                 if live is not None and (changed or time.monotonic() - shown > 1.0):
-                    live.update(work.table(), refresh=True)
+                    live.update(state.table(), refresh=True)
                     shown = time.monotonic()
                 elif live is None and changed:
-                    console.print(f"{len(work.results)} of {len(work.cells)} runs, {len(work.failed)} failed")
+                    console.print(f"{len(state.results)} of {len(state.cells)} runs, {len(state.failed)} failed")
                 time.sleep(POLL_SECONDS)
         except BaseException:
-            work.stop()
+            state.stop()
             raise
-    console.print(work.table())
+    console.print(state.table())
 
 
 def prepare_once(configs: Iterable[Config]) -> None:
-    """Makes every tokenizer and data set that is needed, before processes would make the same one at once."""
+    """Makes all tokenizers and token shards in this process, since several cells may need the same ones."""
     distinct = {(config.data.model_dump_json(), config.tokenizer.model_dump_json()): config for config in configs}
     for config in distinct.values():
         prepare(config)
 
 
 def wait_for_lock(path: Path) -> None:
-    """Until no process trains in a run directory. Raises TrainingError after a while."""
+    """Waits until no process holds the lock of a run directory. Raises TrainingError after LOCK_SECONDS."""
     end = time.monotonic() + LOCK_SECONDS
     while path.exists():
         with path.open("a") as lock:
@@ -263,7 +264,7 @@ def wait_for_lock(path: Path) -> None:
 
 
 def last_line(path: Path) -> str:
-    """Of a file that grows; empty when there is none."""
+    """The last line of a file; empty when there is no file."""
     if not path.exists():
         return ""
     with path.open("rb") as file:
@@ -273,5 +274,5 @@ def last_line(path: Path) -> str:
 
 
 def _end_with_parent() -> None:
-    """In a child on Linux: SIGTERM to itself when the sweep is gone, however it went."""
+    """Runs in a child on Linux: has the kernel send it SIGTERM when the sweep's process dies."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""A sweep's results: one row a cell, means over seeds, and paired differences to the baseline, as CSV and Markdown."""
+"""A sweep's results as CSV and Markdown: a row per cell, means over seeds, paired differences to the baseline."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from titan_moe.analysis.sweep.grid import Cell, Sweep
 from titan_moe.analysis.sweep.statistics import Paired, holm, paired
 from titan_moe.checkpoint.run_dir import read_rows
 
-TAIL = 0.1  # share of a run's steps, the last ones, over which its training measures are averaged
+TAIL = 0.1  # fraction of a run's steps, at its end, over which training measures are averaged
 SHOWN = (
     "perplexity",
     "moe/overlap",
@@ -32,73 +32,75 @@ Row = dict[str, Any]
 
 
 class Group(NamedTuple):
-    """One arm at one place of the grid."""
+    """One arm at one point of the grid."""
 
-    place: tuple[str, ...]
+    grid_point: tuple[str, ...]
     arm: str
 
 
 def result_of(run: Path, validations: int) -> dict[str, float]:
-    """A finished run's numbers: the mean of its last validations, of the last training steps' measures, and what `inspect`
-    found. Raises ValueError for a run with fewer validations than that."""
+    """Numbers of a finished run: means of its last `validations` validations and of its last training steps, and the summary
+    of `inspect`. Raises ValueError when it has fewer validations."""
     rows = read_rows(run / "metrics.jsonl")
     losses = [row for row in rows if row["kind"] == "validation"][-validations:]
     if len(losses) < validations:
         raise ValueError(f"{run.name} has {len(losses)} validations, not {validations}; lower validation.interval")
-    found = {key: statistics.fmean(row[key] for row in losses) for key in ("loss", "bits_per_byte")}
-    found["perplexity"] = math.exp(min(found["loss"], 700.0))
+    result = {key: statistics.fmean(row[key] for row in losses) for key in ("loss", "bits_per_byte")}
+    result["perplexity"] = math.exp(min(result["loss"], 700.0))
     steps = [row for row in rows if row["kind"] == "train"]
     tail = steps[-max(1, round(TAIL * len(steps))) :]
     for key in tail[-1]:
         if key.startswith(("moe/", "reg/")) or key == "ce":
-            found[key] = statistics.fmean(row[key] for row in tail)
+            result[key] = statistics.fmean(row[key] for row in tail)
     newest = inspected(run, steps[-1]["step"])
     if newest.exists():
         summary = json.loads(newest.read_text(encoding="utf-8"))["summary"]
-        found |= {f"inspect/{key}": value for key, value in summary.items()}
-    return found
+        result |= {f"inspect/{key}": value for key, value in summary.items()}
+    return result
 
 
 def inspected(run: Path, step: int) -> Path:
-    """What `inspect` writes of a run's checkpoint."""
+    """The file that `inspect` writes for a run's checkpoint of that step."""
     return run / "inspect" / f"step-{step:08d}.json"
 
 
 def grouped(cells: Iterable[Cell], results: dict[str, dict[str, float]]) -> dict[Group, dict[int, dict[str, float]]]:
     """Results by group and seed, in the order of the cells."""
-    found: dict[Group, dict[int, dict[str, float]]] = {}
+    groups: dict[Group, dict[int, dict[str, float]]] = {}
     for cell in cells:
         if cell.name in results:
-            found.setdefault(Group(cell.place, cell.arm), {})[cell.seed] = results[cell.name]
-    return found
+            groups.setdefault(Group(cell.grid_point, cell.arm), {})[cell.seed] = results[cell.name]
+    return groups
 
 
 def differences(groups: dict[Group, dict[int, dict[str, float]]], group: Group, baseline: str, key: str) -> list[float]:
-    """Of a measure, seed by seed, to the baseline at the same place."""
-    own, base = groups[group], groups.get(Group(group.place, baseline), {})
-    return [own[seed][key] - base[seed][key] for seed in own if seed in base and key in own[seed] and key in base[seed]]
+    """Differences of a measure to the baseline at the same grid point, seed by seed."""
+    ours, base = groups[group], groups.get(Group(group.grid_point, baseline), {})
+    return [
+        ours[seed][key] - base[seed][key] for seed in ours if seed in base and key in ours[seed] and key in base[seed]
+    ]
 
 
 def comparisons(groups: dict[Group, dict[int, dict[str, float]]], sweep: Sweep) -> list[Row]:
-    """Every measure of every arm against the baseline. p-values of the loss are Holm's over the arms of a place."""
+    """Every measure of every arm against the baseline. The loss's p-values are Holm-adjusted over the arms of a grid point."""
     rows: list[Row] = []
-    for place in dict.fromkeys(group.place for group in groups):
-        arms = [group for group in groups if group.place == place and group.arm != sweep.baseline]
+    for grid_point in dict.fromkeys(group.grid_point for group in groups):
+        arms = [group for group in groups if group.grid_point == grid_point and group.arm != sweep.baseline]
         losses = [paired(differences(groups, group, sweep.baseline, "loss"), sweep.equivalence) for group in arms]
         for group, loss, p in zip(arms, losses, holm([loss.p for loss in losses]), strict=True):
             for key in next(iter(groups[group].values())):
-                found = paired(differences(groups, group, sweep.baseline, key), sweep.equivalence)
-                row: Row = {**dict(zip(sweep.grid, place, strict=True)), "arm": group.arm, "measure": key}
-                row |= {"pairs": found.pairs, "difference": found.mean, "low": found.low, "high": found.high}
+                result = paired(differences(groups, group, sweep.baseline, key), sweep.equivalence)
+                row: Row = {**dict(zip(sweep.grid, grid_point, strict=True)), "arm": group.arm, "measure": key}
+                row |= {"pairs": result.pairs, "difference": result.mean, "low": result.low, "high": result.high}
                 if key == "loss":
-                    row |= {"p": found.p, "p_holm": p, "p_equivalent": found.p_equivalent}
+                    row |= {"p": result.p, "p_holm": p, "p_equivalent": result.p_equivalent}
                     row["verdict"] = verdict(loss, p)
                 rows.append(row)
     return rows
 
 
 def verdict(loss: Paired, p: float) -> str:
-    """In a word, what the paired differences of the loss say."""
+    """The outcome of the tests on the loss, in words. p: Holm-adjusted."""
     if loss.pairs < 2:
         return "too few pairs"
     if p < SIGNIFICANT:
@@ -107,56 +109,64 @@ def verdict(loss: Paired, p: float) -> str:
 
 
 def write_tables(folder: Path, sweep: Sweep, cells: Sequence[Cell], results: dict[str, dict[str, float]]) -> None:
-    """results.csv (a row a cell), comparisons.csv and results.md."""
+    """Writes results.csv (a row per cell), comparisons.csv and results.md, each atomically."""
     groups = grouped(cells, results)
     rows = [
-        {**dict(zip(sweep.grid, cell.place, strict=True)), "arm": cell.arm, "seed": cell.seed, **results[cell.name]}
+        {
+            **dict(zip(sweep.grid, cell.grid_point, strict=True)),
+            "arm": cell.arm,
+            "seed": cell.seed,
+            **results[cell.name],
+        }
         for cell in cells
         if cell.name in results
     ]
     write_csv(folder / "results.csv", rows)
     compared = comparisons({g: v for g, v in groups.items() if g.arm not in sweep.before}, sweep)
     write_csv(folder / "comparisons.csv", compared)
-    fresh = folder / ".results.md"
-    fresh.write_text(markdown(sweep, groups, compared), encoding="utf-8")
-    fresh.replace(folder / "results.md")
+    temporary = folder / ".results.md"
+    temporary.write_text(markdown(sweep, groups, compared), encoding="utf-8")
+    temporary.replace(folder / "results.md")
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Columns in the order in which they first appear."""
-    fresh = path.with_name(f".{path.name}")
-    with fresh.open("w", newline="", encoding="utf-8") as file:
+    """Writes rows as CSV atomically, with columns in the order in which they first appear."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    fresh.replace(path)
+    temporary.replace(path)
 
 
 def markdown(sweep: Sweep, groups: dict[Group, dict[int, dict[str, float]]], compared: Sequence[Row]) -> str:
-    """Means and deviations over seeds, and the comparisons, a table for every place of the grid."""
+    """One table per grid point: means and standard deviations over seeds, and comparisons with the baseline."""
     lines: list[str] = []
-    for place in dict.fromkeys(group.place for group in groups):
-        if place:
-            lines += [f"### {', '.join(f'{axis} {value}' for axis, value in zip(sweep.grid, place, strict=True))}", ""]
-        here = {group: found for group, found in groups.items() if group.place == place}
-        shown = [key for key in SHOWN if any(key in row for found in here.values() for row in found.values())]
+    for grid_point in dict.fromkeys(group.grid_point for group in groups):
+        if grid_point:
+            lines += [
+                f"### {', '.join(f'{axis} {value}' for axis, value in zip(sweep.grid, grid_point, strict=True))}",
+                "",
+            ]
+        here = {group: seeds for group, seeds in groups.items() if group.grid_point == grid_point}
+        shown = [key for key in SHOWN if any(key in row for seeds in here.values() for row in seeds.values())]
         names = [key.partition("/")[2] or key for key in shown]
         head = ["arm", "seeds", "loss", f"difference to {sweep.baseline}", "verdict", *names]
         table = []
-        for group, found in here.items():
+        for group, seeds in here.items():
             row = next(
                 (
                     row
                     for row in compared
-                    if row["measure"] == "loss" and row["arm"] == group.arm and at(row, sweep) == place
+                    if row["measure"] == "loss" and row["arm"] == group.arm and grid_point_of(row, sweep) == grid_point
                 ),
                 None,
             )
-            values = {key: [r[key] for r in found.values() if key in r] for key in ("loss", *shown)}
+            values = {key: [r[key] for r in seeds.values() if key in r] for key in ("loss", *shown)}
             table.append(
                 [
                     group.arm,
-                    str(len(found)),
+                    str(len(seeds)),
                     spread(values["loss"]),
                     interval(row) if row else "",
                     f"{row['verdict']}{p_values(row)}" if row else "",
@@ -167,7 +177,7 @@ def markdown(sweep: Sweep, groups: dict[Group, dict[int, dict[str, float]]], com
     return "\n".join(lines)
 
 
-def at(row: Row, sweep: Sweep) -> tuple[str, ...]:
+def grid_point_of(row: Row, sweep: Sweep) -> tuple[str, ...]:
     return tuple(row[axis] for axis in sweep.grid)
 
 
@@ -176,7 +186,7 @@ def line(cells: Sequence[str]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
+    """Mean ± standard deviation."""
     if not values:
         return ""
     mean = statistics.fmean(values)
