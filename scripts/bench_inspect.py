@@ -12,7 +12,7 @@ import statistics
 import torch
 from benchmarking import seconds
 
-from titan_moe.analysis.inspect.inspection import Options, Watched
+from titan_moe.analysis.inspect.inspection import InspectedModel, Options
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Regularizers
 from titan_moe.parallel.mesh import single
@@ -31,7 +31,7 @@ def main() -> None:
     keep_freed_memory()
     config, alone = load_config(options.config, words), single(torch.device("cpu"))
     config = config.model_copy(update={"regularizers": Regularizers()})  # validation computes the terms that are on
-    watched = Watched(config, alone, Options(sequences=options.sequences, cluster_tokens=0))
+    watched = InspectedModel(config, alone, Options(sequences=options.sequences, cluster_tokens=0))
     tokenizer = watched.prepared.tokenizer
     plain = build_runner(build_model(config, tokenizer.vocab_size, alone), config, alone)
     size = config.training.microbatch_size or config.training.batch_size
@@ -40,7 +40,7 @@ def main() -> None:
         validate(plain, watched.windows, tokenizer, options.sequences, size, alone)
 
     def inspection() -> None:
-        watched.go_through(watched.tally())
+        watched.run_on_text(watched.tally())
 
     validation()
     inspection()

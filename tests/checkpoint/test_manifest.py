@@ -1,4 +1,4 @@
-"""Damaged checkpoints are found before anything is loaded; mangled files of any kind never end in a traceback."""
+"""Damaged checkpoints are detected before anything is loaded, and mangled files give one-line errors, not tracebacks."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tests.helpers.runs import Make, rows, train, untimed
 from titan_moe.checkpoint.manifest import BLOCK_BYTES, DamageError, entry_of, read_manifest, verify, write_manifest
 from titan_moe.checkpoint.resume import newest_good
 from titan_moe.checkpoint.run_dir import RunDir, read_state
-from titan_moe.checkpoint.saver import superfluous
+from titan_moe.checkpoint.saver import steps_to_delete
 from titan_moe.config.load import load_config
 from titan_moe.errors import UserError
 from titan_moe.parallel.mesh import single
@@ -24,7 +24,7 @@ MESH = single(torch.device("cpu"))
 FILES = ("__0_0.distcp", ".metadata", "state.json", "manifest.json")
 
 
-def flip(path: Path, other: Path) -> None:  # noqa: ARG001 - every damage's signature
+def flip(path: Path, other: Path) -> None:  # noqa: ARG001 - the signature of all of DAMAGES
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 0x20
     path.write_bytes(data)
@@ -42,11 +42,11 @@ def delete(path: Path, other: Path) -> None:  # noqa: ARG001
     path.unlink()
 
 
-def swap(path: Path, other: Path) -> None:
+def replace_by_older(path: Path, other: Path) -> None:
     shutil.copyfile(other, path)
 
 
-DAMAGES: list[Callable[[Path, Path], None]] = [flip, truncate, empty, delete, swap]
+DAMAGES: list[Callable[[Path, Path], None]] = [flip, truncate, empty, delete, replace_by_older]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir:
 
 @pytest.fixture
 def copied(saved: RunDir, tiny_config: Make) -> RunDir:
+    """A copy of that run, for one test to damage."""
     run_dir = RunDir(tiny_config())
     shutil.copytree(saved.path, run_dir.path)
     return run_dir
@@ -68,12 +69,14 @@ def copied(saved: RunDir, tiny_config: Make) -> RunDir:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_every_damage_of_every_file_is_found(copied: RunDir, name: str, damage: Callable[[Path, Path], None]) -> None:
-    newest, before = copied.checkpoint(4), copied.checkpoint(2)
+def test_any_damage_to_any_file_makes_the_run_resume_from_the_checkpoint_before(
+    copied: RunDir, name: str, damage: Callable[[Path, Path], None]
+) -> None:
+    newest, older = copied.checkpoint(4), copied.checkpoint(2)
     assert {path.name for path in newest.iterdir()} == set(FILES)
     assert newest_good(copied, MESH) == newest
-    damage(newest / name, before / name)
-    assert newest_good(copied, MESH) == before
+    damage(newest / name, older / name)
+    assert newest_good(copied, MESH) == older
     (aside,) = copied.checkpoints.glob("aside-*")
     assert aside.name == "aside-step-00000004-1"
     reason = (aside / "REASON").read_text()
@@ -81,27 +84,29 @@ def test_every_damage_of_every_file_is_found(copied: RunDir, name: str, damage: 
     assert copied.saved_steps() == [2]
 
 
-def test_a_run_goes_on_from_the_good_one_before(saved: RunDir, copied: RunDir, tiny_config: Make) -> None:
+def test_a_run_resumed_before_a_damaged_checkpoint_writes_the_same_rows(
+    saved: RunDir, copied: RunDir, tiny_config: Make
+) -> None:
     flip(copied.checkpoint(4) / "__0_0.distcp", Path())
-    found = train(tiny_config("--training.steps=4"))
-    assert untimed(found) == untimed(rows(saved))
+    rows_after = train(tiny_config("--training.steps=4"))
+    assert untimed(rows_after) == untimed(rows(saved))
     assert copied.saved_steps() == [2, 4]
 
 
-def test_without_a_good_one_the_run_starts_over(saved: RunDir, copied: RunDir, tiny_config: Make) -> None:
+def test_without_an_undamaged_checkpoint_the_run_starts_over(saved: RunDir, copied: RunDir, tiny_config: Make) -> None:
     for step in (2, 4):
         truncate(copied.checkpoint(step) / "__0_0.distcp", Path())
     assert untimed(train(tiny_config("--training.steps=4"))) == untimed(rows(saved))
     assert len(list(copied.checkpoints.glob("aside-*"))) == 2
 
 
-def test_only_good_ones_count_as_kept(copied: RunDir, tiny_config: Make) -> None:
+def test_damaged_checkpoints_do_not_count_towards_keep(copied: RunDir, tiny_config: Make) -> None:
     truncate(copied.checkpoint(2) / "state.json", Path())
     train(tiny_config("--training.steps=6", "--checkpoint.keep=2"))
     assert copied.saved_steps() == [4, 6]
 
 
-def test_another_format_version_is_refused_and_left_alone(copied: RunDir) -> None:
+def test_a_checkpoint_of_another_format_version_is_refused_and_not_renamed(copied: RunDir) -> None:
     state = copied.checkpoint(4) / "state.json"
     state.write_text(state.read_text().replace('"format_version": 2', '"format_version": 1'))
     (copied.checkpoint(4) / "manifest.json").unlink()
@@ -110,8 +115,8 @@ def test_another_format_version_is_refused_and_left_alone(copied: RunDir) -> Non
     assert copied.checkpoint(4).exists()
 
 
-def test_blocks_are_shared_among_ranks(tmp_path: Path) -> None:
-    """Two blocks and a bit: each rank sees the damage in its own share alone."""
+def test_every_rank_verifies_only_its_blocks(tmp_path: Path) -> None:
+    """Three blocks on three ranks: only the rank with the altered block reports it."""
     folder = tmp_path / "step-00000001"
     folder.mkdir()
     path = folder / "data"
@@ -119,7 +124,7 @@ def test_blocks_are_shared_among_ranks(tmp_path: Path) -> None:
     write_manifest(folder, 1, {"data": entry_of(path)})
     entries = read_manifest(folder)
     assert len(entries["data"].blocks) == 3
-    flip(path, path)  # in the third third of ... the first block
+    flip(path, path)  # alters the first block: a third of the file is less than one block
     with pytest.raises(DamageError, match="checksum of block 0"):
         verify(folder, entries, 0, 3)
     verify(folder, entries, 1, 3)
@@ -131,13 +136,13 @@ MANGLED = settings(
 )
 
 
-def check_line(error: Exception) -> None:
+def assert_one_line(error: Exception) -> None:
     assert "\n" not in str(error)
 
 
 @st.composite
 def mangled(draw: st.DrawFn, good: bytes) -> bytes:
-    """A file with some bytes replaced, some cut out, or junk put in."""
+    """`good` with some bytes replaced, removed or inserted."""
     data = bytearray(good)
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, max(0, len(data) - 1)))
@@ -150,34 +155,36 @@ def mangled(draw: st.DrawFn, good: bytes) -> bytes:
 
 @MANGLED
 @given(data=st.data())
-def test_mangled_manifests(copied: RunDir, saved: RunDir, data: st.DataObject) -> None:
+def test_a_mangled_manifest_is_refused_in_one_line(copied: RunDir, saved: RunDir, data: st.DataObject) -> None:
     good = (saved.checkpoint(4) / "manifest.json").read_bytes()
     bad = data.draw(mangled(good))
     (copied.checkpoint(4) / "manifest.json").write_bytes(bad)
     try:
-        found = read_manifest(copied.checkpoint(4))
+        rows_after = read_manifest(copied.checkpoint(4))
     except DamageError as error:
-        check_line(error)
+        assert_one_line(error)
     else:
-        assert found == read_manifest(saved.checkpoint(4))
+        assert rows_after == read_manifest(saved.checkpoint(4))
 
 
 @MANGLED
 @given(data=st.data())
-def test_mangled_states(copied: RunDir, saved: RunDir, data: st.DataObject) -> None:
+def test_a_mangled_state_is_refused_in_one_line(copied: RunDir, saved: RunDir, data: st.DataObject) -> None:
     good = (saved.checkpoint(4) / "state.json").read_bytes()
     (copied.checkpoint(4) / "state.json").write_bytes(data.draw(mangled(good)))
     try:
         state = read_state(copied.checkpoint(4), "checkpoint")
     except UserError as error:
-        check_line(error)
+        assert_one_line(error)
     else:
         assert state["format_version"] == 2
 
 
 @MANGLED
 @given(data=st.data(), step=st.integers(0, 5))
-def test_mangled_metrics(copied: RunDir, saved: RunDir, data: st.DataObject, step: int) -> None:
+def test_mangled_metrics_are_cut_to_complete_rows(
+    copied: RunDir, saved: RunDir, data: st.DataObject, step: int
+) -> None:
     good = saved.metrics.read_bytes()
     copied.metrics.write_bytes(data.draw(mangled(good)))
     copied.has_validation(step)
@@ -207,26 +214,26 @@ dtype = "float32"
 @given(text=mangled(GOOD_TOML))
 @example(text=b"\xff\xfe")
 @example(text=b"a = " + b"[" * 5000)
-def test_mangled_toml(tmp_path: Path, text: bytes) -> None:
+def test_mangled_toml_is_refused_in_one_line(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(text)
     try:
         load_config(str(path))
     except UserError as error:
-        check_line(error)
+        assert_one_line(error)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_what_a_signal_made_does_not_displace_others(keep: int) -> None:
-    """With stops at 13, 14 and 21 the same are left as without, and never more than `keep`."""
+def test_checkpoints_saved_by_a_signal_do_not_displace_regular_ones(keep: int) -> None:
+    """Saving also at steps 13, 14 and 21 leaves the same checkpoints in the end, and never more than `keep`."""
 
-    def left(saves: list[int]) -> list[int]:
+    def steps_left(saves: list[int]) -> list[int]:
         steps: list[int] = []
         for step in saves:
             steps.append(step)
-            steps = [old for old in steps if old not in superfluous(steps, keep, interval=5)]
+            steps = [old for old in steps if old not in steps_to_delete(steps, keep, interval=5)]
             assert len(steps) <= keep
             assert step in steps
         return steps
 
-    assert left([5, 10, 13, 14, 15, 20, 21, 23]) == left([5, 10, 15, 20, 23])
+    assert steps_left([5, 10, 13, 14, 15, 20, 21, 23]) == steps_left([5, 10, 15, 20, 23])

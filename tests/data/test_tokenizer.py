@@ -1,4 +1,4 @@
-"""The tokenizer gives every text back, and knows how many source bytes each piece stands for."""
+"""The tokenizer is lossless and counts the bytes of source text of every token."""
 
 import io
 
@@ -18,8 +18,8 @@ TEXTS = [
 ]
 
 
-def with_leading_blank() -> bytes:
-    """A model like LLaMA-2's: identity normalisation, byte fallback, a blank put before every text."""
+def model_with_leading_space() -> bytes:
+    """A model like LLaMA-2's: identity normalisation, byte fallback, a space added before every text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in TEXTS for line in text.splitlines()),
@@ -36,7 +36,7 @@ def with_leading_blank() -> bytes:
 
 
 OURS = Tokenizer(train_tokenizer(TEXTS, 380), "test")
-LLAMA_LIKE = Tokenizer(with_leading_blank(), "test")
+LLAMA_LIKE = Tokenizer(model_with_leading_space(), "test")
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text("ab \n\t▁<s>0x41é", max_size=40)
 
@@ -44,7 +44,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text(
 @pytest.mark.parametrize("tokenizer", [OURS, LLAMA_LIKE], ids=["ours", "llama-like"])
 @settings(max_examples=400, deadline=None)
 @given(text=text)
-def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+def test_decoding_gives_any_text_back_and_bytes_are_counted(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode_batch([text], 2) == [ids]
@@ -52,21 +52,21 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert int(tokenizer.count_bytes(document[:-1], document[1:]).sum()) == len(text.encode("utf-8"))
 
 
-def test_code_and_every_control_character_come_back() -> None:
+def test_decoding_gives_control_characters_back() -> None:
     everything = "".join(map(chr, range(0x300))) + "\u2580\u2581\u2582\ufeff\U0010ffff" + TEXTS[0]
     assert OURS.lossless
     assert LLAMA_LIKE.lossless
     assert OURS.decode(OURS.encode(everything)) == everything
 
 
-def test_training_is_repeatable_and_separates_documents() -> None:
+def test_training_is_deterministic_and_text_never_encodes_to_bos_or_eos() -> None:
     assert train_tokenizer(TEXTS, 380) == train_tokenizer(TEXTS, 380)
     assert OURS.vocab_size == 380
     assert OURS.bos != OURS.eos
     assert not {OURS.bos, OURS.eos} & set(OURS.encode("<s> </s> " + TEXTS[1]))
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
     junk = tmp_path / "junk.model"
     for content in (b"", b"not a model", bytes(range(256)) * 40):
         junk.write_bytes(content)
@@ -76,6 +76,6 @@ def test_what_is_no_tokenizer_is_refused(tmp_path) -> None:  # type: ignore[no-u
         read_tokenizer(str(tmp_path / "missing.model"), "tokenizer.path")
 
 
-def test_too_little_text_for_the_vocabulary() -> None:
+def test_too_little_text_for_the_vocabulary_is_refused() -> None:
     with pytest.raises(UserError, match=r"tokenizer\.vocab_size = 4096"):
         train_tokenizer(["abc abc"], 4096)

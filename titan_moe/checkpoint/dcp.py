@@ -1,8 +1,8 @@
 """Checkpoints through torch.distributed.checkpoint.
 
-    checkpoints/step-00000100/   the DCP files (tensors under stable global names), state.json (everything else), manifest.json
+    checkpoints/step-00000100/   DCP's files (tensors by global parameter name), state.json (all other state), manifest.json
 
-Loading runs no code from the file: only tensors are read, and the metadata's pickle may name only DCP's own types.
+Loading executes no code from a file: only tensors are read, and unpickling the metadata is restricted to DCP's types.
 """
 
 import errno
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from titan_moe.errors import UserError
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP's, of one process
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP warns so with a single process
 
 PICKLED_TYPES = {
     ("collections", "OrderedDict"),
@@ -42,7 +42,7 @@ METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the types that DCP's metadata consists of, and no others."""
+    """Unpickles the types that DCP's metadata consists of, and refuses all others."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (
@@ -54,21 +54,19 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) in PICKLED_TYPES:
             return super().find_class(module, name)
         if (module, name) == ("builtins", "getattr"):
-            return _member_of_enum  # how Python 3.11.0 to 3.11.3 pickle the member of an enumeration
-        raise pickle.UnpicklingError(f"the metadata names {module}.{name}, which no checkpoint of ours holds")
+            return _member_of_enum  # Python 3.11.0 to 3.11.3 pickle enumeration members so
+        raise pickle.UnpicklingError(f"the metadata names {module}.{name}, which is not part of a checkpoint")
 
 
 def _member_of_enum(kind: Any, name: Any) -> Any:
-    """`getattr`, for members of DCP's enumerations and nothing else."""
+    """Replaces `getattr` in the pickle; allows only members of DCP's enumerations."""
     if not (isinstance(kind, type) and issubclass(kind, Enum) and kind.__module__ == METADATA_MODULE):
-        raise pickle.UnpicklingError(
-            f"the metadata asks for {name!r} of {kind!r}, which is no enumeration of checkpoints"
-        )
+        raise pickle.UnpicklingError(f"the metadata asks for {name!r} of {kind!r}, which is not an enumeration of DCP")
     return kind[str(name)]
 
 
 class _Reader(FileSystemReader):
-    """Reads the metadata with the unpickler above, at once, so that damage shows before DCP starts."""
+    """Reads the metadata with the restricted unpickler when constructed, so that damage is found before DCP's collectives."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -90,14 +88,14 @@ class _TensorsOnly(DefaultLoadPlanner):
 
 
 def write_tensors(folder: Path, state: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """This rank's part. Raises OSError for a disk that takes no more."""
+    """Writes this rank's shards; a collective. Raises OSError, for example when the disk is full."""
     writer = FileSystemWriter(str(folder), thread_count=1)
     try:
         save(state, storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         for failure, _ in error.failures.values():
             cause: BaseException | None = failure
-            while cause is not None:  # torch.save's own error covers up the system's
+            while cause is not None:  # the system's error is in the context of torch.save's
                 if isinstance(cause, OSError):
                     raise OSError(cause.errno, cause.strerror, str(folder)) from error
                 cause = cause.__context__
@@ -105,17 +103,18 @@ def write_tensors(folder: Path, state: dict[str, Tensor], group: dist.ProcessGro
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Everything to save, flat: `model.NAME` (parameters and the balancing bias) and `optimizer.NAME.KIND`."""
-    found = {f"model.{name}": value for name, value in model.state_dict().items()}
+    """All tensors to save: `model.NAME` (parameters and balancing biases) and `optimizer.NAME.KIND` (such as exp_avg)."""
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
     if optimizer is not None:
         moments: Any = get_optimizer_state_dict(model, optimizer)["state"]
         for name, kinds in moments.items():
-            found |= {f"optimizer.{name}.{kind}": value for kind, value in kinds.items()}
-    return found
+            state |= {f"optimizer.{name}.{kind}": value for kind, value in kinds.items()}
+    return state
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Fills the model, and the optimizer when there is one, in place. Raises UserError for a damaged or foreign one."""
+    """Loads into the model, and the optimizer unless None, in place; any layout. Raises UserError when the checkpoint is
+    damaged or of another model."""
     state = tensors(model, optimizer)
     read_tensors(path, state)
     model.load_state_dict({name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")})
@@ -127,7 +126,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def read_tensors(path: Path, state: dict[str, Tensor]) -> None:
-    """Fills these tensors, by the names that `tensors` gives, in place. Raises UserError for a damaged or foreign file."""
+    """Loads into these tensors in place; keys as in `tensors`. Raises UserError when the checkpoint is damaged or of another
+    model."""
     try:
         load(state, storage_reader=_Reader(path), planner=_TensorsOnly(), no_dist=not dist.is_initialized())
     except (
@@ -144,7 +144,7 @@ def read_tensors(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the error at the bottom: DCP wraps what one rank met."""
+    """The first line of the original error, which DCP wraps in an exception of its own."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     lines = str(error).strip().splitlines()

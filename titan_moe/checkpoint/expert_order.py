@@ -1,4 +1,4 @@
-"""Experts under other numbers: the same network."""
+"""Permutes the experts of MoE layers, which does not change the network's outputs."""
 
 import json
 from operator import add
@@ -21,39 +21,41 @@ Order = npt.NDArray[np.int64]
 
 @torch.no_grad()
 def permute_experts(model: Transformer, order: Order) -> None:
-    """Gives expert `order[layer, e]` of every MoE layer the number e: router rows, weights and balancing bias, in place.
+    """Moves expert `order[layer, e]` of every MoE layer to index e, in place: router rows, weights and balancing bias.
 
-    order: (L, E). Collective where experts are on several ranks; one layer's experts are whole on each for a moment."""
+    order: (L, E). A collective when experts are sharded; each rank temporarily holds the full experts of one layer."""
     for moe in model.moe_modules():
-        numbers = torch.from_numpy(order[moe.layer])
+        indices = torch.from_numpy(order[moe.layer])
         for parameter in (moe.router.weight, *moe.experts.parameters()):
-            reorder(parameter, numbers)
-        moe.router.expert_bias.copy_(moe.router.expert_bias[numbers.to(moe.router.expert_bias.device)])
+            reorder(parameter, indices)
+        moe.router.expert_bias.copy_(moe.router.expert_bias[indices.to(moe.router.expert_bias.device)])
 
 
-def reorder(parameter: Tensor, numbers: Tensor) -> None:
-    """The rows of a (sharded) parameter in another order."""
-    everything = whole(parameter)
-    own, corner = local_part(parameter)
-    rows = numbers.to(everything.device)[corner[0] : corner[0] + own.shape[0]]
-    rest = tuple(slice(start, end) for start, end in zip(corner[1:], map(add, corner[1:], own.shape[1:]), strict=True))
-    own.copy_(everything[rows][(slice(None), *rest)].clone())
+def reorder(parameter: Tensor, indices: Tensor) -> None:
+    """Permutes dimension 0 of a (sharded) parameter: new row i is old row indices[i]."""
+    full = whole(parameter)
+    shard, offset = local_part(parameter)
+    rows = indices.to(full.device)[offset[0] : offset[0] + shard.shape[0]]
+    rest = tuple(
+        slice(start, end) for start, end in zip(offset[1:], map(add, offset[1:], shard.shape[1:]), strict=True)
+    )
+    shard.copy_(full[rows][(slice(None), *rest)].clone())
 
 
 def write_order(path: Path, order: Order, **facts: Any) -> None:
-    """A mapping that `checkpoint.expert_order` takes."""
+    """Writes the JSON file that `checkpoint.expert_order` names. facts: further keys."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"format": FORMAT, **facts, "order": order.tolist()}), encoding="utf-8")
 
 
 def read_order(path: Path, layers: int, experts: int) -> Order:
-    """Raises UserError for a file that is none, or of another model."""
+    """The order (L, E) from a file. Raises UserError when it is not such a file or of another model."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         order = np.array(raw["order"], dtype=np.int64)
-        known = raw["format"] == FORMAT
+        right_format = raw["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"checkpoint.expert_order: {path}: not an order of experts: {error}") from error
-    if not known or order.shape != (layers, experts) or (np.sort(order, axis=1) != np.arange(experts)).any():
+    if not right_format or order.shape != (layers, experts) or (np.sort(order, axis=1) != np.arange(experts)).any():
         raise UserError(f"checkpoint.expert_order: {path}: not an order of {experts} experts in {layers} layers")
     return order

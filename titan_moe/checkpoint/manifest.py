@@ -1,8 +1,8 @@
-"""A checkpoint's manifest: every file's size and checksums, and a digest of itself. What has none, or disagrees, is not loaded.
+"""A checkpoint's manifest: size and checksums of every file. A checkpoint without one, or that differs from it, is not loaded.
 
     {"step": 100, "files": {"state.json": {"size": 4711, "blocks": ["<sha256>", ...]}, ...}, "digest": "<sha256>"}
 
-Checksums are per block of 16 MiB, so that threads and ranks can share the work. Nothing here imports torch.
+Checksums are per block of 16 MiB, so that threads and ranks can verify different blocks. Nothing here imports torch.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 MANIFEST_FILE = "manifest.json"
 BLOCK_BYTES = 1 << 24
-PIECE_BYTES = 1 << 18
+BUFFER_BYTES = 1 << 18
 
 
 class Entry(NamedTuple):
-    """What the manifest says of one file."""
+    """Size and checksums of one file."""
 
     size: int
     blocks: list[str]
@@ -26,11 +26,11 @@ class Entry(NamedTuple):
 
 
 class DamageError(Exception):
-    """A file that is missing, cut short or altered: one line that names it."""
+    """A file is missing, truncated or altered. The message is one line that names it."""
 
 
 def entry_of(path: Path) -> Entry:
-    """Reads a file for its entry."""
+    """The entry of a file, which is read completely."""
     size = path.stat().st_size
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         blocks = list(pool.map(lambda start: block_digest(path, start), range(0, size, BLOCK_BYTES)))
@@ -38,18 +38,18 @@ def entry_of(path: Path) -> Entry:
 
 
 def block_digest(path: Path, start: int) -> str:
-    """Of one block, read in pieces: large buffers that come and go beside a training leave holes in its memory."""
-    digest, piece, left = hashlib.sha256(), bytearray(PIECE_BYTES), BLOCK_BYTES
+    """SHA-256 of the block at `start`. Reads through a small buffer: large short-lived ones fragment memory."""
+    digest, buffer, remaining = hashlib.sha256(), bytearray(BUFFER_BYTES), BLOCK_BYTES
     with path.open("rb", buffering=0) as file:
         file.seek(start)
-        while left and (count := file.readinto(memoryview(piece)[: min(left, PIECE_BYTES)])):
-            digest.update(memoryview(piece)[:count])
-            left -= count
+        while remaining and (count := file.readinto(memoryview(buffer)[: min(remaining, BUFFER_BYTES)])):
+            digest.update(memoryview(buffer)[:count])
+            remaining -= count
     return digest.hexdigest()
 
 
 def write_manifest(folder: Path, step: int, entries: dict[str, Entry]) -> None:
-    """The last file of a checkpoint, and durable."""
+    """Writes the manifest and syncs it to disk. It must be the last file of a checkpoint to be written."""
     body = {"step": step, "files": {name: entry._asdict() for name, entry in sorted(entries.items())}}
     with (folder / MANIFEST_FILE).open("w") as file:
         json.dump(body | {"digest": body_digest(body)}, file, indent=1)
@@ -58,11 +58,12 @@ def write_manifest(folder: Path, step: int, entries: dict[str, Entry]) -> None:
 
 
 def body_digest(body: dict[str, Any]) -> str:
+    """SHA-256 of the manifest itself, without its digest."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
-    """Entries by file name, of a checkpoint whose files have the right sizes. Raises DamageError."""
+    """Entries by file name. Raises DamageError, also when a file has another size."""
     path = folder / MANIFEST_FILE
     try:
         raw = json.loads(path.read_text())
@@ -88,15 +89,15 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
 
 
 def verify(folder: Path, entries: dict[str, Entry], part: int = 0, parts: int = 1) -> None:
-    """Compares the checksums of every `parts`-th block, from number `part` on. Raises DamageError."""
+    """Verifies the checksums of blocks part, part + parts, part + 2 parts and so on. Raises DamageError."""
     blocks = [(name, n) for name, entry in sorted(entries.items()) for n in range(len(entry.blocks))]
 
     def check(name: str, number: int) -> None:
         try:
-            found = block_digest(folder / name, number * BLOCK_BYTES)
+            digest = block_digest(folder / name, number * BLOCK_BYTES)
         except OSError as error:
             raise DamageError(f"{name}: {error.strerror}") from error
-        if found != entries[name].blocks[number]:
+        if digest != entries[name].blocks[number]:
             raise DamageError(f"{name} is altered (checksum of block {number})")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

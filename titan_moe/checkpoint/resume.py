@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest one whose every byte is what was written."""
+"""Chooses the checkpoint to resume from: the newest one whose files agree with its manifest."""
 
 import logging
 from pathlib import Path
@@ -14,8 +14,9 @@ log = logging.getLogger("titan_moe")
 
 
 def newest_good(run_dir: RunDir, mesh: Mesh) -> Path | None:
-    """The newest undamaged checkpoint; newer ones that are damaged are set aside. The same on every rank, each of which reads
-    a part of the files. Raises UserError for one of another format version: that is no damage."""
+    """The newest undamaged checkpoint, the same on every rank; None when there is none. Damaged ones are renamed to aside-*.
+
+    A collective: every rank verifies different blocks. Raises UserError when the newest has another format version."""
     steps = from_first(lambda: all_steps(run_dir.checkpoints))
     for step in reversed(steps):
         path = run_dir.checkpoint(step)
@@ -24,12 +25,14 @@ def newest_good(run_dir: RunDir, mesh: Mesh) -> Path | None:
             return path
         if mesh.first:
             aside = run_dir.set_aside(path, problem)
-            log.warning(f"{path} is damaged: {problem}; kept as {aside.name}, going back to the one before")
+            log.warning(f"{path} is damaged: {problem}; kept as {aside.name}, trying the checkpoint before it")
     return None
 
 
 def damage(path: Path, mesh: Mesh) -> str | None:
-    """What is wrong with a checkpoint, as any rank found."""
+    """What is wrong with a checkpoint, or None; the same on every rank. A collective: ranks verify different blocks.
+
+    Raises UserError when it has another format version."""
     world = mesh.degrees.world
     problem = None
     try:
@@ -38,12 +41,12 @@ def damage(path: Path, mesh: Mesh) -> str | None:
         version = format_version(path)
         if version not in (None, FORMAT_VERSION):
             raise UserError(
-                f"{path} has format version {version}; this program reads {FORMAT_VERSION}. Go on with the program that "
+                f"{path} has format version {version}; this program reads {FORMAT_VERSION}. Resume with the program that "
                 "wrote it, or choose another --job.name"
             ) from error
         problem = str(error)
     if world == 1:
         return problem
-    found: list[str | None] = [None] * world
-    dist.all_gather_object(found, problem)
-    return next((text for text in found if text is not None), None)
+    problems: list[str | None] = [None] * world
+    dist.all_gather_object(problems, problem)
+    return next((text for text in problems if text is not None), None)

@@ -1,4 +1,4 @@
-"""A run's directory `{job.output_dir}/{job.name}/`: what lies where, who may write, and what it already holds.
+"""A run's directory `{job.output_dir}/{job.name}/`: its files, its lock, and the state to resume from.
 
     config.toml   metrics.jsonl   tensorboard/   checkpoints/step-00000100/   logs/rank-0.log
 
@@ -22,7 +22,7 @@ FORMAT_VERSION = 2
 STATE_FILE = "state.json"
 STATE_KEYS = ("step", "config", "data", "tokenizer", "scales", "norms", "skipped")
 
-# What a run may change when it goes on from its own checkpoint. Everything else is refused (docs/checkpoints.md).
+# Keys that may change when a run resumes. A change of any other key is refused (docs/checkpoints.md).
 MAY_CHANGE = (
     "job.name",
     "job.output_dir",
@@ -59,9 +59,9 @@ class RunDir:
         self._lock: IO[str] | None = None
 
     def open(self) -> None:
-        """Makes the directories and takes the lock, which ends with the process however it dies. Raises UserError.
+        """Creates the directories; rank 0 also takes the lock. Raises UserError.
 
-        The lock is rank 0's alone."""
+        The operating system releases the lock when the process dies."""
         try:
             for folder in (self.checkpoints, self.log.parent):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ class RunDir:
                 return
             self._lock = (self.path / ".lock").open("a")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in self.checkpoints.glob(".step-*"):  # half written by a process that was killed
+            for left in self.checkpoints.glob(".step-*"):  # unfinished checkpoints of a process that was killed
                 shutil.rmtree(left)
         except BlockingIOError as error:
             raise UserError(
@@ -81,14 +81,14 @@ class RunDir:
             ) from error
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Releases the lock."""
         if self._lock is not None:
             self._lock.close()
 
     def write_config(self, config: Config) -> None:
-        fresh = self.path / ".config.toml"
-        fresh.write_text(to_toml(config))
-        fresh.replace(self.path / "config.toml")
+        temporary = self.path / ".config.toml"
+        temporary.write_text(to_toml(config))
+        temporary.replace(self.path / "config.toml")
 
     def saved_steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -107,13 +107,13 @@ class RunDir:
         )
 
     def set_aside(self, checkpoint: Path, reason: str) -> Path:
-        """Renames a checkpoint that is not to be loaded; nothing is ever deleted here."""
+        """Renames a checkpoint, so that it is not loaded, to aside-NAME-N with the reason in a file. Deletes nothing."""
         number = 1
-        while (aside := checkpoint.with_name(f"aside-{checkpoint.name}-{number}")).exists():
+        while (renamed := checkpoint.with_name(f"aside-{checkpoint.name}-{number}")).exists():
             number += 1
-        checkpoint.rename(aside)
-        (aside / "REASON").write_text(f"{reason}\n")
-        return aside
+        checkpoint.rename(renamed)
+        (renamed / "REASON").write_text(f"{reason}\n")
+        return renamed
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
@@ -123,19 +123,17 @@ class RunDir:
         return self.checkpoint(steps[-1]) if steps else None
 
     def cut_metrics(self, step: int) -> int:
-        """Removes the rows past `step` (all of them for step 0: the run starts over), and what is no row: a line that a killed
-        run left half written, say. Returns how many such lines there were."""
+        """Removes the rows after `step` (all rows when it is 0: the run starts over) and lines that are no rows, such as the
+        incomplete last line of a killed run. Returns the number of the latter."""
         if not self.metrics.exists():
             return 0
         lines = self.metrics.read_bytes().splitlines(keepends=True)
-        found = [read_row(line) for line in lines]
-        kept = [
-            line for line, row in zip(lines, found, strict=True) if step and row is not None and row["step"] <= step
-        ]
-        fresh = self.metrics.with_suffix(".tmp")
-        fresh.write_bytes(b"".join(kept))
-        fresh.replace(self.metrics)
-        return found.count(None)
+        rows = [read_row(line) for line in lines]
+        kept = [line for line, row in zip(lines, rows, strict=True) if step and row is not None and row["step"] <= step]
+        temporary = self.metrics.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(kept))
+        temporary.replace(self.metrics)
+        return rows.count(None)
 
     def has_validation(self, step: int) -> bool:
         """Whether metrics.jsonl has the row of the validation at a step."""
@@ -144,19 +142,19 @@ class RunDir:
         return any((row["kind"], row["step"]) == ("validation", step) for row in read_rows(self.metrics))
 
     def cut_tensorboard(self, step: int) -> None:
-        """Starting over removes TensorBoard's files; a resumed run's writer purges what is past its step."""
+        """Deletes TensorBoard's files when the run starts over (step 0). When it resumes, the writer purges later steps."""
         if step == 0:
             shutil.rmtree(self.tensorboard, ignore_errors=True)
 
 
 def read_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl."""
-    found = map(read_row, metrics.read_bytes().splitlines(keepends=True))
-    return [row for row in found if row is not None]
+    """The rows of a metrics.jsonl; incomplete lines are skipped."""
+    rows = map(read_row, metrics.read_bytes().splitlines(keepends=True))
+    return [row for row in rows if row is not None]
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:
-    """A whole line of metrics.jsonl; None for what is none."""
+    """The row of a line of metrics.jsonl; None when the line is incomplete or not a row."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
@@ -204,7 +202,7 @@ def read_state(checkpoint: Path, origin: str) -> dict[str, Any]:
 
 
 def format_version(checkpoint: Path) -> int | None:
-    """Of a checkpoint that may be damaged; None when it does not say."""
+    """The format version of a checkpoint that may be damaged; None when it can't be read."""
     try:
         version = json.loads((checkpoint / STATE_FILE).read_text())["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -226,7 +224,7 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any], prefix: str = "
 
 
 def check_unchanged(saved: dict[str, Any], config: Config, checkpoint: Path) -> None:
-    """Raises UserError when a key differs that may not change on resuming."""
+    """Raises UserError when a key that may not change on resuming has changed."""
     current, chosen = config.model_dump(mode="json"), config.optimizer.name
     options = {name for values in (saved, current) for name, v in values["optimizer"].items() if isinstance(v, dict)}
     free_keys = [*MAY_CHANGE, f"optimizer.{chosen}.lr", *(f"optimizer.{name}" for name in options - {chosen})]
@@ -240,6 +238,7 @@ def check_unchanged(saved: dict[str, Any], config: Config, checkpoint: Path) -> 
 
 
 def value_at(values: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key; None when there is none."""
     node: Any = values
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
@@ -252,7 +251,7 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Makes names in a directory durable."""
+    """Syncs the names in a directory to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

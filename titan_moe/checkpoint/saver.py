@@ -1,7 +1,8 @@
-"""Writing checkpoints, in the step or behind its back.
+"""Writes checkpoints, synchronously or in a background thread.
 
-A checkpoint is made in `.step-N`: every rank writes its tensors, state.json follows, the manifest last; then the folder is
-renamed. In the background the same happens on copies, in a thread, over a process group of its own, one checkpoint at a time.
+A checkpoint is written into `.step-N`: first every rank's tensors, then state.json, last the manifest. Then the directory is
+renamed to `step-N`. The background thread does the same with copies of the tensors and its own process group, one checkpoint at
+a time.
 """
 
 import errno
@@ -25,28 +26,31 @@ from titan_moe.errors import TrainingError
 
 
 class Saver:
-    """Saves one model and its optimizer."""
+    """Saves a model and its optimizer."""
 
     def __init__(
         self, run_dir: RunDir, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Checkpoint
     ) -> None:
         self.run_dir, self.model, self.optimizer, self.settings = run_dir, model, optimizer, settings
-        # Of its own, so that a thread's collectives never meet the training's; and for the CPU, where the files are written.
+        # A separate group: the thread's collectives must not interleave with training's. gloo: the copies are on the CPU.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.copies: dict[str, Tensor] = {}
-        # One thread for the whole run: the memory that a thread allocated is not all given back when it ends.
+        # One thread for the whole run: memory that a thread allocated is not all returned to the system when it ends.
         self.writer = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
 
     @property
     def first(self) -> bool:
+        """Whether this is rank 0, which writes the files other than tensors."""
         return self.group is None or dist.get_rank() == 0
 
-    def save(self, step: int, facts: dict[str, Any]) -> None:
-        """Writes checkpoint `step`, or begins to, and then deletes all but the newest ones. facts: what state.json holds
-        beside the step. Raises OSError for a disk that takes no more; an earlier checkpoint's error is raised here too."""
+    def save(self, step: int, other_state: dict[str, Any]) -> None:
+        """Writes checkpoint `step`, or starts to in the background, then deletes old checkpoints. A collective.
+
+        other_state: content of state.json besides the step. Raises OSError, for example when the disk is full, also for
+        the previous checkpoint when that was written in the background."""
         self.finish()
-        text = json.dumps({"step": step, **facts}, indent=1)
+        text = json.dumps({"step": step, **other_state}, indent=1)
         state = tensors(self.model, self.optimizer)
         if not self.settings.async_save:
             self.write(step, state, text)
@@ -55,69 +59,72 @@ class Saver:
         self.pending = self.writer.submit(self.write, step, self.copies, text)
 
     def finish(self) -> None:
-        """Waits for the checkpoint that is being written. Raises what went wrong with it."""
+        """Waits for the checkpoint that the background thread is writing. Raises its error."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
 
     def write(self, step: int, state: dict[str, Tensor], text: str) -> None:
+        """Writes one checkpoint on all ranks. text: of state.json."""
         final = self.run_dir.checkpoint(step)
-        fresh = final.with_name(f".{final.name}")
+        temporary = final.with_name(f".{final.name}")
         if self.first:
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir()
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
         self.barrier()
         problem: OSError | None = None
         try:
-            write_tensors(fresh, state, self.group)
-            entries = self.entries(fresh)
+            write_tensors(temporary, state, self.group)
+            entries = self.entries(temporary)
             if self.first:
-                self.complete(step, fresh, final, text, entries)
+                self.finalize(step, temporary, final, text, entries)
         except OSError as error:
             problem = error
         finally:
             if self.first:
-                shutil.rmtree(fresh, ignore_errors=True)  # what a full disk left half written
-        self.agree(problem)
+                shutil.rmtree(temporary, ignore_errors=True)  # exists only when writing failed
+        self.raise_on_every_rank(problem)
 
-    def entries(self, fresh: Path) -> dict[str, Entry]:
-        """Of every rank's files: each reads its own."""
+    def entries(self, temporary: Path) -> dict[str, Entry]:
+        """Manifest entries of all tensor files; every rank reads the files that it wrote."""
         rank = 0 if self.group is None else dist.get_rank()
-        own: dict[str, Entry] | str
+        ours: dict[str, Entry] | str
         try:
-            own = {path.name: entry_of(path) for path in fresh.glob(f"__{rank}_*")}
+            ours = {path.name: entry_of(path) for path in temporary.glob(f"__{rank}_*")}
         except OSError as error:
-            own = f"rank {rank}: {error}"
-        parts: list[dict[str, Entry] | str] = [own]
+            ours = f"rank {rank}: {error}"
+        parts: list[dict[str, Entry] | str] = [ours]
         if self.group is not None:
             parts *= dist.get_world_size()
-            dist.all_gather_object(parts, own, group=self.group)
-        found: dict[str, Entry] = {}
+            dist.all_gather_object(parts, ours, group=self.group)
+        entries: dict[str, Entry] = {}
         for part in parts:
             if isinstance(part, str):
-                raise OSError(errno.EIO, part, str(fresh))
-            found |= part
-        return found
+                raise OSError(errno.EIO, part, str(temporary))
+            entries |= part
+        return entries
 
-    def complete(self, step: int, fresh: Path, final: Path, text: str, entries: dict[str, Entry]) -> None:
-        """What the first rank does when all tensors are in place."""
-        (fresh / STATE_FILE).write_text(text)
-        fsync_file(fresh / STATE_FILE)
-        write_manifest(fresh, step, entries | {name: entry_of(fresh / name) for name in (STATE_FILE, ".metadata")})
-        fsync_folder(fresh)
+    def finalize(self, step: int, temporary: Path, final: Path, text: str, entries: dict[str, Entry]) -> None:
+        """On rank 0, once all tensors are written: state.json, manifest, rename, and deletion of old checkpoints."""
+        (temporary / STATE_FILE).write_text(text)
+        fsync_file(temporary / STATE_FILE)
+        write_manifest(
+            temporary, step, entries | {name: entry_of(temporary / name) for name in (STATE_FILE, ".metadata")}
+        )
+        fsync_folder(temporary)
         if final.exists():
-            self.run_dir.set_aside(final, "it was made again")
-        fresh.rename(final)
+            self.run_dir.set_aside(final, "it was replaced by a newer checkpoint of the same step")
+        temporary.rename(final)
         fsync_folder(self.run_dir.checkpoints)
-        for old in superfluous(self.run_dir.saved_steps(), self.settings.keep, self.settings.interval):
+        for old in steps_to_delete(self.run_dir.saved_steps(), self.settings.keep, self.settings.interval):
             shutil.rmtree(self.run_dir.checkpoint(old))
 
-    def agree(self, problem: OSError | None) -> None:
-        """Raises on every rank what went wrong on any."""
+    def raise_on_every_rank(self, problem: OSError | None) -> None:
+        """Raises on every rank when writing failed on any."""
         if self.group is not None:
-            found: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(found, None if problem is None else str(problem), group=self.group)
-            other = next((text for text in found if text is not None), None)
+            messages: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(messages, None if problem is None else str(problem), group=self.group)
+            other = next((text for text in messages if text is not None), None)
             if problem is None and other is not None:
                 raise TrainingError(f"another rank could not write the checkpoint: {other}")
         if problem is not None:
@@ -129,29 +136,32 @@ class Saver:
 
 
 def due(step: int, interval: int) -> bool:
+    """Whether step is a multiple of the interval; never for interval 0."""
     return interval > 0 and step % interval == 0
 
 
-def superfluous(steps: Sequence[int], keep: int, interval: int) -> list[int]:
-    """Of saved steps, in order, those to delete: all but the newest, and the `keep` - 1 newest before it that lie on the
-    interval. What a signal made between them goes as soon as there is a newer one, so that a run which was stopped and went on
-    ends with the checkpoints of one that was not."""
+def steps_to_delete(steps: Sequence[int], keep: int, interval: int) -> list[int]:
+    """The saved steps (sorted) to delete: all but the newest and the `keep` - 1 newest before it that are multiples of the
+    interval.
+
+    So a checkpoint that was saved between intervals because of a signal is deleted as soon as there is a newer one: a run that
+    was stopped and resumed ends with the same checkpoints as one that was not."""
     regular = [step for step in steps[:-1] if due(step, interval)]
     kept = regular[max(0, len(regular) - keep + 1) :]
     return [step for step in steps[:-1] if step not in kept]
 
 
 def copied(state: dict[str, Tensor], copies: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in the CPU's memory, into those of the checkpoint before where there are."""
+    """Copies of all tensors in CPU memory; reuses `copies` (of the previous checkpoint) where the shape is the same."""
     result = {}
     for name, x in state.items():
-        own = x.to_local() if isinstance(x, DTensor) else x
-        old = copies.get(name)
-        copy = old.to_local() if isinstance(old, DTensor) else old
-        if copy is None or copy.shape != own.shape:
-            copy = torch.empty_like(own, device="cpu", pin_memory=own.is_cuda)
-        copy.copy_(own, non_blocking=own.is_cuda)
-        # Not `from_local`, which would move it to the mesh's device.
+        ours = x.to_local() if isinstance(x, DTensor) else x
+        reusable = copies.get(name)
+        copy = reusable.to_local() if isinstance(reusable, DTensor) else reusable
+        if copy is None or copy.shape != ours.shape:
+            copy = torch.empty_like(ours, device="cpu", pin_memory=ours.is_cuda)
+        copy.copy_(ours, non_blocking=ours.is_cuda)
+        # `from_local` would move the copy to the mesh's device.
         result[name] = DTensor(copy, x._spec, requires_grad=False) if isinstance(x, DTensor) else copy
     if torch.cuda.is_available():
         torch.cuda.synchronize()

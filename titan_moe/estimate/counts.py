@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model, without its weights."""
+"""Parameters and FLOPs of a model, from its shapes alone."""
 
 from typing import NamedTuple
 
@@ -10,22 +10,24 @@ from torchtitan_ext.terms import Terms
 
 
 class Counts(NamedTuple):
+    """Size of a model and cost of a token."""
+
     total: int
     """Parameters."""
     active: int
-    """Parameters that one token meets: all but the experts it is not sent to."""
+    """Parameters that one token uses: all, but only top_k of the routed experts."""
     flops_per_token: int
-    """Of forward and backward: 6 per active parameter in a matrix product, and causal attention."""
+    """Forward and backward: 6 per active parameter of a matrix product, plus causal attention."""
 
 
 def meta_model(model: Model, dtype: torch.dtype, terms: Terms | None = None) -> Transformer:
-    """The network without storage."""
+    """The network on the meta device."""
     with torch.device("meta"):
         return Transformer(model, terms or Terms(), dtype)
 
 
 def count(network: Transformer, seq_len: int) -> Counts:
-    """seq_len: mean context length of attention is half of it."""
+    """Counts parameters and FLOPs. seq_len: causal attention has a mean context of half of it."""
     settings, moe = network.settings, network.settings.moe
     total = sum(p.numel() for p in network.parameters())
     routed = sum(p.numel() for layer in network.moe_modules() for p in layer.experts.parameters())

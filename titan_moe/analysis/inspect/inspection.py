@@ -107,7 +107,7 @@ def inspect(checkpoints: Sequence[Path], config: Config, mesh: Mesh, options: Op
     for checkpoint in checkpoints:
         tally = inspected.tally(kept_routing=ROUTING_TOKENS if len(checkpoints) > 1 else 0)
         inspected.load(checkpoint)
-        losses = inspected.go_through(tally)
+        losses = inspected.run_on_text(tally)
         result = {"checkpoint": str(checkpoint), "step": int(read_state(checkpoint, "checkpoint")["step"])}
         result |= {"text": options.text or "validation", **losses._asdict()}
         measures = summary(inspected, tally, before)
@@ -163,7 +163,7 @@ class InspectedModel:
         load_checkpoint(checkpoint, self.model, None)
 
     @torch.no_grad()
-    def go_through(self, tally: Tally) -> Losses:
+    def run_on_text(self, tally: Tally) -> Losses:
         """Runs the model on the text and returns the losses. Fills the tally and sums it over ranks."""
         mesh = self.mesh
         self.recorder.tally = tally

@@ -43,7 +43,7 @@ def for_ranks(checkpoint: Path, config: Config, mesh: Mesh, options: Options, ra
     inspected = InspectedModel(config, mesh, options)
     tally = inspected.tally(sequences=inspected.sequences)
     inspected.load(checkpoint)
-    inspected.go_through(tally)
+    inspected.run_on_text(tally)
     counts: Counts = tally.sequence_load.cpu().numpy()
     fitted, other = counts[::2], counts[1::2]
     rank_of = place(fitted, tally.joint.cpu().numpy(), ranks)
@@ -75,7 +75,7 @@ def by_paths(checkpoint: Path, config: Config, mesh: Mesh, options: Options) -> 
     inspected = InspectedModel(config, mesh, options)
     tally = inspected.tally()
     inspected.load(checkpoint)
-    inspected.go_through(tally)
+    inspected.run_on_text(tally)
     matchings = [match_experts(pair)[0].tolist() for pair in tally.first_joint.cpu()]
     return order_by_paths(matchings) if matchings else np.arange(config.model.moe.experts)[None]
 
