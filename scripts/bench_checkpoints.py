@@ -1,12 +1,12 @@
-"""What saving and loading cost: the standstill of a checkpoint written in the step and of one written behind it, and loading.
+"""What saving and loading cost: the standstill of a checkpoint written in the step and of one written behind it, and
+loading.
 
     python scripts/bench_checkpoints.py
     python scripts/bench_checkpoints.py --dim 1024 --layers 8
 
-`standstill` is the time that `Saver.save` keeps the training from going on; `slower` is a step while the writer runs over a
-step while it does not; `load` is verifying and loading a checkpoint over reading and hashing its bytes once, in one thread.
-Medians; the page cache is warm.
-"""
+`standstill` is the time that `Saver.save` keeps the training from going on; `slower` is a step while the writer runs
+over a step while it does not; `load` is verifying and loading a checkpoint over reading and hashing its bytes once, in
+one thread. Medians; the page cache is warm."""
 
 import argparse
 import hashlib

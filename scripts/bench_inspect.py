@@ -2,9 +2,8 @@
 
     python scripts/bench_inspect.py [--config nano] [--sequences 64] [--pairs 5] [--section.key=value ...]
 
-Both go over the same sequences with the same (initial) weights, alternating; prints the ratio of the medians and the smallest
-and largest ratio of a pair.
-"""
+Both go over the same sequences with the same (initial) weights, alternating; prints the ratio of the medians and the
+smallest and largest ratio of a pair."""
 
 import argparse
 import statistics

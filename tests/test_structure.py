@@ -55,7 +55,8 @@ def imports(path: Path) -> Iterator[Import]:
 
 
 def file_of(module: str) -> Path | None:
-    """The source file of a module of this repository (its __init__.py, which need not exist, for a folder); else None."""
+    """The source file of a module of this repository (its __init__.py, which need not exist, for a folder); else
+    None."""
     path = ROOT.joinpath(*module.split("."))
     if path.is_dir():
         return path / "__init__.py"
@@ -63,8 +64,8 @@ def file_of(module: str) -> Path | None:
 
 
 def room(path: Path) -> str:
-    """The folder that a file counts for: titan_moe/model, titan_moe/analysis/report. A file directly in a package counts
-    for itself: titan_moe/cli."""
+    """The folder that a file counts for: titan_moe/model, titan_moe/analysis/report. A file directly in a package
+    counts for itself: titan_moe/cli."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     depth = 3 if "/".join(parts[:2]) in DIVIDED and len(parts) > 3 else 2
     return "/".join(parts[:depth])

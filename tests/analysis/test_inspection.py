@@ -1,4 +1,5 @@
-"""`inspect`: its accumulated sums give the library's measures on all tokens, for any number of ranks and any batch size."""
+"""`inspect`: its accumulated sums give the library's measures on all tokens, for any number of ranks and any batch
+size."""
 
 import itertools
 import json

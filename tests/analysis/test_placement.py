@@ -1,4 +1,5 @@
-"""Placement of experts on ranks: it recovers known clusters, never increases traffic, and permuting experts keeps outputs."""
+"""Placement of experts on ranks: it recovers known clusters, never increases traffic, and permuting experts keeps
+outputs."""
 
 import itertools
 import json

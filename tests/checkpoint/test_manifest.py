@@ -1,4 +1,5 @@
-"""Damaged checkpoints are detected before anything is loaded, and mangled files give one-line errors, not tracebacks."""
+"""Damaged checkpoints are detected before anything is loaded, and mangled files give one-line errors, not
+tracebacks."""
 
 import json
 import shutil

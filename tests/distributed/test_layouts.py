@@ -53,7 +53,8 @@ VARIANTS = {
 @pytest.mark.parametrize("layout", ["ep2dp2", "cp2dp2ep4", "ep2tp2"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant: str, layout: str) -> None:
-    """The baseline has the same micro-steps, so that scope `global` means the same tokens; recomputation is not in it."""
+    """The baseline has the same micro-steps, so that scope `global` means the same tokens; recomputation is not in
+    it."""
     if (variant, layout) == ("documents-gqa", "ep2tp2"):
         pytest.skip("one key-value head can't be cut in two")
     check(layout, [*DEEPSEEK, *SEQUENCE, *VARIANTS[variant]])
@@ -94,8 +95,8 @@ FLOAT32 = ["--training.dtype=float32"]
 
 @pytest.mark.parametrize("layout", ["hsdp2x2", "cp2dp2ep4", "ep2tp2"])
 def test_float32(layout: str) -> None:
-    """Three steps: sums of some hundred float32 values of order 1 in another order move by 1e-6, less than any gap between a
-    chosen expert's score and another's, so that no choice can flip."""
+    """Three steps: sums of some hundred float32 values of order 1 in another order move by 1e-6, less than any gap
+    between a chosen expert's score and another's, so that no choice can flip."""
     world, degrees = LAYOUTS[layout]
     words = [*DEEPSEEK, *SEQUENCE, *FLOAT32]
     wanted = train(words, 1, 3)

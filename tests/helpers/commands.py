@@ -69,7 +69,8 @@ def complaints(stderr: str) -> list[str]:
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Returns once metrics.jsonl of run directory `run` has a row of `step`. Fails after a minute, or when `process` ends."""
+    """Returns once metrics.jsonl of run directory `run` has a row of `step`. Fails after a minute, or when `process`
+    ends."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         metrics = run / "metrics.jsonl"

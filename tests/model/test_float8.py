@@ -43,8 +43,8 @@ def test_tensorwise_is_the_rounding_of_both_sides() -> None:
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
 def test_every_recipe_is_near_the_plain_product(recipe: str) -> None:
-    """Both factors lose at most 2^-4 of each value (three mantissa bits, once more for scales of powers of two), so a sum of n
-    products of order 1 moves by about 2^-4 sqrt(2 n); three times that."""
+    """Both factors lose at most 2^-4 of each value (three mantissa bits, once more for scales of powers of two), so a
+    sum of n products of order 1 moves by about 2^-4 sqrt(2 n); three times that."""
     torch.manual_seed(0)
     x, weight = torch.randn(16, 32, dtype=torch.bfloat16), torch.randn(16, 32)
     difference = (Float8Product(recipe, emulate=True)(x, weight) - linear(x, weight)).abs().max()

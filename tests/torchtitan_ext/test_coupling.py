@@ -50,7 +50,8 @@ def test_coupling_by_logarithms(source: str) -> None:
 
 
 def test_the_logarithm_does_not_fade_with_the_number_of_experts() -> None:
-    """Near uniform routing the gradient of cp's mass with respect to a logit falls as 1/E, that of its logarithm does not."""
+    """Near uniform routing the gradient of cp's mass with respect to a logit falls as 1/E, that of its logarithm does
+    not."""
     norms = {}
     for form in ("mass", "log"):
         for experts in (16, 256):

@@ -79,8 +79,8 @@ def single_loss(name: str, k: int, ids: list[Tensor], s: list[Tensor], z: Tensor
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_bfloat16_and_strided_input(name: str) -> None:
-    """bfloat16 rounds the inputs and nothing else: values are those of the rounded inputs in float32, gradients are rounded
-    once (2^-9 relative; twice that is allowed, and float32 noise of the largest)."""
+    """bfloat16 rounds the inputs and nothing else: values are those of the rounded inputs in float32, gradients are
+    rounded once (2^-9 relative; twice that is allowed, and float32 noise of the largest)."""
     k = 2
     strided = [torch.rand(TOKENS, 2 * EXPERTS, generator=generator(s)).softmax(-1).bfloat16()[:, ::2] for s in range(2)]
     z = torch.randn(TOKENS, WIDTH, k, generator=generator(3)).bfloat16().transpose(1, 2)

@@ -1,9 +1,9 @@
-"""A checkpoint's manifest: size and checksums of every file. A checkpoint without one, or that differs from it, is not loaded.
+"""A checkpoint's manifest: size and checksums of every file. A checkpoint without one, or that differs from it, is not
+loaded.
 
     {"step": 100, "files": {"state.json": {"size": 4711, "blocks": ["<sha256>", ...]}, ...}, "digest": "<sha256>"}
 
-Checksums are per block of 16 MiB, so that threads and ranks can verify different blocks. Nothing here imports torch.
-"""
+Checksums are per block of 16 MiB, so that threads and ranks can verify different blocks. Nothing here imports torch."""
 
 import hashlib
 import json

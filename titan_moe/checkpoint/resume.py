@@ -14,7 +14,8 @@ log = logging.getLogger("titan_moe")
 
 
 def newest_good(run_dir: RunDir, mesh: Mesh) -> Path | None:
-    """The newest undamaged checkpoint, the same on every rank; None when there is none. Damaged ones are renamed to aside-*.
+    """The newest undamaged checkpoint, the same on every rank; None when there is none. Damaged ones are renamed to
+    aside-*.
 
     A collective: every rank verifies different blocks. Raises UserError when the newest has another format version."""
     steps = from_first(lambda: all_steps(run_dir.checkpoints))

@@ -107,7 +107,8 @@ class RunDir:
         )
 
     def set_aside(self, checkpoint: Path, reason: str) -> Path:
-        """Renames a checkpoint, so that it is not loaded, to aside-NAME-N with the reason in a file. Deletes nothing."""
+        """Renames a checkpoint, so that it is not loaded, to aside-NAME-N with the reason in a file. Deletes
+        nothing."""
         number = 1
         while (renamed := checkpoint.with_name(f"aside-{checkpoint.name}-{number}")).exists():
             number += 1
@@ -123,8 +124,8 @@ class RunDir:
         return self.checkpoint(steps[-1]) if steps else None
 
     def cut_metrics(self, step: int) -> int:
-        """Removes the rows after `step` (all rows when it is 0: the run starts over) and lines that are no rows, such as the
-        incomplete last line of a killed run. Returns the number of the latter."""
+        """Removes the rows after `step` (all rows when it is 0: the run starts over) and lines that are no rows, such
+        as the incomplete last line of a killed run. Returns the number of the latter."""
         if not self.metrics.exists():
             return 0
         lines = self.metrics.read_bytes().splitlines(keepends=True)
@@ -142,7 +143,8 @@ class RunDir:
         return any((row["kind"], row["step"]) == ("validation", step) for row in read_rows(self.metrics))
 
     def cut_tensorboard(self, step: int) -> None:
-        """Deletes TensorBoard's files when the run starts over (step 0). When it resumes, the writer purges later steps."""
+        """Deletes TensorBoard's files when the run starts over (step 0). When it resumes, the writer purges later
+        steps."""
         if step == 0:
             shutil.rmtree(self.tensorboard, ignore_errors=True)
 

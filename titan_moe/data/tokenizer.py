@@ -1,8 +1,7 @@
 """A lossless sentencepiece tokenizer: `decode(encode(x)) == x` for any UTF-8 text.
 
-With its default options sentencepiece loses newlines, indentation and repeated spaces, and decodes U+2581 as a space. The models
-trained here keep all of them; `encode` encodes U+2581 as its three bytes.
-"""
+With its default options sentencepiece loses newlines, indentation and repeated spaces, and decodes U+2581 as a space.
+The models trained here keep all of them; `encode` encodes U+2581 as its three bytes."""
 
 import hashlib
 import io
@@ -25,7 +24,8 @@ class Tokenizer:
     """Text to token ids and back. Every document is stored as `bos`, its ids, `eos`."""
 
     def __init__(self, model: bytes, origin: str) -> None:
-        """model: the content of a sentencepiece .model file. origin: for errors. Raises UserError when it is not one."""
+        """model: the content of a sentencepiece .model file. origin: for errors. Raises UserError when it is not
+        one."""
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
             size = self.pieces.vocab_size()
@@ -96,8 +96,8 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Trains a deterministic byte-pair model with byte fallback; the content of a .model file. Raises UserError when there is
-    too little text."""
+    """Trains a deterministic byte-pair model with byte fallback; the content of a .model file. Raises UserError when
+    there is too little text."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -1,8 +1,7 @@
-"""Gram matrices of each token's k expert activations: the one small matrix that sp and o are functions of.
+"""Gram matrices of each token's k expert activations, of which sp and o are functions.
 
-T tokens, K experts per token, R routed rows, F width. Forward and backward are one pass over the rows each, and no (T, K, F)
-copy exists: on a CPU by the kernels of `csrc/kernels.c`, elsewhere by PyTorch's operations on slices of a few MiB.
-"""
+T tokens, K experts per token, R routed rows, F width. Forward and backward are one pass over the rows each, without a
+(T, K, F) copy: on a CPU by the kernels of `csrc/kernels.c`, elsewhere by PyTorch's operations on slices of tokens."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.ops import native
 
-SLICE_ELEMENTS = 1 << 18  # of gathered float32 values; a slice stays in a CPU's cache between gather and product
-GPU_SLICE_ELEMENTS = 1 << 26  # a GPU wants few kernels; this bounds the memory of the gathered rows to 256 MiB
+SLICE_ELEMENTS = 1 << 18  # gathered float32 values per slice; it stays in a CPU's cache between gather and product
+GPU_SLICE_ELEMENTS = 1 << 26  # few kernel launches; the gathered rows of a slice take at most 256 MiB
 
 
 def token_rows(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -26,6 +25,7 @@ def token_rows(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _slices(rows_TK: Tensor, width: int) -> list[Tensor]:
+    """Splits the tokens into slices of bounded size."""
     tokens, k = rows_TK.shape
     elements = SLICE_ELEMENTS if rows_TK.device.type == "cpu" else GPU_SLICE_ELEMENTS
     step = max(1, elements // max(1, k * width))
@@ -38,7 +38,7 @@ def _gather(z_RF: Tensor, rows_tK: Tensor) -> Tensor:
 
 
 def _products(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
-    """The Gram matrices by PyTorch's operations."""
+    """The Gram matrices, by PyTorch's operations."""
     parts = []
     for rows in _slices(rows_TK, z_RF.shape[-1]):
         x_tKF = _gather(z_RF, rows)
@@ -47,7 +47,8 @@ def _products(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
 
 
 def _gradients(z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The Gram's gradient with respect to z by PyTorch's operations, slice by slice: row numbers (r,) and gradients (r, F)."""
+    """The gradient of z from that of the Gram matrices, by PyTorch's operations; slices of row indices (r,) and
+    gradients (r, F)."""
     start = 0
     for rows in _slices(rows_TK, z_RF.shape[-1]):
         product = torch.bmm(coefficients_TKK[start : start + rows.shape[0]], _gather(z_RF, rows))
@@ -56,7 +57,7 @@ def _gradients(z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> Itera
 
 
 def _symmetric(grad_TKK: Tensor) -> Tensor:
-    """The matrix that gives the gradient of row a as a combination of the token's rows, from the gradient of the Gram."""
+    """The coefficients by which the gradient of row a is a linear combination of its token's rows."""
     return grad_TKK + grad_TKK.transpose(1, 2)
 
 
@@ -82,32 +83,33 @@ def _add_gradient(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficients_T
     if native.handles(z_RF) and grad_RF.is_contiguous():
         native.add_gram_gradient(grad_RF, z_RF.contiguous(), rows_TK.contiguous(), coefficients_TKK.contiguous())
         return
-    for rows, part in _gradients(z_RF, rows_TK, coefficients_TKK):
-        grad_RF.index_add_(0, rows, part)
+    for rows, gradient_rF in _gradients(z_RF, rows_TK, coefficients_TKK):
+        grad_RF.index_add_(0, rows, gradient_rF)
 
 
 torch.library.custom_op("torchtitan_ext::add_gram_gradient", _add_gradient, mutates_args={"grad_RF"})
 
 
-def _taken(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
-    """The Gram matrices, by the operator only where something looks on: it costs more than small products do."""
+def _gram_direct_or_op(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    """The Gram matrices; through the custom operator only under torch.compile or for tensor subclasses, since
+    dispatching it costs more than a small product."""
     return (_gram if native.direct(z_RF) else torch.ops.torchtitan_ext.token_gram)(z_RF, rows_TK)
 
 
-def _give_back(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, grad_TKK: Tensor) -> None:
-    """Adds to z's gradient what the Gram's gives, likewise."""
+def _add_gradient_direct_or_op(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, grad_TKK: Tensor) -> None:
+    """Adds the gradient from the Gram matrices to grad_RF; through the custom operator in the same cases."""
     add = _add_gradient if native.direct(z_RF) else torch.ops.torchtitan_ext.add_gram_gradient
     add(grad_RF, z_RF, rows_TK, _symmetric(grad_TKK))
 
 
 class _TokenGram(torch.autograd.Function):
-    """Differentiable any number of times, and under torch.func; only the first derivative outside it is the kernel's."""
+    """Supports higher derivatives and torch.func. Only first derivatives outside of torch.func use the kernels."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
-        return _products(z_RF, rows_TK) if native.transformed(z_RF) else _taken(z_RF, rows_TK)
+        return _products(z_RF, rows_TK) if native.transformed(z_RF) else _gram_direct_or_op(z_RF, rows_TK)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004 - torch's signature
@@ -118,34 +120,32 @@ class _TokenGram(torch.autograd.Function):
         z_RF, rows_TK = ctx.saved_tensors
         grad_RF = torch.zeros_like(z_RF, memory_format=torch.contiguous_format)
         if torch.is_grad_enabled() or native.transformed(z_RF):
-            parts = [part for _, part in _gradients(z_RF, rows_TK, _symmetric(grad_TKK))]
+            parts = [gradient_rF for _, gradient_rF in _gradients(z_RF, rows_TK, _symmetric(grad_TKK))]
             return grad_RF.index_copy(0, rows_TK.reshape(-1), torch.cat(parts)), None
-        _give_back(grad_RF, z_RF, rows_TK, grad_TKK)
+        _add_gradient_direct_or_op(grad_RF, z_RF, rows_TK, grad_TKK)
         return grad_RF, None
 
 
 def token_gram(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
     """Inner products of each token's k rows.
 
-    z_RF: (R, F) activations, sorted in any way. rows_TK: (T, k) int64, the row of token i's a-th expert; each row at most
-    once. Returns (T, k, k) in at least float32.
-    """
+    z_RF: (R, F) activations in any order. rows_TK: (T, k) int64, the row of each token and expert; no row may occur
+    twice. Returns (T, k, k) in at least float32."""
     result: Tensor = _TokenGram.apply(z_RF, rows_TK)
     return result
 
 
 class _GramThrough(torch.autograd.Function):
-    """The identity on z, and its Gram matrices beside it.
+    """The identity on z, which also returns the Gram matrices.
 
-    The backward adds the Gram's gradient to the rows that it concerns, in place, in the gradient that comes back for z: one
-    pass, where a branch of its own would write a second gradient of the size of z and have autograd add the two.
-    """
+    The backward adds the gradient from the Gram matrices in place to the incoming gradient of z. That saves the second
+    gradient of the size of z, and the sum, that a separate function would cost."""
 
     @staticmethod
     def forward(ctx: Any, z_RF: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(z_RF, rows_TK)
         ctx.set_materialize_grads(False)
-        return z_RF.view_as(z_RF), _taken(z_RF, rows_TK)
+        return z_RF.view_as(z_RF), _gram_direct_or_op(z_RF, rows_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_RF: Tensor | None, grad_TKK: Tensor | None) -> tuple[Tensor | None, None]:
@@ -154,30 +154,31 @@ class _GramThrough(torch.autograd.Function):
             return grad_RF, None
         if grad_RF is None:
             grad_RF = torch.zeros_like(z_RF)
-        _give_back(grad_RF, z_RF, rows_TK, grad_TKK)
+        _add_gradient_direct_or_op(grad_RF, z_RF, rows_TK, grad_TKK)
         return grad_RF, None
 
 
 def gram_through(z_RF: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """z again, and `token_gram(z, rows)`, for a caller that goes on with the returned z.
+    """Returns z and `token_gram(z, rows)`. The caller must use the returned z, not the argument.
 
-    Whatever consumes that z must give back a gradient of its own making: the backward writes into it. First derivatives only.
-    """
+    The operation that consumes the returned z must produce a new gradient tensor, since the backward writes into it.
+    First derivatives only."""
     through: tuple[Tensor, Tensor] = _GramThrough.apply(z_RF, rows_TK)
     return through
 
 
 def squared_norms(gram_TKK: Tensor) -> Tensor:
-    """The diagonals, (T, k, k) -> (T, k). By a masked sum: torch 2.13's inductor gives wrong gradients where `diagonal` of a
-    product meets another use of it (tests/model/test_transformer.py, the test of compilation, shows it)."""
+    """The diagonals, (T, k, k) -> (T, k). A masked sum: torch 2.13's inductor gives wrong gradients when a tensor is
+    used both by `diagonal` and by another operation (the test of compilation in tests/model/test_transformer.py shows
+    it)."""
     identity = torch.eye(gram_TKK.shape[1], dtype=torch.bool, device=gram_TKK.device)
     return torch.where(identity, gram_TKK, 0.0).sum(2)
 
 
 def squared_cosines(gram_TKK: Tensor, floor: float = 0.0) -> Tensor:
-    """Sum over ordered pairs a != b of the squared cosine, or of what it has above `floor`, per token: (T, k, k) -> (T,).
+    """Sum over ordered pairs a != b of max(squared cosine - floor, 0), per token: (T, k, k) -> (T,).
 
-    A zero vector has cosine 0 with everything, and gradient 0.
+    A zero vector has cosine 0 with every other, and gradient 0.
     """
     if torch.compiler.is_compiling() or native.transformed(gram_TKK):
         return _squared_cosines(gram_TKK, floor)
@@ -186,7 +187,8 @@ def squared_cosines(gram_TKK: Tensor, floor: float = 0.0) -> Tensor:
 
 
 class _SquaredCosines(torch.autograd.Function):
-    """Value and gradient at once, nothing else is kept; a derivative of the gradient is autograd's."""
+    """Computes the gradient in the forward, so that no intermediate is saved. Second derivatives go through
+    autograd."""
 
     @staticmethod
     def forward(ctx: Any, gram_TKK: Tensor, floor: float) -> Tensor:
@@ -209,23 +211,23 @@ class _SquaredCosines(torch.autograd.Function):
 
 
 def _value_and_gradient(gram_TKK: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Squared cosines (T,) and their gradient by every entry (T, k, k), as the kernel has them."""
+    """The result of the kernel, by PyTorch's operations: squared cosines (T,) and their gradient (T, k, k)."""
     norms_TK = squared_norms(gram_TKK)
     positive = norms_TK > 0
     inverse_TK = positive / torch.where(positive, norms_TK, 1.0)
     slopes_TKK = gram_TKK * inverse_TK.unsqueeze(2) * inverse_TK.unsqueeze(1)
     squares_TKK = gram_TKK * slopes_TKK
     identity = torch.eye(gram_TKK.shape[1], dtype=torch.bool, device=gram_TKK.device)
-    counted = ~((squares_TKK <= floor) | identity)  # a NaN is
-    values_T = torch.where(counted, squares_TKK - floor, 0.0).sum((1, 2))
-    squares_TKK = torch.where(counted, squares_TKK, 0.0)
+    included = ~((squares_TKK <= floor) | identity)  # NaN <= floor is false, so a NaN propagates
+    values_T = torch.where(included, squares_TKK - floor, 0.0).sum((1, 2))
+    squares_TKK = torch.where(included, squares_TKK, 0.0)
     diagonal_TK = -inverse_TK * (squares_TKK.sum(2) + squares_TKK.sum(1))
-    off_diagonal_TKK = torch.where(counted, 2.0 * slopes_TKK, 0.0)
+    off_diagonal_TKK = torch.where(included, 2.0 * slopes_TKK, 0.0)
     return values_T, torch.where(identity, diagonal_TK.unsqueeze(2), off_diagonal_TKK)
 
 
 def _squared_cosines(gram_TKK: Tensor, floor: float) -> Tensor:
-    """By operations that autograd sees through."""
+    """`squared_cosines` in operations that autograd and torch.compile differentiate."""
     norms_TK = squared_norms(gram_TKK)
     positive = norms_TK > 0
     inverse_TK = torch.where(positive, norms_TK, 1.0).rsqrt() * positive
@@ -248,11 +250,10 @@ def squared_projections(gram_TKK: Tensor, eps: float) -> Tensor:
 
 
 def squared_span_projections(gram_TKK: Tensor) -> Tensor:
-    """Mean over a of the squared length of row a's projection on the span of the other rows: (T, k, k) -> (T,).
+    """Mean over a of the squared norm of row a's projection on the span of the other rows: (T, k, k) -> (T,).
 
-    With g the inner products of a and the others and H the others' Gram matrix that is `g' H^+ g`; directions whose share of
-    H is below rounding count as absent.
-    """
+    That norm is `g' H^+ g`, with g the inner products of row a with the others and H the Gram matrix of the others.
+    Eigenvalues of H below rounding error count as 0."""
     tokens, k, _ = gram_TKK.shape
     if k == 1 or tokens == 0:
         return gram_TKK.sum((1, 2)) * 0.0

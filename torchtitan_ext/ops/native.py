@@ -1,8 +1,7 @@
-"""The package's C kernels: compiled on this machine the first time they are wanted, kept in the user's cache.
+"""The package's C kernels, compiled when first used and kept in the user's cache directory.
 
-Without a C compiler, or on another system than Linux, `library()` is None and callers take PyTorch's operations instead: the
-same results, slower.
-"""
+Without a C compiler, or on other systems than Linux, `library()` is None and callers use PyTorch's operations: the same
+results, but slower."""
 
 import ctypes
 import functools
@@ -22,44 +21,42 @@ from torch.nn import Parameter
 from torch.nn.functional import pad
 
 SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
-# OpenMP's runtime is the one that PyTorch has loaded already, so both share their threads.
+# PyTorch has loaded an OpenMP runtime already; the kernels use the same one and its threads.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 COMPILE_SECONDS = 120
-PANEL, STRIP = 16, 48  # of kernels.c
+PANEL, STRIP = 16, 48  # as in kernels.c
 
 log = logging.getLogger(__name__)
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they can't be had (said once, as a warning)."""
+    """The compiled kernels; None when they can't be compiled, which is logged once as a warning."""
     if sys.platform != "linux":
         return None
     try:
         return ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning(
-            f"The losses' C kernels can't be compiled here, PyTorch's slower operations take their place: {error}"
-        )
+        log.warning(f"The losses' C kernels can't be compiled; PyTorch's slower operations are used instead: {error}")
         return None
 
 
 def handles(z: Tensor) -> bool:
-    """Whether the kernels take this tensor."""
+    """Whether the kernels support this tensor's device and dtype."""
     return z.device.type == "cpu" and z.dtype in SUFFIX and library() is not None
 
 
 def direct(x: Tensor, half: bool = True) -> bool:
-    """Whether a kernel may be called here and now, with no operator around it for a compiler or a transform to see. half: it
-    takes bfloat16 too."""
+    """Whether a kernel may be called without the custom operator: not under torch.compile or torch.func, and no tensor
+    subclass. half: the kernel also supports bfloat16."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter):
         return False
     return handles(x) and (half or x.dtype != torch.bfloat16) and not transformed(x)
 
 
 def transformed(x: Tensor) -> bool:
-    """Whether a transform of torch.func (vmap, grad) wraps this tensor, which no kernel sees through."""
+    """Whether a transform of torch.func (vmap, grad) wraps this tensor; kernels need plain tensors."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
@@ -70,32 +67,34 @@ def token_gram(z_RF: Tensor, rows_TK: Tensor, out_TKK: Tensor) -> None:
 
 
 def add_gram_gradient(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> None:
-    """`grad[rows[t, a]] += sum_b coefficients[t, a, b] z[rows[t, b]]`; all contiguous, each row at most once in rows."""
+    """`grad[rows[t, a]] += sum_b coefficients[t, a, b] z[rows[t, b]]`; all contiguous, each row at most once in
+    rows."""
     tokens, k = rows_TK.shape
     _call("add_gram_gradient", z_RF.dtype, (grad_RF, z_RF, rows_TK, coefficients_TKK), (tokens, k, z_RF.shape[1]))
 
 
 def largest(scores_TE: Tensor, ids_TK: Tensor) -> None:
-    """`ids[t]`: the places of the k largest of `scores[t]`, the largest first; both contiguous, scores float32 or float64."""
+    """`ids[t]`: the indices of the k largest of `scores[t]`, largest first; both contiguous, scores float32 or
+    float64."""
     tokens, k = ids_TK.shape
     _call("largest", scores_TE.dtype, (scores_TE, ids_TK), (tokens, scores_TE.shape[1], k))
 
 
 def squared_cosines(gram_TKK: Tensor, floor: float, values_T: Tensor, gradient_TKK: Tensor) -> None:
-    """`gram.squared_cosines` and its gradient by every entry; all contiguous, of one type, float32 or float64."""
+    """`gram.squared_cosines` and its gradient; all contiguous, of one dtype, float32 or float64."""
     tokens, k, _ = gram_TKK.shape
     _call("squared_cosines", gram_TKK.dtype, (gram_TKK, values_T, gradient_TKK), (tokens, k), ctypes.c_double(floor))
 
 
 def responses(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """`answers[j, f, e] = <weight[j, f], proxies[e]>`, (J, width, E), for the first f, and `answers.square().sum(1).t()`.
+    """`answers[j, f, e] = <weight[j, f], proxies[e]>` for f < width, (J, width, E), and `answers.square().sum(1).t()`.
 
     D must be a multiple of PANEL.
     """
     experts, rows, dim = weight_JGD.shape
     vectors = len(proxies_ED)
-    whole = pad(proxies_ED, (0, 0, 0, -vectors % PANEL)) if vectors % PANEL else proxies_ED
-    packed = whole.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+    padded = pad(proxies_ED, (0, 0, 0, -vectors % PANEL)) if vectors % PANEL else proxies_ED
+    packed = padded.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
     answers_JFE = proxies_ED.new_empty(experts, width, vectors)
     squares_JSE = proxies_ED.new_empty(experts, -(-width // STRIP), vectors)
     tensors = (weight_JGD, packed, answers_JFE, squares_JSE)
@@ -106,7 +105,8 @@ def responses(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tenso
 def add_response_gradients(
     grad_JGD: Tensor, weight_JGD: Tensor, proxies_ED: Tensor, answers_JFE: Tensor, grad_EJ: Tensor, of_proxies: bool
 ) -> Tensor | None:
-    """From the gradient of `answers.square().sum(1).t()`: adds the weight's to grad, returns the proxies' (E, D), if wanted."""
+    """The backward of `responses` from grad_EJ, the gradient of `answers.square().sum(1).t()`. Adds the weight's
+    gradient to grad_JGD; returns the proxies' gradient (E, D) if `of_proxies`."""
     experts, rows, dim = weight_JGD.shape
     vectors, width = len(proxies_ED), answers_JFE.shape[1]
     packed = proxies_ED.unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
@@ -117,14 +117,14 @@ def add_response_gradients(
 
 
 def coupling_bounds(router_ED: Tensor) -> Tensor:
-    """`losses.coupling_noise_bound`, of float32 or float64."""
+    """`losses.coupling_noise_bound`, for float32 or float64."""
     bounds_E = router_ED.new_empty(len(router_ED))
     _call("coupling_bounds", router_ED.dtype, (router_ED.contiguous(), bounds_E), tuple(router_ED.shape))
     return bounds_E
 
 
 def excess_slopes(matrix_EE: Tensor, alpha: float) -> Tensor:
-    """The gradient of `losses.coupling_excess`, of float32 or float64."""
+    """The gradient of `losses.coupling_excess`, for float32 or float64."""
     slopes_EE = torch.empty_like(matrix_EE, memory_format=torch.contiguous_format)
     tensors = (matrix_EE.contiguous(), slopes_EE)
     _call("excess_slopes", matrix_EE.dtype, tensors, (len(matrix_EE),), ctypes.c_double(alpha))
@@ -132,7 +132,7 @@ def excess_slopes(matrix_EE: Tensor, alpha: float) -> Tensor:
 
 
 def uniform(rows_B: Tensor, columns_S: Tensor, start: int, dtype: torch.dtype) -> Tensor:
-    """`draws.keyed_uniform`, (B, S), with `start` the bits of its first parts; int64 in, float32 or float64 out."""
+    """`draws.keyed_uniform`, (B, S). start: the bits of its key. rows and columns: int64. dtype: float32 or float64."""
     values = torch.empty(len(rows_B), len(columns_S), dtype=dtype)
     sizes = (len(rows_B), len(columns_S), start)
     _call("uniform", dtype, (rows_B.contiguous(), columns_S.contiguous(), values), sizes)
@@ -140,31 +140,32 @@ def uniform(rows_B: Tensor, columns_S: Tensor, start: int, dtype: torch.dtype) -
 
 
 def drawn(rows_B: Tensor, columns_S: Tensor, start: int, limit: int) -> Tensor:
-    """Flat places, of (B, S), of the elements whose `draws.keyed_bits` from `start` on are below `limit`; all int64."""
-    found = library()
-    assert found is not None
+    """Flat indices into (B, S) of the elements whose `draws.keyed_bits`, extended from `start`, are below `limit`;
+    int64."""
+    kernels = library()
+    assert kernels is not None
     rows_B, columns_S = rows_B.contiguous(), columns_S.contiguous()
     height, width = len(rows_B), len(columns_S)
-    places = torch.empty(height * width, dtype=torch.int64)
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (rows_B, columns_S, places)]
-    found.drawn.restype = ctypes.c_int64
-    return places[: found.drawn(*pointers, *map(ctypes.c_int64, (height, width, start, limit)))]
+    indices = torch.empty(height * width, dtype=torch.int64)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (rows_B, columns_S, indices)]
+    kernels.drawn.restype = ctypes.c_int64
+    return indices[: kernels.drawn(*pointers, *map(ctypes.c_int64, (height, width, start, limit)))]
 
 
 def _call(
     name: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], *numbers: ctypes.c_double
 ) -> None:
-    found = library()
-    assert found is not None
+    kernels = library()
+    assert kernels is not None
     for tensor in tensors:
         assert tensor is None or tensor.is_contiguous()
-    function = getattr(found, f"{name}_{SUFFIX[dtype]}")
+    function = getattr(kernels, f"{name}_{SUFFIX[dtype]}")
     pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
     function(*pointers, *map(ctypes.c_int64, sizes), *numbers, ctypes.c_int(torch.get_num_threads()))
 
 
 def _built() -> Path:
-    """Path of the shared library, compiled now if this machine has none of this source yet."""
+    """The path of the shared library; compiles it unless the cache has one of this source, compiler and processor."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "cc"))), None)
     if compiler is None:
         raise OSError("no C compiler (gcc or cc) on PATH")
@@ -173,17 +174,17 @@ def _built() -> Path:
     path = cache / f"kernels-{key}.so"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:  # processes may build at once: the last rename wins
-            fresh = Path(scratch) / path.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)]
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:  # several processes may compile; the last rename wins
+            temporary = Path(scratch) / path.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
             if done.returncode:
                 raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
-            os.replace(fresh, path)
+            os.replace(temporary, path)
     return path
 
 
 def _processor() -> str:
-    """What -march=native depends on: the architecture and its extensions."""
+    """What -march=native depends on: the architecture and its instruction set extensions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return platform.machine() + next((line for line in lines if line.lower().startswith(("flags", "features"))), "")

@@ -1,8 +1,7 @@
-"""How strongly every expert answers every routing vector: erc's matrix, taken on the way of the weights to the experts.
+"""erc's matrix: the norm of every expert's gate projection of every routing vector ("proxy").
 
-E experts, J of them here (all, or one rank's), F expert hidden width, D model width, G rows of a weight that holds the gate
-projection in its first F.
-"""
+E experts, J of them local (all, or one rank's), F expert hidden width, D model width, G rows of a weight whose first F
+rows are the gate projection."""
 
 from typing import Any
 
@@ -14,7 +13,8 @@ from torchtitan_ext.ops import native
 
 
 class _ResponseThrough(torch.autograd.Function):
-    """The identity on the weights, and the answers beside it. The backward adds to the gradient that comes back, in place."""
+    """The identity on the weights, which also returns the squared norms. The backward adds their gradient in place to
+    the incoming gradient of the weights."""
 
     @staticmethod
     def forward(ctx: Any, weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -57,26 +57,25 @@ class _ResponseThrough(torch.autograd.Function):
         return grad_JGD, grad_proxies_ED, None
 
 
-# torch 2.13's compiler refuses a sharded weight here: a view of it leaves an autograd.Function.
-_outside_of_graphs = torch.compiler.disable(_ResponseThrough.apply)
+# torch 2.13's compiler refuses a sharded weight here, because an autograd.Function returns a view of it.
+_outside_compiled_graphs = torch.compiler.disable(_ResponseThrough.apply)
 
 
 def response_through(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The weights again, and `|| W_gate^j proxy_i ||^2` of the experts j in them, (E, J): sums over hidden units, so that ranks
-    with parts of them add up.
+    """Returns the weights and `|| W_gate^j proxy_i ||^2` of their experts j, (E, J).
 
-    For a caller that goes on with the returned weights; whatever consumes them must give back a gradient of its own making,
-    since the backward writes into it. proxies: in at least float32. First derivatives only.
-    """
+    These are sums over hidden units, so ranks with different hidden units add them up. The caller must use the returned
+    weights. The operation that consumes them must produce a new gradient tensor, since the backward writes into it.
+    proxies: in at least float32. First derivatives only."""
     assert proxies_ED.dtype == accumulation_dtype(weight_JGD.dtype)
-    # Only where it is needed: the wrapper takes its time.
-    apply = _outside_of_graphs if torch.compiler.is_compiling() else _ResponseThrough.apply
+    # Without the compiler's wrapper when eager: calling it takes time.
+    apply = _outside_compiled_graphs if torch.compiler.is_compiling() else _ResponseThrough.apply
     through: tuple[Tensor, Tensor] = apply(weight_JGD, proxies_ED, width)
     return through
 
 
 def lengths(squares: Tensor) -> Tensor:
-    """M from its squares; the gradient of a zero answer is 0."""
+    """M from its squares; where they are 0 the gradient is 0, not infinite."""
     zero = squares == 0
     return (squares + zero).sqrt() * ~zero
 

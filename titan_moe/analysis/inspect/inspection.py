@@ -198,7 +198,8 @@ class RankResult(NamedTuple):
 
 
 def summary(inspected: InspectedModel, tally: Tally, before: Tally | None) -> dict[str, Any]:
-    """Every measure by layer, by pair of consecutive layers, and its means. A collective; returns {} except on rank 0."""
+    """Every measure by layer, by pair of consecutive layers, and its means. A collective; returns {} except on rank
+    0."""
     model, mesh, prepared, stream = inspected.model, inspected.mesh, inspected.prepared, inspected.stream
     responses = {moe.layer: response(moe.router.weight, moe.experts.gate_up) for moe in model.moe_modules()}
     unchanged = None if before is None else unchanged_choices(before, tally)

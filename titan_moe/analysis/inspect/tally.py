@@ -127,7 +127,8 @@ class Tally:
             sample.top1.append(chosen[rows, 0].cpu())
 
     def keep_examples(self, layer: int, chosen: Tensor, gates: Tensor, positions: Tensor) -> None:
-        """Updates each expert's tokens with the largest gates by those of a batch; of equal gates the earlier position."""
+        """Updates each expert's tokens with the largest gates by those of a batch; of equal gates the earlier
+        position."""
         if self.examples == 0 or len(chosen) == 0:
             return
         gates_TE = torch.full((len(chosen), self.experts), -torch.inf, dtype=torch.float64, device=self.device)
@@ -204,7 +205,8 @@ def record(model: Transformer, recorder: Recorder, inputs: bool) -> None:
 
 
 def unchanged_choices(before: Tally, after: Tally) -> Tensor:
-    """Sums over this rank's kept tokens, (L, 3) float64: unchanged first choices, unchanged fraction of the k choices, tokens.
+    """Sums over this rank's kept tokens, (L, 3) float64: unchanged first choices, unchanged fraction of the k choices,
+    tokens.
 
     Both tallies must come from the same text in the same batches."""
     sums = torch.zeros(before.layers, 3, dtype=torch.float64)

@@ -1,13 +1,12 @@
 """Path-aware placement: which rank holds which expert, so that fewer routed rows are sent between ranks.
 
-The tokens of a sequence start on its source rank; a routed row crosses ranks when its expert is on another rank. Every rank
-holds the same number of experts of each layer. A sequence goes to the rank whose experts its first router chose most; an expert
-goes to the rank that most of its rows come from.
+The tokens of a sequence start on its source rank; a routed row crosses ranks when its expert is on another rank. Every
+rank holds the same number of experts of each layer. A sequence goes to the rank whose experts its first router chose
+most; an expert goes to the rank that most of its rows come from.
 
-N sequences, L MoE layers, E experts, R ranks. Source: Hu et al., appendix F, which names the parts but gives no algorithm. Here
-METIS partitions the graph of cross-layer co-activations; then experts and source ranks are assigned in turn, each assignment
-optimal given the other.
-"""
+N sequences, L MoE layers, E experts, R ranks. Source: Hu et al., appendix F, which names the parts but gives no
+algorithm. Here METIS partitions the graph of cross-layer co-activations; then experts and source ranks are assigned in
+turn, each assignment optimal given the other."""
 
 from typing import Any, NamedTuple
 
@@ -46,7 +45,8 @@ def round_robin(layers: int, experts: int, ranks: int) -> Ranks:
 
 
 def traffic(counts: Counts, rank_of: Ranks, source_rank: Ranks) -> Traffic:
-    """counts: (N, L, E) rows of each sequence and expert. rank_of: (L, E), by expert. source_rank: (N,), by sequence."""
+    """counts: (N, L, E) rows of each sequence and expert. rank_of: (L, E), by expert. source_rank: (N,), by
+    sequence."""
     is_local = rank_of[None] == source_rank[:, None, None]
     total = counts.sum((0, 2)).clip(min=1)
     crossing = 1.0 - (counts * is_local).sum((0, 2)) / total
@@ -96,8 +96,8 @@ def assign(gain: npt.NDArray[Any]) -> Ranks:
 def cut_graph(joint: npt.NDArray[Any], ranks: int) -> Ranks:
     """An initial placement by graph partitioning: joint (L - 1, E, E) -> (L, E).
 
-    A node is an expert of a layer, an edge's weight how often tokens go from one expert to the other in the next layer. METIS
-    partitions the graph; then each layer's experts are assigned to ranks in equal numbers."""
+    A node is an expert of a layer, an edge's weight how often tokens go from one expert to the other in the next layer.
+    METIS partitions the graph; then each layer's experts are assigned to ranks in equal numbers."""
     import pymetis
 
     pairs, experts, _ = joint.shape

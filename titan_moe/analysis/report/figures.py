@@ -242,7 +242,8 @@ def path_maps(run: Run) -> tuple[Figure, list[Row]]:
 
 
 def domain_maps(run: Run) -> tuple[Figure, list[Row]]:
-    """A panel per layer: the fraction of each domain in every expert's assignments. Experts are sorted by main domain."""
+    """A panel per layer: the fraction of each domain in every expert's assignments. Experts are sorted by main
+    domain."""
     layers, domains = run.newest["layers"], run.newest["domains"]
     figure, axes = panels(len(layers), columns=2, height=0.9 + 0.18 * len(domains))
     rows: list[Row] = []
@@ -286,23 +287,23 @@ def response_maps(run: Run) -> tuple[Figure, list[Row]]:
 
 CAPTIONS = {
     "loss": "Training: means over blocks of steps. Validation: text that is not trained on.",
-    "terms": "Unweighted sums over layers. lb is 1 per layer when balanced; cp is at least minus the number of layer pairs.",
+    "terms": "Unweighted sums over layers. lb is 1 per layer when balanced; cp >= -(number of layer pairs).",
     "balance": "max_vio: assignments of the busiest expert / mean, minus 1. Dead: fraction of experts without a token.",
     "sharpness": "Entropy of the routing scores in nats; score mass on the chosen experts; mean squared cosine of the "
     "activations of experts chosen for the same token (dotted: chance level 1/F).",
     "layers": "At the newest checkpoint. Dotted: chance level. overlap y: of the experts' outputs, not activations.",
     "load": "Assignments of each expert divided by the mean of its layer, sorted.",
-    "paths": "Probability of each expert of the next layer, given an expert of this layer. Experts are ordered by the best "
-    "one-to-one matching from layer to layer: a bright diagonal means that tokens follow fixed paths.",
+    "paths": "Probability of each expert of the next layer, given an expert of this layer. Experts are ordered by the "
+    "best one-to-one matching from layer to layer: a bright diagonal means that tokens follow fixed paths.",
     "kappa": "kappa: fraction of tokens whose first choices follow the best one-to-one matching (dotted: chance level, "
     "from the loads). Cluster agreement: fraction of tokens in matching clusters of router inputs.",
-    "persistence": "Compared with the checkpoint before: fraction of tokens with the same first choice, and fraction of the "
-    "k choices that are the same.",
-    "clusters": "Router inputs grouped by first expert: silhouette, and fraction of a token's ten nearest neighbours with "
-    "another expert.",
+    "persistence": "Compared with the checkpoint before: fraction of tokens with the same first choice, and fraction "
+    "of the k choices that are the same.",
+    "clusters": "Router inputs grouped by first expert: silhouette, and fraction of a token's ten nearest neighbours "
+    "with another expert.",
     "domains": "Fraction of each domain of text in every expert's assignments.",
-    "response": "Activation norm of expert j for routing vector i, divided by that of expert i. When it is below 1 off the "
-    "diagonal, every expert responds most to its own routing vector.",
+    "response": "Activation norm of expert j for routing vector i, divided by that of expert i. When it is below 1 off "
+    "the diagonal, every expert responds most to its own routing vector.",
 }
 TITLES = {
     "loss": "Cross-entropy",

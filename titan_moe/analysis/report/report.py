@@ -122,8 +122,8 @@ def summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def differences(first: Run, other: Run) -> list[Row]:
     """Differences of two runs in every measure that both log, and in the last validation loss.
 
-    Means of the differences at equal steps, over the second half of the steps that both have. The 95% interval comes from
-    the means of BLOCKS blocks of steps."""
+    Means of the differences at equal steps, over the second half of the steps that both have. The 95% interval comes
+    from the means of BLOCKS blocks of steps."""
     rows: list[Row] = []
     a, b = ({row["step"]: row for row in run.rows("train")} for run in (first, other))
     steps = sorted(a.keys() & b.keys())

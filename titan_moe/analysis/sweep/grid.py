@@ -77,7 +77,8 @@ class Cell(NamedTuple):
 
 
 def read_sweep(name: str, base: str = "") -> tuple[Path, Sweep]:
-    """Reads a sweep: a file of train_configs/sweeps/ by name, or a path. base: replaces its `config`. Raises UserError."""
+    """Reads a sweep: a file of train_configs/sweeps/ by name, or a path. base: replaces its `config`. Raises
+    UserError."""
     candidates = [Path(name), SWEEPS / name, SWEEPS / f"{name}.toml"]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:

@@ -2,9 +2,8 @@
 
     runs/sweeps/NAME/   results.md  results.csv  comparisons.csv  runs/CELL/  configs/CELL.toml  logs/CELL.log
 
-A finished cell is not run again; an interrupted one resumes from its newest checkpoint. So a sweep that is killed and started
-again ends with the same tables as one that was not.
-"""
+A finished cell is not run again; an interrupted one resumes from its newest checkpoint. So a sweep that is killed and
+started again ends with the same tables as one that was not."""
 
 import contextlib
 import ctypes
@@ -79,8 +78,8 @@ class SweepState:
         return None
 
     def open(self) -> None:
-        """Makes the directories, writes the cells' configurations and reads the results of finished cells. Raises UserError
-        when a cell was run with other settings."""
+        """Makes the directories, writes the cells' configurations and reads the results of finished cells. Raises
+        UserError when a cell was run with other settings."""
         for name in ("runs", "configs", "logs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         for cell in self.cells:

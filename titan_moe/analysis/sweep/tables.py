@@ -39,8 +39,8 @@ class Group(NamedTuple):
 
 
 def result_of(run: Path, validations: int) -> dict[str, float]:
-    """Numbers of a finished run: means of its last `validations` validations and of its last training steps, and the summary
-    of `inspect`. Raises ValueError when it has fewer validations."""
+    """Numbers of a finished run: means of its last `validations` validations and of its last training steps, and the
+    summary of `inspect`. Raises ValueError when it has fewer validations."""
     rows = read_rows(run / "metrics.jsonl")
     losses = [row for row in rows if row["kind"] == "validation"][-validations:]
     if len(losses) < validations:
@@ -82,7 +82,8 @@ def differences(groups: dict[Group, dict[int, dict[str, float]]], group: Group, 
 
 
 def comparisons(groups: dict[Group, dict[int, dict[str, float]]], sweep: Sweep) -> list[Row]:
-    """Every measure of every arm against the baseline. The loss's p-values are Holm-adjusted over the arms of a grid point."""
+    """Every measure of every arm against the baseline. The loss's p-values are Holm-adjusted over the arms of a grid
+    point."""
     rows: list[Row] = []
     for grid_point in dict.fromkeys(group.grid_point for group in groups):
         arms = [group for group in groups if group.grid_point == grid_point and group.arm != sweep.baseline]

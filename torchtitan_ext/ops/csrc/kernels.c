@@ -1,7 +1,7 @@
-// Gram matrices of each token's k rows of z, and their gradient: one pass over the rows each; squared cosines from them; the k
-// largest of each row; draws keyed by integers; the pieces of erc.
+// Kernels of the losses: Gram matrices of each token's k rows of z and their gradient (one pass over the rows each),
+// squared cosines from Gram matrices, the k largest of each row, random numbers from integer keys, products of erc.
 //
-// KERNELS makes the first two for one element type; bfloat16 (as uint16_t) is accumulated in float.
+// KERNELS defines the first two for one element type. bfloat16 (stored as uint16_t) is accumulated in float.
 
 #include <float.h>
 #include <math.h>
@@ -82,7 +82,7 @@ static inline void put_bfloat16(uint16_t *p, float v) {
             }                                                                                                          \
         }                                                                                                              \
     }                                                                                                                  \
-    /* grad[rows[t, a]] += sum_b coefficients[t, a, b] z[rows[t, b]]; no row may stand in rows twice. */               \
+    /* grad[rows[t, a]] += sum_b coefficients[t, a, b] z[rows[t, b]]; no row may occur in rows twice. */               \
     void add_gram_gradient_##NAME(ELEMENT *grad, const ELEMENT *z, const int64_t *rows, const SUM *coefficients,       \
                                   int64_t tokens, int64_t k, int64_t width, int threads) {                             \
         int64_t whole = width - width % LANES_##NAME;                                                                  \
@@ -110,7 +110,7 @@ KERNELS(float, float, float, float_lanes)
 KERNELS(double, double, double, double_lanes)
 KERNELS(bfloat16, uint16_t, float, float_lanes)
 
-// ids[t, 0..k-1]: the places of the k largest of scores[t], the largest first, of equal ones the first; NaN counts as largest.
+// ids[t, 0..k-1]: the indices of the k largest of scores[t], largest first; of equal values the first. NaN is largest.
 #define LARGEST(NAME, ELEMENT)                                                                                         \
     void largest_##NAME(const ELEMENT *scores, int64_t *ids, int64_t tokens, int64_t width, int64_t k, int threads) {  \
         _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
@@ -132,8 +132,8 @@ KERNELS(bfloat16, uint16_t, float, float_lanes)
 LARGEST(float, float)
 LARGEST(double, double)
 
-// From Gram matrices g (tokens, k, k): value[t], the sum over a != b of what g_ab^2 / (g_aa g_bb) has above `floor`, and its
-// gradient (tokens, k, k) by every entry of g[t], g_ab and g_ba apart. A zero diagonal entry: cosine 0, gradient 0.
+// From Gram matrices g (tokens, k, k): values[t], the sum over a != b of max(g_ab^2 / (g_aa g_bb) - floor, 0), and its
+// gradient (tokens, k, k), g_ab and g_ba as independent entries. Where a diagonal entry is 0, cosine and gradient are 0.
 #define SQUARED_COSINES(NAME, ELEMENT)                                                                                 \
     void squared_cosines_##NAME(const ELEMENT *grams, ELEMENT *values, ELEMENT *gradients, int64_t tokens, int64_t k,  \
                                 double floor, int threads) {                                                           \
@@ -149,7 +149,7 @@ LARGEST(double, double)
                 for (int64_t b = 0; b < k; b++) {                                                                      \
                     if (a == b) continue;                                                                              \
                     ELEMENT x = g[a * k + b], slope = x * inverse[a] * inverse[b], square = x * slope;                 \
-                    int over = !(square <= (ELEMENT)floor); /* NaN is */                                               \
+                    int over = !(square <= (ELEMENT)floor); /* true for NaN */                                         \
                     value += over ? square - (ELEMENT)floor : 0;                                                       \
                     d[a * k + b] = over ? 2 * slope : 0;                                                               \
                     d[a * k + a] -= over ? square * inverse[a] : 0;                                                    \
@@ -162,7 +162,7 @@ LARGEST(double, double)
 SQUARED_COSINES(float, float)
 SQUARED_COSINES(double, double)
 
-// draws.py's hash: one more part of a key.
+// The hash of draws.py: extends a key by one part.
 static inline uint32_t folded(uint32_t h, int64_t part) {
     h = h * 0x9E3779B1u + (uint32_t)part + 0x7F4A7C15u;
     h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
@@ -170,7 +170,8 @@ static inline uint32_t folded(uint32_t h, int64_t part) {
     return h ^ (h >> 16);
 }
 
-// Flat places of the elements (a row's part, a column's part) whose bits, folded on from `start`, are below `limit`; how many.
+// Writes the flat indices of the elements whose hash (`start`, extended by row and column) is below `limit`. Returns how
+// many there are.
 int64_t drawn(const int64_t *rows, const int64_t *columns, int64_t *places, int64_t height, int64_t width, int64_t start,
               int64_t limit) {
     int64_t count = 0;
@@ -184,7 +185,7 @@ int64_t drawn(const int64_t *rows, const int64_t *columns, int64_t *places, int6
     return count;
 }
 
-// Uniform numbers in [0, 1) from the upper 24 of those bits, (height, width).
+// Uniform numbers in [0, 1) from the upper 24 bits of the same hash, (height, width).
 #define UNIFORM(NAME, ELEMENT)                                                                                         \
     void uniform_##NAME(const int64_t *rows, const int64_t *columns, ELEMENT *values, int64_t height, int64_t width,   \
                         int64_t start, int threads) {                                                                  \
@@ -199,9 +200,10 @@ int64_t drawn(const int64_t *rows, const int64_t *columns, int64_t *places, int6
 UNIFORM(float, float)
 UNIFORM(double, double)
 
-// Of erc, from few numbers, for which a library takes longer to be called than to work. bounds[i]: half the distance of row i of
-// router (experts, dim) to the nearest other one, over its own length. slopes (experts, experts): the gradient of 1 / experts^2
-// sum_{i != j} max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0) by M, in which it is piecewise linear.
+// Two small functions of erc, for which calling PyTorch's operations takes longer than their work. bounds[i]: half the
+// distance of row i of router (experts, dim) to the nearest other row, divided by the norm of row i. slopes (experts,
+// experts): the gradient, with respect to M, of
+// 1 / experts^2 sum_{i != j} max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0).
 #define COUPLING(NAME, ELEMENT, LANES, ROOT, LEAST)                                                                    \
     static ELEMENT distance_##NAME(const ELEMENT *x, const ELEMENT *y, int64_t dim) {                                  \
         int64_t whole = dim - dim % LANES_##NAME;                                                                      \
@@ -223,7 +225,7 @@ UNIFORM(double, double)
             for (int64_t j = 0; j < experts; j++) {                                                                    \
                 if (i == j) continue;                                                                                  \
                 ELEMENT apart = distance_##NAME(router + i * dim, router + j * dim, dim);                              \
-                if (!(apart >= nearest) && nearest == nearest) nearest = apart; /* NaN comes in and stays */           \
+                if (!(apart >= nearest) && nearest == nearest) nearest = apart; /* keeps NaN */                        \
             }                                                                                                          \
             bounds[i] = nearest / (length < LEAST ? LEAST : length);                                                   \
         }                                                                                                              \
@@ -249,18 +251,18 @@ UNIFORM(double, double)
 COUPLING(float, float, float_lanes, __builtin_sqrtf, FLT_MIN)
 COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
 
-// Products of a weight's first rows with a few vectors, for which a library's matrix product is slow: each weight is used once per
-// vector, and there are fewer vectors than its tiles are long. Tiles of up to HEIGHT x 2 lanes stay in registers, and while one is
-// computed the memory that the next one needs is on its way. `dim` is a multiple of PANEL, 2 lanes of every type or more; the
-// vectors come packed by the caller.
+// Products of the first rows of a weight with a few vectors. A BLAS matrix product is slow here, since there are fewer
+// vectors than its tiles have columns. Tiles of up to HEIGHT x 2 SIMD vectors stay in registers; the weights of the next
+// tile are prefetched while one is computed. `dim` is a multiple of PANEL (at least 2 SIMD vectors of every type); the
+// caller packs the vectors into panels.
 #define HEIGHT 6
-#define STRIP 48 // rows of a weight that stay in the cache from one use to the next
+#define STRIP 48 // rows of a weight that stay in the cache between their uses
 #define PANEL 16
 
 #define FOR_ROWS _Pragma("GCC unroll 6") for (int i = 0; i < height; i++)
 #define INLINE static inline __attribute__((always_inline))
 
-// sum[i] += x * (left, right) over `steps` values of s, for all rows i of a tile; x depends on i and s, the lanes on s.
+// sum[i] += x * (left, right), summed over s < steps, for every row i of a tile; x depends on i and s, left and right on s.
 #define ADD_PRODUCTS(steps, SUM, LANES, x, left, right)                                                                \
     for (int64_t s = 0; s < steps; s++) {                                                                              \
         LANES lanes0 = left, lanes1 = right;                                                                           \
@@ -271,7 +273,7 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
         }                                                                                                              \
     }
 
-// A tile's function with its height known to the compiler.
+// Calls a tile's function with a constant height, so that the compiler unrolls its loops.
 #define WITH_HEIGHT(height, function, ...)                                                                             \
     switch (height) {                                                                                                  \
     case 1: function(1, __VA_ARGS__); break;                                                                           \
@@ -295,15 +297,16 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
                          *(const LANES *)(p + s * PANEL + LANE))                                                       \
         }                                                                                                              \
         FOR_ROWS {                                                                                                     \
-            SUM line[2 * LANE]; /* indexing `sum` by a variable would keep it in memory */                             \
+            SUM line[2 * LANE]; /* a variable index into `sum` would move it to memory */                              \
             *(LANES *)line = sum[i][0];                                                                                \
             *(LANES *)(line + LANE) = sum[i][1];                                                                       \
             for (int64_t e = 0; e < columns; e++) answers[i * vectors + e] = line[e];                                  \
         }                                                                                                              \
     }                                                                                                                  \
-    /* answers[j, f, e] = <weight[j, f], vector e>, and the sums of their squares over the f of a strip; weight        \
-       (experts, rows, dim) of which the first `width` rows count, packed (ceil(vectors / PANEL), dim, PANEL), zero    \
-       where there is no vector; answers (experts, width, vectors), squares (experts, ceil(width / STRIP), vectors). */\
+    /* answers[j, f, e] = <weight[j, f], vector e>, and their squares summed over the f of each strip. weight          \
+       (experts, rows, dim), of which the first `width` rows are used; packed (ceil(vectors / PANEL), dim, PANEL), with\
+       zeros beyond the last vector; answers (experts, width, vectors); squares (experts, ceil(width / STRIP),         \
+       vectors). */                                                                                                    \
     void responses_##NAME(const ELEMENT *weight, const SUM *packed, SUM *answers, SUM *squares, int64_t experts,       \
                           int64_t rows, int64_t width, int64_t dim, int64_t vectors, int threads) {                    \
         int64_t strips = (width + STRIP - 1) / STRIP;                                                                  \
@@ -364,10 +367,10 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
             *(LANES *)(grad + pulled[i] * PANEL + LANE) = sum[i][1];                                                   \
         }                                                                                                              \
     }                                                                                                                  \
-    /* From the gradient of sum_f answers[j, f, e]^2, pulls (experts, vectors): with slopes = 2 answers * pulls,       \
-       grad[j, f] += sum_e slopes[j, f, e] vector e, and if parts is not NULL, for every thread, parts (threads,       \
-       dim / PANEL, vectors, PANEL), all 0 before: its share of sum_jf slopes[j, f, e] weight[j, f]. Only vectors      \
-       whose pull is not 0 take time. packed: (dim / PANEL, vectors, PANEL). */                                        \
+    /* Backward of responses, from pulls (experts, vectors), the gradient of sum_f answers[j, f, e]^2. With            \
+       slopes = 2 answers * pulls: grad[j, f] += sum_e slopes[j, f, e] vector e. If parts is not NULL, each thread     \
+       adds its part of sum_jf slopes[j, f, e] weight[j, f] to its slice of parts (threads, dim / PANEL, vectors,      \
+       PANEL), which must be 0 before. Vectors whose pull is 0 are skipped. packed: (dim / PANEL, vectors, PANEL). */  \
     void add_response_gradients_##NAME(ELEMENT *grad, const ELEMENT *weight, const SUM *packed, const SUM *answers,    \
                                        const SUM *pulls, SUM *parts, int64_t experts, int64_t rows, int64_t width,     \
                                        int64_t dim, int64_t vectors, int threads) {                                    \
@@ -379,7 +382,7 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
             int64_t pulled[vectors], some = 0;                                                                         \
             for (int64_t e = 0; e < vectors; e++) {                                                                    \
                 pulled[some] = e;                                                                                      \
-                some += pulls[j * vectors + e] != 0; /* NaN is */                                                      \
+                some += pulls[j * vectors + e] != 0; /* true for NaN */                                                \
             }                                                                                                          \
             if (some == 0) continue;                                                                                   \
             const SUM *answer = answers + (j * width + first) * vectors;                                               \
@@ -398,7 +401,7 @@ COUPLING(double, double, double_lanes, __builtin_sqrt, DBL_MIN)
             for (int64_t d = 0; parts && d < dim; d += PAIR_##NAME) {                                                  \
                 SUM *own = parts + omp_get_thread_num() * vectors * dim + d / PANEL * vectors * PANEL + d % PANEL;     \
                 for (int64_t group = 0, s = 0; group < groups; group++) {                                              \
-                    int64_t height = some / groups + (group < some % groups); /* as equal as can be */                 \
+                    int64_t height = some / groups + (group < some % groups); /* equal, or one more */                 \
                     WITH_HEIGHT(height, vector_tile_##NAME, own, w + d, dim, slope + s, pulled + s, vectors, count)    \
                     s += height;                                                                                       \
                 }                                                                                                      \
