@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from torchtitan_ext.dtypes import accumulation_dtype
-from torchtitan_ext.losses import specialization_loss
-from torchtitan_ext.ops.gram import token_rows
+from torchtitan_ext.ops.gram import squared_cosines, token_gram, token_rows
 from torchtitan_ext.ops.response import coupling_matrix
-from torchtitan_ext.ops.routing import normalize_scores
+from torchtitan_ext.ops.routing import normalize_scores, weighted_sum
 
 
 @torch.no_grad()
@@ -90,7 +89,7 @@ def expert_overlap(x: Tensor, rows: Tensor | None = None) -> Tensor:
     """
     rows, x = token_rows(x, rows)
     k = rows.shape[1]
-    return specialization_loss(x, rows=rows) / max(k * (k - 1), 1)
+    return weighted_sum(squared_cosines(token_gram(x, rows)), None) / max(k * (k - 1), 1)
 
 
 @torch.no_grad()
