@@ -1,12 +1,12 @@
-"""What saving and loading cost: the standstill of a checkpoint written in the step and of one written behind it, and
-loading.
+"""The cost of checkpoints: how long a synchronous and a background save stop training, and the time to load.
 
     python scripts/bench_checkpoints.py
     python scripts/bench_checkpoints.py --dim 1024 --layers 8
 
-`standstill` is the time that `Saver.save` keeps the training from going on; `slower` is a step while the writer runs
-over a step while it does not; `load` is verifying and loading a checkpoint over reading and hashing its bytes once, in
-one thread. Medians; the page cache is warm."""
+`pause` is the time that `Saver.save` takes before training continues. `slowdown` is the time of a step while the
+background thread writes, divided by that of other steps. `load` is the time to verify and load a checkpoint, divided by
+that to read and hash its bytes once in one thread. Medians; the page cache is warm.
+"""
 
 import argparse
 import hashlib
@@ -52,29 +52,29 @@ class Bench:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def saved(self, saver: Saver) -> float:
-        """Seconds that a save holds the training up."""
+    def save_seconds(self, saver: Saver) -> float:
+        """Seconds that a save stops training."""
         self.step += 1
         return seconds(lambda: saver.save(self.step, {}))
 
-    def behind(self, saver: Saver) -> tuple[float, list[float]]:
-        """The same, and the times of the steps while the writer runs."""
-        held = self.saved(saver)
+    def background_save(self, saver: Saver) -> tuple[float, list[float]]:
+        """The same, and the times of the steps while the background thread writes."""
+        pauses = self.save_seconds(saver)
         steps = []
         while saver.pending is not None and not saver.pending.done():
             steps.append(seconds(self.train))
         saver.finish()
-        return held, steps
+        return pauses, steps
 
-    def loading(self) -> tuple[float, float]:
-        """Seconds to find and load the newest checkpoint, and to read and hash its bytes."""
+    def load_seconds(self) -> tuple[float, float]:
+        """Seconds to verify and load the newest checkpoint, and to read and hash its bytes."""
         newest = self.run_dir.newest()
         assert newest is not None
 
         def find_and_load() -> None:
-            found = newest_good(self.run_dir, single(torch.device("cpu")))
-            assert found is not None
-            load_checkpoint(found, self.model, self.optimizer)
+            newest_undamaged = newest_good(self.run_dir, single(torch.device("cpu")))
+            assert newest_undamaged is not None
+            load_checkpoint(newest_undamaged, self.model, self.optimizer)
 
         def read_and_hash() -> None:
             for path in newest.iterdir():
@@ -95,35 +95,35 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", default=None, help="on the disk to be measured")
+    parser.add_argument("--folder", default=None, help="a directory on the disk to measure")
     options = parser.parse_args()
     keep_freed_memory()
     folder = tempfile.mkdtemp(dir=options.folder)
     try:
         bench = Bench(folder, options.dim, options.layers)
-        quiet = [seconds(bench.train) for _ in range(options.repeats + 2)][2:]
-        now = Saver(bench.run_dir, bench.model, bench.optimizer, Checkpoint(keep=2, interval=1))
-        later = Saver(bench.run_dir, bench.model, bench.optimizer, Checkpoint(keep=2, interval=1, async_save=True))
-        bench.behind(later)  # makes the copies' memory
-        held, whole, during = [], [], []
+        undisturbed = [seconds(bench.train) for _ in range(options.repeats + 2)][2:]
+        synchronous = Saver(bench.run_dir, bench.model, bench.optimizer, Checkpoint(keep=2, interval=1))
+        background = Saver(bench.run_dir, bench.model, bench.optimizer, Checkpoint(keep=2, interval=1, async_save=True))
+        bench.background_save(background)  # allocates the copies
+        pauses, writes, disturbed = [], [], []
         for _ in range(options.repeats):
-            whole.append(bench.saved(now))
-            one, steps = bench.behind(later)
-            held.append(one)
-            during += steps
-        loads = [bench.loading() for _ in range(options.repeats)]
+            writes.append(bench.save_seconds(synchronous))
+            one, steps = bench.background_save(background)
+            pauses.append(one)
+            disturbed += steps
+        loads = [bench.load_seconds() for _ in range(options.repeats)]
         newest = bench.run_dir.newest()
         assert newest is not None
         parameters = sum(p.numel() for p in bench.model.parameters())
         print(f"{parameters / 1e6:.0f} million parameters, {size_of(newest) / 2**30:.2f} GiB a checkpoint")
     finally:
         shutil.rmtree(folder)
-    whole_step = statistics.median(quiet)
+    step_seconds = statistics.median(undisturbed)
     print("| what | ratio |")
     print("|---|---|")
-    print(f"| standstill behind / in the step | {statistics.median(held) / statistics.median(whole):.3f} |")
-    print(f"| in the step / a training step | {statistics.median(whole) / whole_step:.1f} |")
-    print(f"| slower while the writer runs | {statistics.median(during) / whole_step:.2f} |")
+    print(f"| pause, background / synchronous | {statistics.median(pauses) / statistics.median(writes):.3f} |")
+    print(f"| pause, synchronous / a training step | {statistics.median(writes) / step_seconds:.1f} |")
+    print(f"| slowdown during a background save | {statistics.median(disturbed) / step_seconds:.2f} |")
     print(f"| load / read and hash | {statistics.median(a / b for a, b in loads):.2f} |")
 
 

@@ -1,9 +1,10 @@
-"""What an inspection costs over a plain validation of the same text, without the clustering measures.
+"""The time of an inspection, without the clustering measures, relative to a validation of the same text.
 
     python scripts/bench_inspect.py [--config nano] [--sequences 64] [--pairs 5] [--section.key=value ...]
 
-Both go over the same sequences with the same (initial) weights, alternating; prints the ratio of the medians and the
-smallest and largest ratio of a pair."""
+Both run on the same sequences with the same (initial) weights, alternating. Prints the ratio of the medians, and the
+smallest and largest ratio of a pair of runs.
+"""
 
 import argparse
 import statistics
@@ -28,18 +29,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     options, words = parser.parse_known_args()
     keep_freed_memory()
-    config, alone = load_config(options.config, words), single(torch.device("cpu"))
-    config = config.model_copy(update={"regularizers": Regularizers()})  # validation computes the terms that are on
-    watched = InspectedModel(config, alone, Options(sequences=options.sequences, cluster_tokens=0))
-    tokenizer = watched.prepared.tokenizer
-    plain = build_runner(build_model(config, tokenizer.vocab_size, alone), config, alone)
+    config, mesh = load_config(options.config, words), single(torch.device("cpu"))
+    # Validation would compute the enabled regularizers.
+    config = config.model_copy(update={"regularizers": Regularizers()})
+    inspected = InspectedModel(config, mesh, Options(sequences=options.sequences, cluster_tokens=0))
+    tokenizer = inspected.prepared.tokenizer
+    plain = build_runner(build_model(config, tokenizer.vocab_size, mesh), config, mesh)
     size = config.training.microbatch_size or config.training.batch_size
 
     def validation() -> None:
-        validate(plain, watched.windows, tokenizer, options.sequences, size, alone)
+        validate(plain, inspected.windows, tokenizer, options.sequences, size, mesh)
 
     def inspection() -> None:
-        watched.run_on_text(watched.tally())
+        inspected.run_on_text(inspected.tally())
 
     validation()
     inspection()

@@ -1,13 +1,17 @@
-"""Three kernels on their own: sp against the textbook version, cp against the number of experts, erc against the experts.
+"""Three kernels by themselves: sp and a straightforward version, cp for two numbers of experts, erc and the experts'
+GEMMs.
 
     python scripts/bench_kernels.py
 
-sp: medium geometry, 2,048 tokens, k = 4, F = 672, forward and backward. Textbook: gather the activations to (T, k, F),
-normalise, batched product, square, mean, and let autograd do the rest. Ours: Gram matrices taken on the way, their gradient
-added to the one that the down projection gives anyway. Both get and return that gradient. cp: closed form, forward and
-backward, E = 64 and 4,096. erc: all of it in one layer, over the experts' own products for 2,048 tokens, forward and backward,
-and that over the share of multiplications, E^2 / (3 T k). Medians of alternating runs; extra memory is the peak of bytes
-allocated during the work.
+All times are of forward and backward.
+
+sp: medium geometry, 2,048 tokens, k = 4, F = 672. The straightforward version gathers the activations to (T, k, F),
+normalises, multiplies, squares and averages them, with autograd. Ours computes Gram matrices, and its backward adds to
+the gradient that comes from the down projection. Both include that incoming gradient. cp: the closed form, E = 64 and E
+= 4,096. erc: one layer, divided by the time of the experts' GEMMs for 2,048 tokens and by the ratio of multiplications,
+E^2 / (3 T k).
+
+Medians of alternating runs. Extra memory is the peak of bytes allocated during the work.
 """
 
 import statistics
@@ -30,7 +34,8 @@ TOKENS, K, WIDTH, EXPERTS = 2048, 4, 672, 64
 COMPARISONS = 25
 
 
-def textbook(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+def straightforward(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+    """sp by plain PyTorch operations."""
     unit = F.normalize(z_RF[rows_TK], dim=-1)
     cosine = unit @ unit.transpose(1, 2)
     return (cosine.square().sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).square().sum(1)).mean()
@@ -49,15 +54,17 @@ def specialization() -> None:
         torch.autograd.grad([value, through], z, [torch.ones_like(value), incoming])
 
     def theirs() -> None:
-        through = z.view_as(z)  # the same z goes on to the down projection
-        value = textbook(z, rows)
+        through = z.view_as(z)  # the z that the down projection would consume
+        value = straightforward(z, rows)
         torch.autograd.grad([value, through], z, [torch.ones_like(value), incoming])
 
     ours()
     theirs()
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(COMPARISONS)]
     ratio = statistics.median(a / b for a, b in pairs)
-    print(f"sp, ours / textbook: time {ratio:.2f}, extra memory {peak_allocated(ours) / peak_allocated(theirs):.2f}")
+    print(
+        f"sp, ours / straightforward: time {ratio:.2f}, extra memory {peak_allocated(ours) / peak_allocated(theirs):.2f}"
+    )
 
 
 def coupling() -> None:
@@ -89,14 +96,14 @@ def expert_router_coupling(geometry: str) -> None:
     incoming = torch.randn(TOKENS * moe.top_k, dim, generator=source)
     terms, inputs = build_terms({"erc": 1.0}, Setting(moe.top_k)), inputs_of(2, TOKENS // 2)
     tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.places)
-    returned = torch.zeros_like(experts.gate_up.flatten(1, 2))
+    incoming_weight = torch.zeros_like(experts.gate_up.flatten(1, 2))
 
     def erc() -> None:
         probes = terms.probes(router, 0, tokens)
         assert probes is not None
         through, squares = response_through(experts.gate_up.flatten(1, 2), probes.vectors_PD, moe.hidden_dim)
         value = coupling_excess(lengths(squares), alpha=1.0)
-        torch.autograd.grad([value, through], [experts.gate_up, router], [torch.ones_like(value), returned])
+        torch.autograd.grad([value, through], [experts.gate_up, router], [torch.ones_like(value), incoming_weight])
 
     def products() -> None:
         out = experts.output(experts.hidden(x, offsets)[0], offsets)
@@ -104,12 +111,10 @@ def expert_router_coupling(geometry: str) -> None:
 
     erc()
     products()
-    share = moe.experts**2 / (3 * TOKENS * moe.top_k)
-    ratios = [seconds(erc) / seconds(products) / share for _ in range(COMPARISONS)]
+    flops_fraction = moe.experts**2 / (3 * TOKENS * moe.top_k)
+    ratios = [seconds(erc) / seconds(products) / flops_fraction for _ in range(COMPARISONS)]
     low, high = interval(ratios)
-    print(
-        f"erc, {geometry}: {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f}) times its share of the experts' products"
-    )
+    print(f"erc, {geometry}: {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f}) times the experts' GEMMs")
 
 
 if __name__ == "__main__":

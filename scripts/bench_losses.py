@@ -1,13 +1,13 @@
-"""What each term costs on a whole training step: forward, backward, clipping, AdamW.
+"""The cost of each regularizer in a training step (forward, backward, clipping, AdamW).
 
     python scripts/bench_losses.py                                     medium geometry, 4 layers, every term
     python scripts/bench_losses.py --geometry small --layers 12 --arms sp,cp sp:sample,cp --pairs 15
     python scripts/bench_losses.py --geometry large --layers 2 --arms sp,cp
 
-Steps with the arm's terms on and with all terms off alternate, the order swapped from pair to pair, in one process and on one
-model. The ratio is the median of the paired ratios, with a 95% interval from the order statistics of the pairs. `added` times
-the terms' own forward and backward pass on the layer's real tensors, over the time of a step without them: a number that
-the machine's noise touches much less. Memory is the peak of allocated bytes over a step, on over off.
+Steps with the arm's terms and steps without any alternate, in reversed order every second pair, in one process on one
+model. The ratio is the median of the paired ratios, with a 95% interval from their order statistics. `added` is the
+time of the terms' forward and backward alone, on tensors of a real forward, divided by the time of a step without
+terms; it is much less noisy. Memory is the peak of allocated bytes in a step, with terms / without.
 """
 
 import argparse
@@ -50,7 +50,7 @@ OPTION = {"sp": "method", "cp": "source", "o": "variant", "v": "variant"}
 
 
 def terms_of(arm: str, settings: Model) -> Terms:
-    """`sp:sample,cp` as sp by sampling and cp; `none` as no term."""
+    """The terms of an arm: `sp:sample,cp` is sp by sampling plus cp; `none` is no term."""
     options: dict[str, dict[str, Any]] = {}
     arm = arm.replace("none", "")
     for part in filter(None, arm.split(",")):
@@ -60,6 +60,7 @@ def terms_of(arm: str, settings: Model) -> Terms:
 
 
 def use(model: Transformer, terms: Terms) -> None:
+    """Replaces the terms of a model."""
     model.terms = terms
     for moe in model.moe_modules():
         moe.terms = terms
@@ -89,15 +90,15 @@ class Bench:
 
     def ratios(self, terms: Terms, pairs: int) -> tuple[list[float], float]:
         """Paired ratios, and the median time of a step without terms."""
-        found, offs = [], []
+        ratios, offs = [], []
         for pair in range(pairs):
             if pair % 2:
                 on, off = self.timed(terms), self.timed(self.off)
             else:
                 off, on = self.timed(self.off), self.timed(terms)
-            found.append(on / off)
+            ratios.append(on / off)
             offs.append(off)
-        return found, statistics.median(offs)
+        return ratios, statistics.median(offs)
 
     def views(self) -> list[LayerView]:
         """What a term sees of every MoE layer in a real forward pass."""
@@ -108,14 +109,12 @@ class Bench:
         return recorder.views
 
     def added(self, terms: Terms, views: list[LayerView], repeats: int = 15) -> list[float]:
-        """Seconds of the terms' own forward and backward over all layers, less those of no term at all.
+        """Seconds of the terms' forward and backward over all layers, minus those of layers without terms.
 
-        For no term at all: less those of layers that return the carry unchanged.
+        For an arm without terms: minus those of layers that return the carry unchanged.
         """
         moes = self.model.moe_modules()
-        zero_gradients: dict[
-            str, Tensor
-        ] = {}  # what the experts' own backward would give, made before the clock starts
+        zero_gradients: dict[str, Tensor] = {}  # stand for the experts' gradients; allocated before timing
 
         def gradient_of(through: Tensor, name: str) -> Tensor:
             if name not in zero_gradients:
@@ -129,31 +128,31 @@ class Bench:
                 names, layers = len(active.names), len(views)
                 carry = empty_carry(names, count, layers, experts, torch.float32, device, width, measures)
                 leaves: list[Tensor] = []
-                passed: list[Tensor] = []
+                passed_through: list[Tensor] = []
                 incoming: list[Tensor] = []
                 for layer, view in enumerate(views if not skip else []):
-                    fresh = view.detach()
-                    own = [t.requires_grad_() for t in fresh if isinstance(t, Tensor) and t.is_floating_point()]
-                    assert fresh.z_RF is not None
-                    z_RF, observed = active.observe(fresh.z_RF, fresh, LocalRows(fresh))
-                    if z_RF is not fresh.z_RF:
-                        passed.append(z_RF)
+                    local_view = view.detach()
+                    inputs = [t.requires_grad_() for t in local_view if isinstance(t, Tensor) and t.is_floating_point()]
+                    assert local_view.z_RF is not None
+                    z_RF, observed = active.observe(local_view.z_RF, local_view, LocalRows(local_view))
+                    if z_RF is not local_view.z_RF:
+                        passed_through.append(z_RF)
                         incoming.append(gradient_of(z_RF, f"z{layer}"))
                     router, gate_up = moes[layer].router.weight, moes[layer].experts.gate_up
                     probes = active.probes(router, layer, view.tokens)
                     if probes is not None:
                         hidden = moes[layer].router.moe.hidden_dim
                         weight, response = response_through(gate_up.flatten(1, 2), probes.vectors_PD, hidden)
-                        fresh = fresh._replace(responses_PE=lengths(response))
-                        own += [router, gate_up]
-                        passed.append(weight)
+                        local_view = local_view._replace(responses_PE=lengths(response))
+                        inputs += [router, gate_up]
+                        passed_through.append(weight)
                         incoming.append(gradient_of(weight, f"weight{layer}"))
-                    leaves += own
-                    carry = active.add(fresh, observed, probes, carry)
+                    leaves += inputs
+                    carry = active.add(local_view, observed, probes, carry)
                 if active.names:
                     objective = active.objective(carry.terms)
                     ones = torch.ones_like(objective)
-                    torch.autograd.grad([objective, *passed], leaves, [ones, *incoming], allow_unused=True)
+                    torch.autograd.grad([objective, *passed_through], leaves, [ones, *incoming], allow_unused=True)
 
             return run
 
@@ -205,7 +204,7 @@ class LocalRows:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=list(GEOMETRY), default="medium")
-    parser.add_argument("--layers", type=int, default=0, help="0: as the geometry has them here")
+    parser.add_argument("--layers", type=int, default=0, help="0: the number of the geometry")
     parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -227,14 +226,14 @@ def main() -> None:
         added = bench.added(terms, views)
         ratio, span = "", ""
         if options.pairs:
-            found, base = bench.ratios(terms, options.pairs)
-            low, high = interval(found)
-            ratio, span = f"{statistics.median(found):.3f}", f"{low:.3f} to {high:.3f}"
+            ratios, base = bench.ratios(terms, options.pairs)
+            low, high = interval(ratios)
+            ratio, span = f"{statistics.median(ratios):.3f}", f"{low:.3f} to {high:.3f}"
         use(bench.model, terms)
         memory = peak_allocated(bench.step) / bytes_off
-        least, most = (value / base for value in interval(added))
-        share = f"{statistics.median(added) / base:.4f} | {least:.4f} to {most:.4f}"
-        print(f"| {arm} | {ratio} | {span} | {share} | {memory:.3f} |", flush=True)
+        low_added, high_added = (value / base for value in interval(added))
+        added_text = f"{statistics.median(added) / base:.4f} | {low_added:.4f} to {high_added:.4f}"
+        print(f"| {arm} | {ratio} | {span} | {added_text} | {memory:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Our MoE layer and training step against other libraries': same shapes, tokens, dtype and process.
+"""Our MoE layer and training step compared with other libraries': same shapes, tokens, dtype and process.
 
     python scripts/bench_peers.py                        MoE layer, medium geometry, 2,048 tokens, bfloat16
     python scripts/bench_peers.py --geometry small --dtype float32
     python scripts/bench_peers.py step                   training step, 4 layers, 2 x 1,024 tokens, bfloat16
-    python scripts/bench_peers.py profile                where our step goes
+    python scripts/bench_peers.py profile                the profile of our step
 
-layer: forward and backward of ours with sp and cp on, against TorchTitan's `MoE` (bfloat16 only, as it is written) and
-Transformers' Mixtral block, both without any loss. step: forward, backward, clipping and AdamW of ours with lb, z, sp and cp
-on, against Transformers' Mixtral with its load-balance loss. Runs alternate; a ratio is the median of the paired ratios, with
-a 95% interval. Needs the extra `bench`; a peer that isn't installed is left out, and said so.
+layer: forward and backward of ours with sp and cp, and of TorchTitan's `MoE` (which supports bfloat16 only) and
+Transformers' Mixtral block, both without regularizers. step: forward, backward, clipping and AdamW of ours with lb, z,
+sp and cp, and of Transformers' Mixtral with its load-balancing loss. Runs alternate; a ratio is the median of paired
+ratios, with a 95% interval. Needs the extra `bench`; prints a note for a library that is not installed, and skips
+it.
 """
 
 import argparse
@@ -164,10 +165,10 @@ def compare(peer: str, ours: Work, theirs: Work, pairs: int, flops: float, peak:
         times.append((a, b))
     ratios = [a / b for a, b in times]
     low, high = interval(ratios)
-    shares = [flops / statistics.median(column) / peak for column in zip(*times, strict=True)]
+    utilization = [flops / statistics.median(column) / peak for column in zip(*times, strict=True)]
     print(
-        f"| {peer} | {statistics.median(ratios):.3f} | {low:.3f} to {high:.3f} ({pairs}) | {shares[0]:.2f} "
-        f"| {shares[1]:.2f} |",
+        f"| {peer} | {statistics.median(ratios):.3f} | {low:.3f} to {high:.3f} ({pairs}) | {utilization[0]:.2f} "
+        f"| {utilization[1]:.2f} |",
         flush=True,
     )
 
@@ -176,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["layer", "step", "profile"], default="layer")
     parser.add_argument("--geometry", choices=list(GEOMETRY), default="medium")
-    parser.add_argument("--layers", type=int, default=4, help="of the step")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the training step")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--pairs", type=int, default=3)
     options = parser.parse_args()
@@ -191,16 +192,16 @@ def main() -> None:
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=45))
         return
     installed = {name: importlib.util.find_spec(name) is not None for name in ("torchtitan", "transformers")}
-    for name, there in installed.items():
-        if not there:
-            print(f"{name} is not installed and is left out: pip install -e '.[bench]'")
+    for name, found in installed.items():
+        if not found:
+            print(f"{name} is not installed and is skipped: pip install -e '.[bench]'")
     peak = peak_flops(torch.device("cpu"), dtype)
     print(
         f"{options.what}, {options.geometry}, {TOKENS} tokens, {options.dtype}; float32 GEMM peak {peak / 1e9:.0f} GFLOP/s"
     )
-    print(f"bfloat16 units: {'yes' if CPU_MULTIPLIES_BFLOAT16 else 'no, ours multiplies through float32'}")
+    print(f"bfloat16 units: {'yes' if CPU_MULTIPLIES_BFLOAT16 else 'no, ours multiplies in float32'}")
     print(
-        "| peer | ours / theirs | 95% interval (pairs) | of the peak: ours | theirs |\n|---|---|---|---|---|",
+        "| peer | ours / theirs | 95% interval (pairs) | fraction of peak: ours | theirs |\n|---|---|---|---|---|",
         flush=True,
     )
     if options.what == "step":

@@ -1,10 +1,12 @@
-"""Weak scaling on one machine: tokens per second on 1 and 2 ranks of one thread each, and the share of time in collectives.
+"""Weak scaling on one machine: tokens per second on 1 and 2 ranks (one thread each), and the fraction of time in
+collectives.
 
     python scripts/bench_scaling.py
     python scripts/bench_scaling.py --steps 20 --sequences 8
 
-The default job's network, and as many sequences per rank whatever their number. Time in collectives is what a rank spends in
-torch.distributed's calls and in waiting for them, other ranks' delays included. Layouts take turns, three times; medians.
+The default job's network, with the same number of sequences per rank. Time in collectives is the time that a rank
+spends in calls of torch.distributed, waiting for slower ranks included. Every layout is measured three times,
+alternating; medians.
 """
 
 import argparse
@@ -42,7 +44,7 @@ CALLS = ("all_to_all_single", "all_reduce", "all_gather", "all_gather_single", "
 
 
 class Stopwatch:
-    """Seconds spent in collectives, calls inside calls counted once."""
+    """Seconds spent in collectives; nested calls count once."""
 
     def __init__(self) -> None:
         self.seconds, self.depth = 0.0, 0
@@ -68,12 +70,12 @@ def random_batches(config: Config, mesh: Mesh) -> list[Batch]:
     """This rank's micro-batches of a global batch of random tokens, all of them labelled."""
     size, seq = config.training.batch_size, config.training.seq_len
     tokens = torch.randint(VOCABULARY, (size, seq + 1), generator=torch.Generator().manual_seed(0))
-    everything = torch.ones(size, seq, dtype=torch.bool)
+    all_labelled = torch.ones(size, seq, dtype=torch.bool)
     positions = torch.arange(seq).expand(size, seq)
     documents = torch.zeros(size, seq, dtype=torch.int64)
-    whole = Batch(tokens[:, :-1], tokens[:, 1:], everything, documents, positions, torch.arange(size), size * seq)
+    full = Batch(tokens[:, :-1], tokens[:, 1:], all_labelled, documents, positions, torch.arange(size), size * seq)
     part = DataRank(micro_batch_size(config, mesh.degrees), mesh.data_rank, mesh.degrees.data)
-    return whole.rows(torch.from_numpy(part.rows(size))).split(part.size)
+    return full.rows(torch.from_numpy(part.rows(size))).split(part.size)
 
 
 def work(rank: int, world: int, words: list[str], steps: int, folder: str) -> None:
@@ -86,16 +88,16 @@ def work(rank: int, world: int, words: list[str], steps: int, folder: str) -> No
     model = build_model(config, VOCABULARY, mesh)
     runner = build_runner(model, config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
-    watch, batches = Stopwatch(), random_batches(config, mesh)
-    times, shares = [], []
+    stopwatch, batches = Stopwatch(), random_batches(config, mesh)
+    times, collective_fractions = [], []
     for step in range(1, WARM_UP + steps + 1):
-        watch.seconds, start = 0.0, time.perf_counter()
+        stopwatch.seconds, start = 0.0, time.perf_counter()
         train_step(runner, optimizer, batches, config, mesh, step, {})
         times.append(time.perf_counter() - start)
-        shares.append(watch.seconds / times[-1])
+        collective_fractions.append(stopwatch.seconds / times[-1])
     if rank == 0:
-        found = (statistics.median(times[WARM_UP:]), statistics.median(shares[WARM_UP:]))
-        Path(folder, "result").write_text(" ".join(map(str, found)))
+        measured = (statistics.median(times[WARM_UP:]), statistics.median(collective_fractions[WARM_UP:]))
+        Path(folder, "result").write_text(" ".join(map(str, measured)))
     if world > 1:
         dist.destroy_process_group()
 
@@ -103,8 +105,8 @@ def work(rank: int, world: int, words: list[str], steps: int, folder: str) -> No
 def measure(world: int, words: list[str], steps: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, args=(world, words, steps, folder), nprocs=world)
-        seconds, share = map(float, Path(folder, "result").read_text().split())
-    return seconds, share
+        seconds, collective_fraction = map(float, Path(folder, "result").read_text().split())
+    return seconds, collective_fraction
 
 
 def main() -> None:
@@ -113,22 +115,22 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4, help="per rank")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in LAYOUTS}
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in LAYOUTS}
     for _ in range(options.rounds):
         for name, (world, words) in LAYOUTS.items():
             size = options.sequences * world
-            found[name].append(measure(world, [*words, f"--training.batch_size={size}"], options.steps))
+            measured[name].append(measure(world, [*words, f"--training.batch_size={size}"], options.steps))
     seq = load_config("debug", []).training.seq_len
     rates = {
         name: LAYOUTS[name][0] * options.sequences * seq / statistics.median(seconds for seconds, _ in results)
-        for name, results in found.items()
+        for name, results in measured.items()
     }
-    print("| layout | tokens per second | over 1 rank's | per rank, of 1 rank's | time in collectives |")
+    print("| layout | tokens per second | / 1 rank | per rank / 1 rank | fraction in collectives |")
     print("|---|---|---|---|---|")
     for name, rate in rates.items():
-        share = statistics.median(share for _, share in found[name])
+        collective_fraction = statistics.median(collective_fraction for _, collective_fraction in measured[name])
         ratio = rate / rates["1 rank"]
-        print(f"| {name} | {rate:,.0f} | {ratio:.2f} | {ratio / LAYOUTS[name][0]:.2f} | {share:.2f} |")
+        print(f"| {name} | {rate:,.0f} | {ratio:.2f} | {ratio / LAYOUTS[name][0]:.2f} | {collective_fraction:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the paper's geometries, one input, timing, and an interval for a median."""
+"""Shared by the benchmarks: the paper's model sizes, an input, timing, and a confidence interval of a median."""
 
 import math
 import time
@@ -18,7 +18,7 @@ GEOMETRY = {
 
 
 def inputs_of(sequences: int, seq: int) -> Inputs:
-    """Random tokens, all of them labelled, in one document."""
+    """A batch of random tokens, all labelled, in one document."""
     tokens = torch.randint(0, VOCABULARY, (sequences, seq), generator=torch.Generator().manual_seed(0))
     weights = torch.full(tokens.shape, 1.0 / tokens.numel())
     positions = torch.arange(seq).expand_as(tokens)
@@ -29,6 +29,7 @@ def inputs_of(sequences: int, seq: int) -> Inputs:
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -37,6 +38,6 @@ def seconds(work: Callable[[], object]) -> float:
 def interval(values: list[float]) -> tuple[float, float]:
     """95% interval of the median from order statistics (normal approximation of the binomial)."""
     n = len(values)
-    reach = 0.98 * math.sqrt(n)
-    low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
+    half_width = 0.98 * math.sqrt(n)
+    low, high = max(0, math.floor(n / 2 - half_width)), min(n - 1, math.ceil(n / 2 + half_width))
     return sorted(values)[low], sorted(values)[high]

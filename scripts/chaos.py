@@ -1,10 +1,10 @@
-"""Kills a 2-rank run again and again, and compares what is left with a run that nobody disturbed.
+"""Kills a 2-rank training run many times, and compares its metrics with those of an undisturbed run.
 
     python scripts/chaos.py --kills 50
 
-SIGKILL hits a random rank, or all ranks and the launcher, at a random moment; every third time while a checkpoint is being
-written. The same command then goes on. In the end metrics.jsonl must have every step once, bitwise as in the undisturbed run,
-time and memory aside. Status 0 if so.
+SIGKILL goes to a random rank, or to all ranks and the launcher, at a random time; every third time while a checkpoint
+is being written. Then the same command resumes the run. In the end metrics.jsonl must have every step once, bitwise
+equal to the undisturbed run except for timing and memory. Status 0 if so.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SMALL = [
     "--checkpoint.interval=3",
     "--metrics.tensorboard=false",
 ]
-SECONDS = 180  # for anything to happen
+SECONDS = 180  # to wait for any single event
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
@@ -45,21 +45,21 @@ def start(words: list[str]) -> subprocess.Popen[str]:
 
 
 def processes(name: str) -> dict[str, int]:
-    """Process ids of the run: "0" and "1" its ranks, and the launcher."""
-    found = {}
+    """Process ids of the run, by rank ("0", "1") or LAUNCHER."""
+    ids = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes().decode().split("\0")
             if f"--job.name={name}" not in words:
                 continue
             if LAUNCHER in words:
-                found[LAUNCHER] = int(folder.name)
+                ids[LAUNCHER] = int(folder.name)
             elif "titan_moe.cli" in words and "--check" not in words:
                 settings = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
                 rank = next((s.partition("=")[2] for s in settings if s.startswith("RANK=")), None)
                 if rank is not None:
-                    found[rank] = int(folder.name)
-    return found
+                    ids[rank] = int(folder.name)
+    return ids
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -71,62 +71,63 @@ def wait_until(reached: Any, process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + SECONDS
     while process.poll() is None and not reached():
         if time.monotonic() > end:
-            raise SystemExit("nothing happened for too long")
+            raise SystemExit("the run did not continue within the time limit")
         time.sleep(0.0005)
 
 
-def kill_once(words: list[str], run: Path, name: str, dice: random.Random, writing: bool) -> str | None:
-    """Starts the run and kills it; what it did, or None when the run was over before."""
-    known = len(rows(run))
+def kill_once(words: list[str], run: Path, name: str, random_source: random.Random, writing: bool) -> str | None:
+    """Starts the run and kills it. Describes the kill; None when the run finished first."""
+    rows_before = len(rows(run))
     process = start(words)
-    # Rows past the newest checkpoint are taken out when the run goes on.
+    # When the run resumes, it first removes the rows after its newest checkpoint.
     wait_until(lambda: len(processes(name)) == 3, process)
     began = time.time()
     newest = run / "metrics.jsonl"
     wait_until(lambda: newest.exists() and newest.stat().st_mtime > began and len(rows(run)) > 0, process)
     if writing:
         wait_until(lambda: any((run / "checkpoints").glob(".step-*")), process)
-        time.sleep(dice.uniform(0, 0.03))
+        time.sleep(random_source.uniform(0, 0.03))
     else:
-        time.sleep(dice.uniform(0, 2.5))
-    everyone = processes(name)
+        time.sleep(random_source.uniform(0, 2.5))
+    running = processes(name)
     victims = (
-        sorted(everyone) if dice.random() < 1 / 3 else [dice.choice(sorted(set(everyone) - {LAUNCHER}) or ["none"])]
+        sorted(running)
+        if random_source.random() < 1 / 3
+        else [random_source.choice(sorted(set(running) - {LAUNCHER}) or ["none"])]
     )
     half_written = any((run / "checkpoints").glob(".step-*"))
     for victim in victims:
         with contextlib.suppress(ProcessLookupError, KeyError):
-            os.kill(everyone[victim], signal.SIGKILL)
+            os.kill(running[victim], signal.SIGKILL)
     process.wait(SECONDS)
     if process.returncode == 0:
         return None
     end = time.monotonic() + SECONDS
-    while processes(name):  # ranks of a killed launcher
+    while processes(name):  # ranks whose launcher was killed still have to exit
         if time.monotonic() > end:
-            raise SystemExit("a process stayed behind")
+            raise SystemExit("a process did not exit")
         time.sleep(0.05)
-    what = "all" if len(victims) > 1 else f"rank {victims[0]}"
-    return (
-        f"{what} after {len(rows(run))} rows (of {known} before){', a checkpoint half written' if half_written else ''}"
-    )
+    killed = "all" if len(victims) > 1 else f"rank {victims[0]}"
+    during = ", during a checkpoint" if half_written else ""
+    return f"{killed} after {len(rows(run))} rows ({rows_before} before the start){during}"
 
 
 def finish(words: list[str]) -> None:
     process = start(words)
     _, errors = process.communicate(timeout=1800)
     if process.returncode != 0:
-        raise SystemExit(f"the run did not end well: {errors}")
+        raise SystemExit(f"the run failed: {errors}")
 
 
-def differences(calm: list[dict[str, Any]], disturbed: list[dict[str, Any]]) -> list[str]:
-    """What is not as it should be."""
+def differences(undisturbed: list[dict[str, Any]], disturbed: list[dict[str, Any]]) -> list[str]:
+    """All differences between the rows of both runs, as text."""
     problems = []
     keys = [(row["kind"], row["step"]) for row in disturbed]
-    problems += [f"{key} is there {count} times" for key, count in Counter(keys).items() if count > 1]
-    found = {(row["kind"], row["step"]): row for row in disturbed}
-    for row in calm:
+    problems += [f"{key} occurs {count} times" for key, count in Counter(keys).items() if count > 1]
+    by_key = {(row["kind"], row["step"]): row for row in disturbed}
+    for row in undisturbed:
         key = (row["kind"], row["step"])
-        other = found.get(key)
+        other = by_key.get(key)
         if other is None:
             problems.append(f"{key} is missing")
             continue
@@ -145,25 +146,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("options", nargs="*", help="more options of the run, after --")
     options = parser.parse_args()
-    dice = random.Random(options.seed)
+    random_source = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         steps = options.steps or 12 * options.kills
         common = [*SMALL, f"--training.steps={steps}", f"--job.output_dir={folder}", *options.options]
         name = f"chaos-{os.getpid()}"
         finish([*common, "--job.name=calm"])
         words, run = [*common, f"--job.name={name}"], Path(folder) / name
-        done = 0
-        while done < options.kills:
-            what = kill_once(words, run, name, dice, writing=done % 3 == 2)
-            if what is None:
-                raise SystemExit(f"the run was over after {done} kills; give more --steps")
-            done += 1
-            print(f"kill {done}: {what}", flush=True)
+        kills = 0
+        while kills < options.kills:
+            killed = kill_once(words, run, name, random_source, writing=kills % 3 == 2)
+            if killed is None:
+                raise SystemExit(f"the run finished after {kills} kills; give more --steps")
+            kills += 1
+            print(f"kill {kills}: {killed}", flush=True)
         finish(words)
         problems = differences(rows(Path(folder) / "calm"), rows(run))
-        aside = len(list((run / "checkpoints").glob("aside-*")))
+        renamed = len(list((run / "checkpoints").glob("aside-*")))
     print("\n".join(problems[:20]))
-    print(f"{options.kills} kills, {steps} steps, {len(problems)} differences, {aside} checkpoints set aside")
+    print(f"{options.kills} kills, {steps} steps, {len(problems)} differences, {renamed} checkpoints set aside")
     sys.exit(1 if problems else 0)
 
 

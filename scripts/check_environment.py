@@ -1,8 +1,9 @@
-"""Exits 0 when this interpreter has what pyproject.toml asks for, 1 otherwise. `--dev` asks for the tests' packages too.
+"""Exits 0 when this interpreter has the packages that pyproject.toml requires, else 1. `--dev`: also those of the
+tests.
 
     python scripts/check_environment.py [--dev]
 
-It reads metadata and looks modules up without importing them, so it costs a few hundredths of a second.
+It reads package metadata and imports nothing, so it takes a few hundredths of a second.
 """
 
 import importlib.metadata
@@ -20,32 +21,34 @@ MODULE_OF = {
 }
 
 
-def listed(pyproject: str, key: str) -> list[str]:
-    """The strings of the list `key = [...]`, read without a TOML parser: none may be installed yet."""
-    found = re.search(rf"^{key} = \[(.*?)\]$", pyproject, re.MULTILINE | re.DOTALL)
-    assert found, f"pyproject.toml has no list {key}"
-    return re.findall(r'"([^"]+)"', found.group(1))
+def list_in(pyproject: str, key: str) -> list[str]:
+    """The strings of the list `key = [...]`, read without a TOML parser, which may not be installed yet."""
+    match = re.search(rf"^{key} = \[(.*?)\]$", pyproject, re.MULTILINE | re.DOTALL)
+    assert match, f"pyproject.toml has no list {key}"
+    return re.findall(r'"([^"]+)"', match.group(1))
 
 
 def release(version: str) -> tuple[int, ...]:
+    """A version as numbers that compare: "2.13.0+cpu" to (2, 13, 0)."""
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
 def satisfied(requirement: str) -> bool:
+    """Whether a requirement's module can be found and its version is in range. Raises PackageNotFoundError."""
     name = re.split(r"[<>=!~ ]", requirement, maxsplit=1)[0]
     module = MODULE_OF.get(name, name)
     if module is not None and importlib.util.find_spec(module) is None:
         return False
-    have = release(importlib.metadata.version(name))
+    installed = release(importlib.metadata.version(name))
     bounds = re.findall(r"(>=|<)([\d.]+)", requirement)
-    return all((have >= release(bound)) == (sign == ">=") for sign, bound in bounds)
+    return all((installed >= release(bound)) == (sign == ">=") for sign, bound in bounds)
 
 
 def main() -> int:
     pyproject = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
-    wanted = listed(pyproject, "dependencies") + (listed(pyproject, "dev") if "--dev" in sys.argv else [])
+    requirements = list_in(pyproject, "dependencies") + (list_in(pyproject, "dev") if "--dev" in sys.argv else [])
     try:
-        return 0 if all(map(satisfied, wanted)) else 1
+        return 0 if all(map(satisfied, requirements)) else 1
     except importlib.metadata.PackageNotFoundError:
         return 1
 

@@ -1,4 +1,4 @@
-"""A picture of one run: loss, terms and routing over the steps, from its metrics.jsonl.
+"""Plots one run's loss, regularizers and routing measures over the steps, from its metrics.jsonl.
 
 python scripts/plot_run.py runs/debug docs/images/debug.png        (needs the extra `bench`)
 """
@@ -26,7 +26,8 @@ PANELS = (
 )
 
 
-def plot(run: Path, picture: Path) -> None:
+def plot(run: Path, output: Path) -> None:
+    """Writes the image `output` for the run directory `run`."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if row["kind"] == "train"]
     validation = [row for row in rows if row["kind"] == "validation"]
@@ -37,8 +38,8 @@ def plot(run: Path, picture: Path) -> None:
         axis.set_axis_off()
     for axis, (title, names) in zip(axes.flat, panels, strict=False):
         for name in names:
-            known = [row for row in train if name in row]
-            axis.plot([row["step"] for row in known], [row[name] for row in known], label=name, linewidth=1)
+            logged = [row for row in train if name in row]
+            axis.plot([row["step"] for row in logged], [row[name] for row in logged], label=name, linewidth=1)
         if names == ("ce",):
             axis.plot(
                 [row["step"] for row in validation], [row["loss"] for row in validation], "o-", label="validation"
@@ -49,8 +50,8 @@ def plot(run: Path, picture: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=90)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=90)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Fills the tables of docs/results.md from the sweeps that it tells of. The prose between them is written by hand.
+"""Fills the tables of docs/results.md from its sweeps. The text between them is written by hand.
 
-    python scripts/results.py [--sweeps runs/sweeps]     # after the sweeps; the page has the command
+    python scripts/results.py [--sweeps runs/sweeps]     # after the sweeps; the page gives their commands
 
-A table stands between an opening comment and `<!-- end -->`. The comments:
+A table is between a comment and `<!-- end -->`. The comments:
 
     <!-- sweep NAME: column; ... -->            the sweep's own tables, with these columns
-    <!-- differences NAME: measure; ... -->     of every arm to the baseline, paired by seed, with 95% intervals
-    <!-- together NAME: a; b; both; measure ... -->   whether a and b together do more than the sum of each: (both - baseline)
-                                                - (a - baseline) - (b - baseline), paired by seed
-    <!-- between NAME: a; b; measure ... -->    arm b less arm a, paired by seed
+    <!-- differences NAME: measure; ... -->     every arm minus the baseline, paired by seed, with 95% intervals
+    <!-- together NAME: a; b; both; measure ... -->   interaction of a and b: (both - baseline) - (a - baseline)
+                                                - (b - baseline), paired by seed
+    <!-- between NAME: a; b; measure ... -->    arm b minus arm a, paired by seed
     <!-- placement NAME: arm; ... -->           traffic of experts placed on eight ranks, for the first seed of those arms
 """
 
@@ -35,48 +35,48 @@ BLOCK = re.compile(
 
 def sweep_table(folder: Path, columns: Sequence[str]) -> str:
     """The sweep's own tables, with these columns only."""
-    lines, places = [], None
+    lines, columns_shown = [], None
     for row in (folder / "results.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in row.strip("|").split("|")] if row.startswith("|") else None
         if cells is None:
             lines.append(row)
-            places = None
+            columns_shown = None
             continue
-        if places is None:
+        if columns_shown is None:
             missing = [column for column in columns if column not in cells]
             if missing:
                 sys.exit(f"{folder / 'results.md'} has no column {missing[0]!r}; it has {', '.join(cells)}")
-            places = [cells.index(column) for column in columns]
-        lines.append(line([cells[place] for place in places]))
+            columns_shown = [cells.index(column) for column in columns]
+        lines.append(line([cells[column] for column in columns_shown]))
     return "\n".join(lines).strip()
 
 
 def differences_table(folder: Path, measures: Sequence[str]) -> str:
-    """What every arm changes in these measures."""
-    found: dict[str, dict[str, str]] = {}
+    """Differences of every arm to the baseline in these measures."""
+    by_arm: dict[str, dict[str, str]] = {}
     with (folder / "comparisons.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             numbers = {key: float(row[key]) for key in ("difference", "low", "high")}
-            found.setdefault(row["arm"], {})[row["measure"]] = interval(numbers)
-    rows = [[arm, *(values[measure] for measure in measures)] for arm, values in found.items()]
+            by_arm.setdefault(row["arm"], {})[row["measure"]] = interval(numbers)
+    rows = [[arm, *(values[measure] for measure in measures)] for arm, values in by_arm.items()]
     return table(["arm", *map(short, measures)], rows)
 
 
 def together_table(folder: Path, words: Sequence[str]) -> str:
-    """What two arms do together beyond the sum of what each does."""
+    """The effects of two arms, of both together, and their interaction."""
     first, second, both, *measures = words
     baseline = read_sweep(folder.name)[1].baseline
     rows = []
     for measure in measures:
         values = values_of(folder, measure, [baseline, first, second, both])
-        own = [[b - a for a, b in zip(values[0], arm, strict=True)] for arm in values[1:]]
-        beyond = [c - a - b for a, b, c in zip(*own, strict=True)]
-        rows.append([short(measure), *map(spread, (*own, beyond))])
+        changes = [[b - a for a, b in zip(values[0], arm, strict=True)] for arm in values[1:]]
+        interaction = [c - a - b for a, b, c in zip(*changes, strict=True)]
+        rows.append([short(measure), *map(spread, (*changes, interaction))])
     return table(["measure", first, second, both, "beyond the sum"], rows)
 
 
 def between_table(folder: Path, words: Sequence[str]) -> str:
-    """How two arms differ, neither of them the baseline."""
+    """The difference of two arms, neither of which is the baseline."""
     first, second, *measures = words
     rows = []
     for measure in measures:
@@ -87,20 +87,22 @@ def between_table(folder: Path, words: Sequence[str]) -> str:
 
 
 def values_of(folder: Path, measure: str, arms: Sequence[str]) -> list[list[float]]:
-    """A measure of these arms, for the seeds of the last of them."""
+    """A measure of these arms, for the seeds of the last arm."""
     with (folder / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    of = {(row["arm"], row["seed"]): float(row[measure]) for row in rows if row[measure]}
+    value_of = {(row["arm"], row["seed"]): float(row[measure]) for row in rows if row[measure]}
     seeds = [row["seed"] for row in rows if row["arm"] == arms[-1]]
-    return [[of[arm, seed] for seed in seeds] for arm in arms]
+    return [[value_of[arm, seed] for seed in seeds] for arm in arms]
 
 
 def spread(differences: Sequence[float]) -> str:
-    found = paired(list(differences), 0.005)
-    return interval({"difference": found.mean, "low": found.low, "high": found.high})
+    """Mean and 95% interval."""
+    result = paired(list(differences), 0.005)
+    return interval({"difference": result.mean, "low": result.low, "high": result.high})
 
 
 def short(measure: str) -> str:
+    """A measure's name as a column title."""
     return measure.partition("/")[2] if measure.startswith(("moe/", "inspect/")) else measure
 
 
@@ -109,7 +111,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def placement_table(folder: Path, arms: Sequence[str]) -> str:
-    """Share of routed rows that cross ranks, on text that the placement was not fitted on."""
+    """Fraction of routed rows that cross ranks, on text that the placement was not fitted to."""
     with (folder / "results.csv").open(encoding="utf-8") as file:
         seed = next(csv.DictReader(file))["seed"]
     head, rows = [], []
@@ -121,8 +123,8 @@ def placement_table(folder: Path, arms: Sequence[str]) -> str:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         traffic = json.loads(order.read_text(encoding="utf-8"))["traffic"]
         head = ["arm", *traffic]
-        shares = [f"{one['other']['share']:.3f} (load {one['other']['load']:.2f})" for one in traffic.values()]
-        rows.append([arm, *shares])
+        cells = [f"{one['other']['share']:.3f} (load {one['other']['load']:.2f})" for one in traffic.values()]
+        rows.append([arm, *cells])
     return table(head, rows)
 
 

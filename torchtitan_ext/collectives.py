@@ -1,7 +1,7 @@
-"""The few collectives that losses and experts need, each with its gradient. A group of None is one process alone.
+"""The collectives that losses and experts need. Group None means a single process.
 
-Ranks hold shares of one objective, J = sum_r J_r, so what a rank computes from other ranks' tensors sends them its gradient,
-and gradients are summed, never averaged.
+The objective is a sum over ranks, J = sum_r J_r. So the backward of a collective sums gradients over ranks; it never
+averages them.
 """
 
 from typing import Any, NamedTuple
@@ -15,12 +15,12 @@ Group = dist.ProcessGroup
 
 
 class Ranks(NamedTuple):
-    """The ranks that share a micro-step's tokens."""
+    """The process groups over which the tokens of one microbatch are split."""
 
     data: Group | None = None
-    """All that hold tokens of the same micro-step, parts of sequences included."""
+    """All ranks with tokens of the same micro-step, whole sequences or parts of them."""
     sequence: Group | None = None
-    """Those that hold parts of the same sequences (context parallelism)."""
+    """The ranks with parts of the same sequences (context parallelism)."""
 
 
 def all_sum(x: Tensor, group: Group | None) -> Tensor:
@@ -33,7 +33,7 @@ def all_sum(x: Tensor, group: Group | None) -> Tensor:
 
 @torch.library.custom_op("torchtitan_ext::all_sum", mutates_args=())
 def _all_sum(x: Tensor, group_name: str) -> Tensor:
-    """An operation of its own, so that a compiled layer stays one graph."""
+    """A custom operator, so that torch.compile does not break the graph here."""
     total = x.contiguous().clone()
     dist.all_reduce(total, group=_resolve_process_group(group_name))  # type: ignore[arg-type] # a NewType of str
     return total
@@ -45,14 +45,14 @@ def _(x: Tensor, group_name: str) -> Tensor:  # noqa: ARG001 - the op's signatur
 
 
 def gathered(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Every rank's x side by side in a dimension, without a gradient."""
+    """Every rank's x concatenated along `dim`, in the order of ranks, without a gradient."""
     parts = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
     dist.all_gather_single(parts, x.contiguous(), group=group)
     return parts if dim == 0 else torch.cat(parts.chunk(group.size()), dim)
 
 
 def reduced(x: Tensor, dim: int, group: Group) -> Tensor:
-    """The sum over ranks, this rank's part of it in a dimension, without a gradient."""
+    """Reduce-scatter: this rank's chunk along `dim` of the sum over ranks, without a gradient."""
     parts = torch.cat(x.chunk(group.size(), dim))
     mine = parts.new_empty(parts.shape[0] // group.size(), *parts.shape[1:])
     dist.reduce_scatter_single(mine, parts, group=group)
@@ -79,7 +79,8 @@ def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group) ->
 
 @torch.compiler.disable
 def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-    """Rows of x to their ranks: the first send[0] to rank 0, and so on; receive[r] come from rank r. Differentiable."""
+    """Differentiable all-to-all of rows: the first send[0] rows of x go to rank 0, and so on; receive[r] come from rank
+    r."""
     result: Tensor = _Exchange.apply(x, send, receive, group)
     return result
 
@@ -97,6 +98,7 @@ class _GatherColumns(torch.autograd.Function):
 
 @torch.compiler.disable
 def gather_columns(x: Tensor, group: Group) -> Tensor:
-    """(N, M, ...) of every rank side by side, (N, ranks * M, ...). The backward sums what ranks made of them."""
+    """Differentiable all-gather along dimension 1: (N, M, ...) -> (N, ranks * M, ...). The backward is a
+    reduce-scatter."""
     result: Tensor = _GatherColumns.apply(x, group)
     return result

@@ -1,7 +1,8 @@
-"""Measures of routing and specialization; none carries a gradient.
+"""Measures of routing and specialization, without gradients.
 
-The cheap ones are in every training step's row; those that need SciPy or scikit-learn (imported when called) are for
-analysis. Shapes: T tokens, E experts, k chosen experts, D model width, F expert hidden width. Definitions: docs/metrics.md.
+The first ones are cheap enough for every training step. Those that need SciPy or scikit-learn (imported when called)
+are for analysis. Shapes: T tokens, E experts, k chosen experts, D model width, F expert hidden width. Definitions:
+docs/metrics.md.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from torchtitan_ext.ops.routing import normalize_scores, weighted_sum
 
 @torch.no_grad()
 def max_vio(counts: Tensor) -> Tensor:
-    """`max_e c_e / mean(c) - 1` of the assignment counts (..., E): 0 when balanced; 0 for no token at all."""
+    """`max_e c_e / mean(c) - 1` of the assignment counts (..., E): 0 when balanced, and for counts that are all 0."""
     counts = counts.to(torch.float64)
     mean = counts.mean(-1)
     return torch.where(mean > 0, counts.amax(-1) / torch.where(mean > 0, mean, 1.0) - 1.0, 0.0)
@@ -28,7 +29,7 @@ def max_vio(counts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def dead_share(counts: Tensor) -> Tensor:
-    """Share of experts without a token: counts (..., E) -> (...)."""
+    """Fraction of experts without a token: counts (..., E) -> (...)."""
     return (counts == 0).to(torch.float64).mean(-1)
 
 
@@ -39,7 +40,7 @@ def token_entropy(scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def routing_entropy(scores: Tensor) -> Tensor:
-    """Mean over tokens of the entropy of the routing scores (T, E), normalised first, in nats."""
+    """Mean over tokens of the entropy, in nats, of the normalised routing scores (T, E)."""
     return token_entropy(_normalised(scores)).mean()
 
 
@@ -47,8 +48,8 @@ def routing_entropy(scores: Tensor) -> Tensor:
 def conditional_routing(earlier_ids: Tensor, later_ids: Tensor, experts: int, mask: Tensor | None = None) -> Tensor:
     """cond[e, v]: P(v chosen in the later layer given e chosen in the earlier one).
 
-    Both ids: (T, k). mask: (T,) tokens that count. Returns (E, E) float64 whose rows sum to k (0 for an unused expert).
-    """
+    earlier_ids, later_ids: (T, k). mask: (T,), the tokens to count. Returns (E, E) float64 whose rows sum to k, or to 0
+    for an expert without a token."""
     if mask is not None:
         earlier_ids, later_ids = earlier_ids[mask], later_ids[mask]
     pairs = earlier_ids.unsqueeze(2) * experts + later_ids.unsqueeze(1)
@@ -59,7 +60,7 @@ def conditional_routing(earlier_ids: Tensor, later_ids: Tensor, experts: int, ma
 
 @torch.no_grad()
 def load_variation(counts: Tensor) -> Tensor:
-    """Coefficient of variation of the assignment counts (..., E): standard deviation over mean; 0 for no token at all."""
+    """Coefficient of variation of the assignment counts (..., E): standard deviation / mean; 0 when all are 0."""
     counts = counts.to(torch.float64)
     mean = counts.mean(-1)
     return torch.where(mean > 0, counts.std(-1, correction=0) / torch.where(mean > 0, mean, 1.0), 0.0)
@@ -76,7 +77,7 @@ def topk_mass(scores: Tensor, topk_ids: Tensor) -> Tensor:
 def routing_margin(scores: Tensor, top_k: int) -> Tensor:
     """Mean gap between the k-th and the (k+1)-th normalised score, (T, E) -> (). ValueError when k is not below E."""
     if top_k >= scores.shape[-1]:
-        raise ValueError(f"routing_margin: no score is left out with top_k={top_k} of {scores.shape[-1]} experts")
+        raise ValueError(f"routing_margin: no expert is left out with top_k={top_k} of {scores.shape[-1]} experts")
     best = _normalised(scores).topk(top_k + 1, dim=-1).values
     return (best[..., top_k - 1] - best[..., top_k]).mean()
 
@@ -94,20 +95,21 @@ def expert_overlap(x: Tensor, rows: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def mean_gate_imbalance(gates: Tensor) -> Tensor:
-    """`(1/E) sum_e (mean_i g_ie - 1/E)^2` of gates (T, E) that sum to 1: 0 when balanced. Source: Guo et al., appendix E.
+    """`(1/E) sum_e (mean_i g_ie - 1/E)^2` of gates (T, E) that sum to 1: 0 when balanced. Source: Guo et al., appendix
+    E.
 
-    Not the variance over tokens, which is minus `routing_variance_loss`.
-    """
+    Not the variance over tokens, which is minus `routing_variance_loss`."""
     gates = gates.to(torch.promote_types(gates.dtype, torch.float32))
     return (gates.mean(0) - 1.0 / gates.shape[1]).square().mean()
 
 
 @torch.no_grad()
 def expert_response(router_weight: Tensor, gate_weight: Tensor) -> Tensor:
-    """erc's M without noise, rows divided by their diagonal: how strongly expert j answers routing vector i, relative to i.
+    """erc's M without noise, rows divided by their diagonal: activation norm of expert j for routing vector i, over
+    expert i's.
 
-    router_weight: (E, D), gate_weight: (E, F, D). Returns (E, E); below 1 off the diagonal where experts and router agree.
-    """
+    router_weight: (E, D), gate_weight: (E, F, D). Returns (E, E). Values below 1 off the diagonal mean that each expert
+    responds most to its own routing vector."""
     matrix = coupling_matrix(router_weight.to(accumulation_dtype(router_weight.dtype)), gate_weight)
     return matrix / matrix.diagonal().unsqueeze(1)
 
@@ -121,9 +123,9 @@ def _array(x: Tensor) -> "np.ndarray[Any, Any]":
 
 
 def match_experts(joint: Tensor) -> tuple["np.ndarray[Any, Any]", float]:
-    """The one-to-one matching of rows to columns that collects most of `joint` (E, E), and the share that it collects.
+    """The one-to-one matching of rows to columns with the largest sum of `joint` (E, E), by SciPy's assignment solver.
 
-    Returns (column of every row (E,), share in [0, 1]; 0 where nothing was counted). By SciPy's assignment solver.
+    Returns (column of every row (E,), that sum as a fraction of all of `joint`, 0 when `joint` is all 0).
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -136,23 +138,25 @@ def match_experts(joint: Tensor) -> tuple["np.ndarray[Any, Any]", float]:
 def coupling_kappa(earlier_ids: Tensor, later_ids: Tensor, experts: int) -> float:
     """kappa: `max over permutations pi of P(pi(C_l) = C_{l+1})`, C the top-1 experts (T,) of two neighbouring layers.
 
-    1 when each expert always hands its tokens to the same other one; at least the share of the best matching by chance, about
-    1/E and more for few tokens. Source: Hu et al.
-    """
+    1 when all tokens of an expert go to the same expert of the next layer, a different one for each. Chance level:
+    about 1/E, more for few tokens or uneven loads. Source: Hu et al."""
     joint = torch.bincount(earlier_ids * experts + later_ids, minlength=experts * experts)
     return match_experts(joint.reshape(experts, experts))[1]
 
 
 class Persistence(NamedTuple):
+    """Unchanged routing choices between two checkpoints."""
+
     top1: float
-    """Share of tokens whose first choice is unchanged."""
+    """Fraction of tokens whose first choice is unchanged."""
     topk: float
-    """Share of the k choices that are unchanged, mean over tokens."""
+    """Fraction of the k choices that are unchanged, mean over tokens."""
 
 
 @torch.no_grad()
 def routing_persistence(before: Tensor, after: Tensor) -> Persistence:
-    """How much of the routing of the same tokens is the same at two checkpoints. Both: (T, k) ids, best first."""
+    """Fraction of routing choices of the same tokens that two checkpoints have in common. Both: (T, k) ids, best
+    first."""
     kept = (before.unsqueeze(2) == after.unsqueeze(1)).any(2).to(torch.float64).mean()
     return Persistence((before[:, 0] == after[:, 0]).to(torch.float64).mean().item(), kept.item())
 
@@ -160,50 +164,50 @@ def routing_persistence(before: Tensor, after: Tensor) -> Persistence:
 def routing_silhouette(inputs: Tensor, top1_ids: Tensor, sample: int = 0, seed: int = 0) -> float:
     """Silhouette of router inputs (T, D) grouped by their top-1 expert (T,), Euclidean, in [-1, 1]; by scikit-learn.
 
-    sample: computed on that many tokens, 0 for all; it takes T^2 distances. Raises ValueError when fewer than two experts, or
-    as many as tokens, are used.
-    """
+    sample: the number of tokens to use, 0 for all; it computes T^2 distances. Raises ValueError when fewer than two
+    experts, or as many as tokens, are used."""
     from sklearn.metrics import silhouette_score
 
     return float(silhouette_score(_array(inputs), _array(top1_ids), sample_size=sample or None, random_state=seed))
 
 
 def knn_overlap(inputs: Tensor, top1_ids: Tensor, neighbours: int = 10) -> float:
-    """Mean share of a token's nearest neighbours (router inputs (T, D), Euclidean, itself left out) with another top-1 expert.
+    """Mean fraction of a token's nearest neighbours that have another top-1 expert.
 
-    Chance level: 1 - sum of squared expert shares. Raises ValueError for fewer than neighbours + 1 tokens. Source: Guo et al.,
-    appendix E; the number of neighbours is ours.
-    """
+    inputs: (T, D) router inputs, Euclidean distance; a token is not its own neighbour. Chance level: 1 - sum of squared
+    load fractions. Raises ValueError for fewer than neighbours + 1 tokens. Source: Guo et al., appendix E; the number
+    of neighbours is our choice."""
     from sklearn.neighbors import NearestNeighbors
 
     ids = _array(top1_ids)
-    found = NearestNeighbors(n_neighbors=neighbours).fit(_array(inputs)).kneighbors(return_distance=False)
-    return float((ids[found] != ids[:, None]).mean())
+    nearest = NearestNeighbors(n_neighbors=neighbours).fit(_array(inputs)).kneighbors(return_distance=False)
+    return float((ids[nearest] != ids[:, None]).mean())
 
 
 def balanced_clusters(inputs: Tensor, clusters: int, seed: int = 0) -> "np.ndarray[Any, Any]":
-    """k-means clusters of equal size (T,): the centres by scikit-learn, then every (token, centre) pair in order of distance
-    is taken while the token is free and the cluster has fewer than ceil(T / clusters). inputs: (T, D)."""
+    """k-means clusters of equal size: (T, D) -> (T,) labels.
+
+    scikit-learn finds the centres. Then (token, centre) pairs are visited in order of distance; a token without a
+    cluster joins it while the cluster has fewer than ceil(T / clusters) tokens."""
     from sklearn.cluster import KMeans
 
     points = _array(inputs)
     distances = KMeans(clusters, n_init=4, random_state=seed).fit(points).transform(points)
-    room = np.full(clusters, -(-len(points) // clusters))
+    free = np.full(clusters, -(-len(points) // clusters))
     labels = np.full(len(points), -1)
     for pair in np.argsort(distances, axis=None, kind="stable"):
         token, cluster = divmod(int(pair), clusters)
-        if labels[token] < 0 and room[cluster]:
+        if labels[token] < 0 and free[cluster]:
             labels[token] = cluster
-            room[cluster] -= 1
+            free[cluster] -= 1
     return labels
 
 
 def cluster_agreement(inputs: Sequence[Tensor], clusters: int, seed: int = 0) -> list[float]:
-    """Share of tokens that stay in the same cluster from one layer's router inputs to the next one's.
+    """Fraction of tokens that are in matching clusters of router inputs in one layer and the next.
 
-    inputs: L tensors (T, D) of the same tokens. `balanced_clusters` of neighbouring layers are matched by assignment. Returns
-    L - 1 shares; 1 / clusters by chance for many tokens. Source: Hu et al., Fig. 7.
-    """
+    inputs: L tensors (T, D) of the same tokens. `balanced_clusters` of consecutive layers are matched one-to-one.
+    Returns L - 1 fractions. Chance level for many tokens: 1 / clusters. Source: Hu et al., Fig. 7."""
     labels = [torch.from_numpy(balanced_clusters(x, clusters, seed)) for x in inputs]
     return [coupling_kappa(a, b, clusters) for a, b in itertools.pairwise(labels)]
 
@@ -216,7 +220,8 @@ def domain_load(topk_ids: Tensor, domains: Tensor, experts: int, count: int) -> 
 
 
 def domain_information(load: Tensor) -> float:
-    """I(expert; domain) in nats from assignments per domain and expert (domains, E); by scikit-learn. 0 for no assignment."""
+    """I(expert; domain) in nats from assignments per domain and expert (domains, E); by scikit-learn. 0 when there is
+    none."""
     from sklearn.metrics import mutual_info_score
 
     counts = _array(load)

@@ -3,7 +3,8 @@
     checkpoints/step-00000100/   DCP's files (tensors by global parameter name), state.json (all else), manifest.json
 
 Loading executes no code from a file: only tensors are read, and unpickling the metadata is restricted to DCP's
-types."""
+types.
+"""
 
 import errno
 import pickle

@@ -3,7 +3,8 @@ loaded.
 
     {"step": 100, "files": {"state.json": {"size": 4711, "blocks": ["<sha256>", ...]}, ...}, "digest": "<sha256>"}
 
-Checksums are per block of 16 MiB, so that threads and ranks can verify different blocks. Nothing here imports torch."""
+Checksums are per block of 16 MiB, so that threads and ranks can verify different blocks. Nothing here imports torch.
+"""
 
 import hashlib
 import json

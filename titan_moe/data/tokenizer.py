@@ -1,7 +1,8 @@
 """A lossless sentencepiece tokenizer: `decode(encode(x)) == x` for any UTF-8 text.
 
 With its default options sentencepiece loses newlines, indentation and repeated spaces, and decodes U+2581 as a space.
-The models trained here keep all of them; `encode` encodes U+2581 as its three bytes."""
+The models trained here keep all of them; `encode` encodes U+2581 as its three bytes.
+"""
 
 import hashlib
 import io

@@ -1,7 +1,8 @@
 """Stateless random numbers: a function of a key alone, so the same on every rank and layout, and when recomputed.
 
 A key is a sequence of integers and integer tensors that broadcast: (seed, purpose, step, layer, index ...). It is
-hashed part by part with the 32-bit finaliser of MurmurHash3."""
+hashed part by part with the 32-bit finaliser of MurmurHash3.
+"""
 
 import math
 from typing import Any

@@ -1,7 +1,8 @@
 """Gram matrices of each token's k expert activations, of which sp and o are functions.
 
 T tokens, K experts per token, R routed rows, F width. Forward and backward are one pass over the rows each, without a
-(T, K, F) copy: on a CPU by the kernels of `csrc/kernels.c`, elsewhere by PyTorch's operations on slices of tokens."""
+(T, K, F) copy: on a CPU by the kernels of `csrc/kernels.c`, elsewhere by PyTorch's operations on slices of tokens.
+"""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,8 @@
 """The package's C kernels, compiled when first used and kept in the user's cache directory.
 
 Without a C compiler, or on other systems than Linux, `library()` is None and callers use PyTorch's operations: the same
-results, but slower."""
+results, but slower.
+"""
 
 import ctypes
 import functools

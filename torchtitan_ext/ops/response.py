@@ -1,7 +1,8 @@
 """erc's matrix: the norm of every expert's gate projection of every routing vector ("proxy").
 
 E experts, J of them local (all, or one rank's), F expert hidden width, D model width, G rows of a weight whose first F
-rows are the gate projection."""
+rows are the gate projection.
+"""
 
 from typing import Any
 

@@ -6,7 +6,8 @@ most; an expert goes to the rank that most of its rows come from.
 
 N sequences, L MoE layers, E experts, R ranks. Source: Hu et al., appendix F, which names the parts but gives no
 algorithm. Here METIS partitions the graph of cross-layer co-activations; then experts and source ranks are assigned in
-turn, each assignment optimal given the other."""
+turn, each assignment optimal given the other.
+"""
 
 from typing import Any, NamedTuple
 

@@ -3,7 +3,8 @@
     runs/sweeps/NAME/   results.md  results.csv  comparisons.csv  runs/CELL/  configs/CELL.toml  logs/CELL.log
 
 A finished cell is not run again; an interrupted one resumes from its newest checkpoint. So a sweep that is killed and
-started again ends with the same tables as one that was not."""
+started again ends with the same tables as one that was not.
+"""
 
 import contextlib
 import ctypes
