@@ -1,4 +1,5 @@
-"""Real process groups on this machine: gloo over a file, one thread per rank, a hard time limit, nothing left behind."""
+"""Real process groups on this machine: gloo over a file, one thread per rank, a hard time limit, nothing left
+behind."""
 
 import multiprocessing as mp
 import tempfile
@@ -18,8 +19,8 @@ PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "titan
 def launch(
     world: int, function: Callable[..., Any], *arguments: Any, seconds: float = 240.0, group: bool = True
 ) -> list[Any]:
-    """`function(*arguments)` on `world` ranks at once; their results, rank by rank. Fails with the first rank's traceback.
-    group: with a process group of them all."""
+    """`function(*arguments)` on `world` ranks at once; their results, rank by rank. Fails with the first rank's
+    traceback. group: with a process group of them all."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,5 @@
-"""The definitions, as plain loops over tokens and experts in float64: slow, independent of the library, differentiable."""
+"""The definitions, as plain loops over tokens and experts in float64: slow, independent of the library,
+differentiable."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,5 @@
 """The coupling loss and its top-k against definitions written as plain loops, values and gradients, in float64."""
 
-import math
 from itertools import pairwise
 
 import pytest
@@ -10,13 +9,12 @@ from torch import Tensor
 from tests.helpers import reference
 from tests.helpers.losses import EXPERTS, KS, LAYERS, TOKENS, assert_same, generator, routing
 from torchtitan_ext.losses import coupling_loss, load_balance_loss
-from torchtitan_ext.metrics import token_entropy
 from torchtitan_ext.ops.routing import largest_ids
 
 
 @pytest.mark.parametrize("k", KS)
 @pytest.mark.parametrize("source", ["all", "activated"])
-def test_coupling_is_the_triple_sum(k: int, source: str) -> None:
+def test_coupling_equals_the_triple_sum(k: int, source: str) -> None:
     _, scores, ids = routing(k, layers=LAYERS)
     value = coupling_loss(scores, k, source, ids)
     wanted = reference.coupling(scores, k, source, ids)
@@ -28,15 +26,15 @@ def test_coupling_is_the_triple_sum(k: int, source: str) -> None:
 @pytest.mark.parametrize("source", ["all", "activated"])
 def test_coupling_of_unnormalised_scores_and_of_ties(source: str) -> None:
     scores = [torch.rand(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(s)) for s in range(3)]
-    scores[1][2] = 0.5  # all equal: any top-k has the same mass
+    scores[1][2] = 0.5  # all equal: every choice of k experts has the same mass
     ids = [s.topk(3).indices for s in scores]
     value = coupling_loss(scores, 3, source, ids)
     torch.testing.assert_close(value, reference.coupling(scores, 3, source, ids), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("source", ["all", "activated"])
-def test_coupling_by_logarithms(source: str) -> None:
-    """Minus the mean over tokens of the logarithm of what the triple sum is for that token alone."""
+def test_coupling_in_logarithmic_form_equals_its_definition(source: str) -> None:
+    """Definition: minus the mean over tokens of the logarithm of the token's own triple sum (with positive sign)."""
     _, scores, ids = routing(3, layers=2)
 
     def definition(*scores: Tensor) -> Tensor:
@@ -49,9 +47,8 @@ def test_coupling_by_logarithms(source: str) -> None:
     assert_same(lambda *s: coupling_loss(s, 3, source, ids, form="log"), definition, *scores)
 
 
-def test_the_logarithm_does_not_fade_with_the_number_of_experts() -> None:
-    """Near uniform routing the gradient of cp's mass with respect to a logit falls as 1/E, that of its logarithm does
-    not."""
+def test_only_the_logarithmic_form_has_a_gradient_independent_of_the_number_of_experts() -> None:
+    """Near uniform routing the gradient of the mass with respect to a logit is proportional to 1/E."""
     norms = {}
     for form in ("mass", "log"):
         for experts in (16, 256):
@@ -64,8 +61,8 @@ def test_the_logarithm_does_not_fade_with_the_number_of_experts() -> None:
 
 
 @pytest.mark.parametrize("source", ["all", "activated"])
-def test_coupling_bound_of_proposition_c7(source: str) -> None:
-    """-(L-1) bounds it from below, and balanced one-hot-like routing, shifted from token to token, reaches it."""
+def test_coupling_has_the_minimum_of_proposition_c7(source: str) -> None:
+    """It is at least -(L-1), which balanced routing with all mass on the same k experts in every layer reaches."""
     _, scores, ids = routing(2, layers=LAYERS)
     assert coupling_loss(scores, 2, source, ids).item() > -(LAYERS - 1)
     k, tokens = 2, EXPERTS
@@ -74,12 +71,13 @@ def test_coupling_bound_of_proposition_c7(source: str) -> None:
     best.scatter_(1, chosen, torch.tensor([0.7, 0.3], dtype=torch.float64).expand(tokens, k))
     reached = coupling_loss([best] * LAYERS, k, source, [chosen] * LAYERS)
     assert reached.item() == pytest.approx(-(LAYERS - 1), abs=1e-14)
-    # Every expert gets the same number of tokens; lb of such a state is 1.
+    # That routing is balanced: its lb is 1.
     assert load_balance_loss(best, chosen).item() == pytest.approx(1.0, abs=1e-14)
 
 
-def test_coupling_by_transitions() -> None:
-    """Against loops over the transition matrix; a planted path (each expert followed by the next) is found."""
+def test_coupling_by_transitions_equals_its_definition() -> None:
+    """Definition: loops over the transition matrix. A permutation between layers gives -1, uniform routing after it
+    -1/E."""
     _, scores, _ = routing(3, layers=LAYERS)
     wanted = reference.zero(scores[0])
     for earlier, later in pairwise(scores):
@@ -98,14 +96,14 @@ def test_coupling_by_transitions() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("experts", "count"), [(1, 1), (5, 2), (16, 2), (64, 6), (7, 7), (300, 40)])
-def test_the_largest_scores(dtype: torch.dtype, experts: int, count: int) -> None:
-    """As topk finds them; equal ones in the order of their places; strided input; NaN first."""
+def test_largest_ids_equal_topk_with_ties_by_index_and_nan_first(dtype: torch.dtype, experts: int, count: int) -> None:
+    """Also for strided input and bfloat16."""
     scores = torch.rand(40, 2 * experts, dtype=dtype, generator=generator(8))[:, ::2]
-    found = largest_ids(scores, count)
-    assert torch.equal(found, scores.topk(count, dim=-1).indices)
-    coarse = (scores * 4).floor()
-    order = coarse.argsort(dim=-1, descending=True, stable=True)[:, :count]
-    assert torch.equal(largest_ids(coarse, count), order)
+    chosen_ids = largest_ids(scores, count)
+    assert torch.equal(chosen_ids, scores.topk(count, dim=-1).indices)
+    tied = (scores * 4).floor()
+    order = tied.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    assert torch.equal(largest_ids(tied, count), order)
     assert largest_ids(scores[:0], count).shape == (0, count)
     broken = scores.clone()
     broken[3, experts // 2] = torch.nan
@@ -123,7 +121,7 @@ def test_coupling_of_one_layer_is_a_connected_zero() -> None:
     assert value.requires_grad
 
 
-def test_unknown_coupling_source() -> None:
+def test_wrong_arguments_of_coupling_are_refused() -> None:
     _, scores, _ = routing(2, layers=2)
     with pytest.raises(ValueError, match="sideways"):
         coupling_loss(scores, 2, "sideways")
@@ -133,16 +131,3 @@ def test_unknown_coupling_source() -> None:
         coupling_loss(scores, 2, form="linear")
     with pytest.raises(ValueError, match="form='log' takes each token's mass"):
         coupling_loss(scores, 2, "transition", form="log")
-
-
-@pytest.mark.parametrize("delta", [0.01, 0.1, 0.3, 0.5])
-def test_entropy_bound_of_corollary_c3(delta: float) -> None:
-    """g of the best expert >= 1 - delta implies H <= h(delta) + delta log(E - 1); uniform leftovers reach it."""
-    bound = -delta * math.log(delta) - (1 - delta) * math.log(1 - delta) + delta * math.log(EXPERTS - 1)
-    rest = torch.rand(50, EXPERTS - 1, dtype=torch.float64, generator=generator(8))
-    share = delta * torch.rand(50, 1, dtype=torch.float64, generator=generator(9))
-    gates = torch.cat([1 - share, rest / rest.sum(1, keepdim=True) * share], dim=1)
-    assert bool((token_entropy(gates) <= bound + 1e-12).all())
-    extreme = torch.full((1, EXPERTS), delta / (EXPERTS - 1), dtype=torch.float64)
-    extreme[0, 0] = 1 - delta
-    assert token_entropy(extreme).item() == pytest.approx(bound, rel=1e-12)

@@ -1,4 +1,4 @@
-"""Keyed draws, and the two cheap estimators of sp: unbiased in value and gradient, with the spread that theory gives."""
+"""Keyed random numbers, and the two estimators of sp: unbiased in value and gradient, with the variance of theory."""
 
 import pytest
 import torch
@@ -11,16 +11,16 @@ CPU = torch.device("cpu")
 DRAWS, TOKENS, K, WIDTH, SKETCH = 100, 128, 4, 48, 64
 
 
-def test_draws_depend_on_their_key_alone() -> None:
+def test_random_numbers_depend_only_on_their_key() -> None:
     rows, columns = torch.arange(5), torch.arange(7)
-    whole = draws.keyed_uniform(1, 2, rows_B=rows, columns_S=columns, device=CPU)
-    assert torch.equal(whole[3:4], draws.keyed_uniform(1, 2, rows_B=rows[3:4], columns_S=columns, device=CPU))
-    assert not torch.equal(whole, draws.keyed_uniform(1, 3, rows_B=rows, columns_S=columns, device=CPU))
+    all_rows = draws.keyed_uniform(1, 2, rows_B=rows, columns_S=columns, device=CPU)
+    assert torch.equal(all_rows[3:4], draws.keyed_uniform(1, 2, rows_B=rows[3:4], columns_S=columns, device=CPU))
+    assert not torch.equal(all_rows, draws.keyed_uniform(1, 3, rows_B=rows, columns_S=columns, device=CPU))
     signs = draws.keyed_signs(1, 2, rows, width=40, device=CPU)
     assert torch.equal(signs[3:4], draws.keyed_signs(1, 2, rows[3:4], width=40, device=CPU))
 
 
-def test_draws_are_uniform_and_uncorrelated() -> None:
+def test_random_numbers_are_uniform_and_uncorrelated() -> None:
     """n = 100,000: means within four standard errors, 4 / sqrt(12 n) and 4 / sqrt(n)."""
     n = 100_000
     rows, columns = torch.arange(n // 100), torch.arange(100)
@@ -36,7 +36,7 @@ def test_draws_are_uniform_and_uncorrelated() -> None:
 
 
 def correlated() -> Tensor:
-    """Activations whose experts share a direction, so that cosines are not at chance."""
+    """Activations of experts with a common component, so that cosines are above chance."""
     source = torch.Generator().manual_seed(0)
     z = torch.randn(TOKENS, K, WIDTH, dtype=torch.float64, generator=source)
     return z + torch.randn(TOKENS, 1, WIDTH, dtype=torch.float64, generator=source)
@@ -67,14 +67,15 @@ def test_estimators_are_unbiased_in_value_and_gradient(estimate) -> None:  # typ
         values.append(value.item())
         slopes.append((grad * exact_grad).sum().item() + 0.1 * (grad * probe).sum().item())
     wanted = (exact_grad * exact_grad).sum().item() + 0.1 * (exact_grad * probe).sum().item()
-    for found, true in ((values, exact.item()), (slopes, wanted)):
-        sample = torch.tensor(found, dtype=torch.float64)
+    for sampled_values, true in ((values, exact.item()), (slopes, wanted)):
+        sample = torch.tensor(sampled_values, dtype=torch.float64)
         error = sample.std().item() / DRAWS**0.5
         assert abs(sample.mean().item() - true) < 2 * error
 
 
-def test_spread_of_the_sample() -> None:
-    """Bernoulli(p) tokens at weight 1/p: variance (1 - p) / p * sum_i v_i^2 / T^2. Sample deviations scatter by 1/sqrt(2n)."""
+def test_the_sampling_estimator_has_the_standard_deviation_of_theory() -> None:
+    """Bernoulli(p) tokens at weight 1/p: variance (1 - p) / p * sum_i v_i^2 / T^2. The standard
+    deviation of n samples has a relative standard error of 1/sqrt(2n)."""
     z = correlated()
     per_token = torch.stack([specialization_loss(z[i : i + 1]) for i in range(TOKENS)])
     wanted = (7 * per_token.square().sum()).sqrt().item() / TOKENS
@@ -82,9 +83,10 @@ def test_spread_of_the_sample() -> None:
     assert values.std().item() == pytest.approx(wanted, rel=4 / (2 * DRAWS) ** 0.5)
 
 
-def test_spread_of_the_sketch() -> None:
-    """For h = m/2 rows of signs, one estimate of a cosine c has variance (1 + c^2 - 2 sum (ab)^2) / h, and the product of two
-    independent ones V^2 + 2 c^2 V; tokens and pairs add up (each pair counts twice)."""
+def test_the_sketching_estimator_has_the_standard_deviation_of_theory() -> None:
+    """For h = m/2 rows of signs, an estimate of a cosine c has variance V = (1 + c^2 - 2 sum (ab)^2) / h, and the
+    product of two independent estimates V^2 + 2 c^2 V. Variances of tokens and of pairs add up; each pair counts
+    twice."""
     z = correlated()
     unit = z / z.norm(dim=2, keepdim=True)
     products = unit.unsqueeze(2) * unit.unsqueeze(1)
@@ -92,7 +94,8 @@ def test_spread_of_the_sketch() -> None:
     variance = (1 + cosine**2 - 2 * products.square().sum(3)) / (SKETCH // 2)
     squared = variance**2 + 2 * cosine**2 * variance
     upper = torch.triu(torch.ones(K, K, dtype=torch.bool), 1)
-    # Pairs that share an expert are correlated; with all correlations at 1 the deviation per token would be the sum.
+    # Pairs with a common expert are correlated. At correlation 1 the standard deviation of a token is the sum over
+    # pairs.
     independent = (4 * squared[:, upper].sum(1)).sum().sqrt().item() / TOKENS
     dependent = (2 * squared[:, upper].sqrt().sum(1)).square().sum().sqrt().item() / TOKENS
     values = torch.stack([sketched(z, draw) for draw in range(DRAWS)])

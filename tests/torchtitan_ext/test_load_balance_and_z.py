@@ -13,12 +13,12 @@ from torchtitan_ext.losses import (
 
 @pytest.mark.parametrize("k", KS)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_load_balance(k: int, score: str) -> None:
+def test_load_balance_equals_its_definition(k: int, score: str) -> None:
     _, (scores,), (ids,) = routing(k, score=score)
     assert_same(lambda s: load_balance_loss(s, ids), lambda s: reference.load_balance(s, ids), scores)
 
 
-def test_load_balance_normalises_sigmoids() -> None:
+def test_load_balance_normalises_sigmoid_scores() -> None:
     raw = torch.rand(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(1)).requires_grad_()
     ids = raw.topk(2).indices
     assert_same(lambda s: load_balance_loss(s, ids), lambda s: reference.load_balance(s, ids), raw)
@@ -38,13 +38,13 @@ def test_load_balance_per_sequence_is_the_mean_over_sequences() -> None:
     torch.testing.assert_close(value, wanted, rtol=1e-12, atol=0)
 
 
-def test_load_from_elsewhere_replaces_the_shares() -> None:
+def test_a_given_load_replaces_that_of_the_tokens() -> None:
     _, (scores,), (ids,) = routing(2)
     load = torch.rand(EXPERTS, dtype=torch.float64, generator=generator(3))
     wanted = EXPERTS * (load * scores.mean(0)).sum()
     torch.testing.assert_close(load_balance_loss(scores, ids, load), wanted, rtol=1e-12, atol=0)
 
 
-def test_router_z() -> None:
+def test_router_z_equals_its_definition() -> None:
     (logits,), _, _ = routing(2)
     assert_same(router_z_loss, reference.z_loss, logits.requires_grad_())

@@ -1,4 +1,4 @@
-"""What holds for all losses: no token, token weights, bfloat16, strided input, E = k, torch.func and torch.compile."""
+"""Properties of all losses: no token, token weights, bfloat16, strided input, E = k, torch.func and torch.compile."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def all_losses(logits: list[Tensor], z: Tensor, k: int, weights: Tensor | None =
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_no_token_gives_a_connected_zero_and_one_token_works(tokens: int) -> None:
+def test_no_token_gives_a_differentiable_zero_and_one_token_finite_gradients(tokens: int) -> None:
     logits = [torch.randn(tokens, EXPERTS, generator=generator(s)).requires_grad_() for s in range(2)]
     z = torch.randn(tokens, 2, WIDTH, generator=generator(3)).requires_grad_()
     values = all_losses(logits, z, 2)
@@ -46,21 +46,21 @@ def test_no_token_gives_a_connected_zero_and_one_token_works(tokens: int) -> Non
     assert (values == 0).all() if tokens == 0 else bool(torch.isfinite(values).all())
 
 
-def test_weights_select_tokens() -> None:
-    """Weights 1/n on n tokens and 0 on the others give the value of those tokens alone."""
+def test_tokens_of_weight_0_do_not_count() -> None:
+    """Weights 1/n for n tokens and 0 for the others give the value of the n tokens."""
     logits = [torch.randn(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(s)) for s in range(3)]
     z = torch.randn(TOKENS, 2, WIDTH, dtype=torch.float64, generator=generator(3))
     keep = torch.tensor([True, False, True, True, False, True])
     weighted = all_losses(logits, z, 2, keep.double() / keep.sum())
-    alone = all_losses([q[keep] for q in logits], z[keep], 2)
-    torch.testing.assert_close(weighted, alone, rtol=1e-13, atol=1e-14)
+    selected = all_losses([q[keep] for q in logits], z[keep], 2)
+    torch.testing.assert_close(weighted, selected, rtol=1e-13, atol=1e-14)
 
 
 LOSSES = ["lb", "z", "sp", "cp", "cp:activated", "cp:transition", "o", "o:code", "v", "v:code", "erc"]
 
 
 def single_loss(name: str, k: int, ids: list[Tensor], s: list[Tensor], z: Tensor, erc: tuple[Tensor, ...]) -> Tensor:
-    """One loss or variant of scores s, activations z, and erc's router, gate weights and noise."""
+    """One loss or variant from scores s, activations z, and erc's router weight, gate weight and noise."""
     name, _, variant = name.partition(":")
     if name == "lb":
         return load_balance_loss(s[0], ids[0])
@@ -78,9 +78,9 @@ def single_loss(name: str, k: int, ids: list[Tensor], s: list[Tensor], z: Tensor
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_bfloat16_and_strided_input(name: str) -> None:
-    """bfloat16 rounds the inputs and nothing else: values are those of the rounded inputs in float32, gradients are
-    rounded once (2^-9 relative; twice that is allowed, and float32 noise of the largest)."""
+def test_bfloat16_and_strided_inputs_are_computed_in_float32(name: str) -> None:
+    """Values are those of the rounded inputs in float32. Gradients are rounded once (2^-9 relative; 2^-8 is allowed, plus
+    float32 rounding of the largest)."""
     k = 2
     strided = [torch.rand(TOKENS, 2 * EXPERTS, generator=generator(s)).softmax(-1).bfloat16()[:, ::2] for s in range(2)]
     z = torch.randn(TOKENS, WIDTH, k, generator=generator(3)).bfloat16().transpose(1, 2)
@@ -109,8 +109,8 @@ def test_bfloat16_and_strided_input(name: str) -> None:
 
 
 @pytest.mark.parametrize("experts", [1, 2, 4])
-def test_every_expert_chosen(experts: int) -> None:
-    """E = k: nothing is left out, so masses are 1, the load is even, and the definitions still hold."""
+def test_values_when_every_expert_is_chosen(experts: int) -> None:
+    """E = k: top-k masses are 1, the load is balanced, and the losses equal their definitions."""
     logits = torch.randn(LAYERS, TOKENS, experts, dtype=torch.float64, generator=generator(0))
     scores = [s.requires_grad_() for s in logits.softmax(-1)]
     ids = [s.topk(experts).indices for s in scores]
@@ -129,7 +129,7 @@ def test_every_expert_chosen(experts: int) -> None:
     assert_same(routing_variance_loss, reference.routing_variance, scores[0])
 
 
-def test_under_torch_func() -> None:
+def test_torch_func_gives_the_same_gradients_and_values() -> None:
     logits = [torch.randn(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(s)) for s in range(3)]
     z = torch.randn(TOKENS, 2, WIDTH, dtype=torch.float64, generator=generator(3))
     by_func = torch.func.grad(lambda z: all_losses(logits, z, 2).sum())(z)
@@ -141,8 +141,8 @@ def test_under_torch_func() -> None:
 
 
 @pytest.mark.slow
-def test_under_torch_compile() -> None:
-    """The compiler reorders float64 sums of order 1: 1e-12 is far above that."""
+def test_torch_compile_gives_the_same_values_and_gradients() -> None:
+    """The compiler reorders float64 sums of order 1, which changes them by less than 1e-12."""
     logits = [torch.randn(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(s)) for s in range(3)]
     z = torch.randn(TOKENS, 2, WIDTH, dtype=torch.float64, generator=generator(3))
     inputs = [tensor.requires_grad_() for tensor in (*logits, z)]

@@ -13,17 +13,18 @@ from torchtitan_ext.ops.response import coupling_noise, coupling_noise_bound
 
 
 @pytest.mark.parametrize("k", KS)
-def test_orthogonality(k: int) -> None:
+def test_orthogonality_equals_its_definition(k: int) -> None:
     y = torch.randn(TOKENS, k, WIDTH + 4, dtype=torch.float64, generator=generator(k)).requires_grad_()
     assert_same(orthogonality_loss, reference.orthogonality, y)
     assert_same(lambda y: orthogonality_loss(y, "code"), reference.orthogonality_code, y)
 
 
-def test_orthogonality_of_dependent_and_of_zero_outputs() -> None:
-    """More experts than dimensions: the others span everything (value only: the definition has a kink there)."""
+def test_orthogonality_of_linearly_dependent_and_of_zero_outputs() -> None:
+    """With more experts than dimensions the other outputs span the space (values only: the definition is not
+    differentiable there)."""
     y = torch.randn(TOKENS, 4, 3, dtype=torch.float64, generator=generator(5))
-    whole = y.square().sum(2).mean()
-    torch.testing.assert_close(orthogonality_loss(y, "code"), whole, rtol=1e-9, atol=0)
+    mean_square = y.square().sum(2).mean()
+    torch.testing.assert_close(orthogonality_loss(y, "code"), mean_square, rtol=1e-9, atol=0)
     y[2, 1] = 0.0
     y[3] = 0.0
     for variant, definition in (("paper", reference.orthogonality), ("code", reference.orthogonality_code)):
@@ -36,19 +37,19 @@ def test_orthogonality_of_dependent_and_of_zero_outputs() -> None:
 @pytest.mark.parametrize(
     ("variant", "definition"), [("paper", reference.routing_variance), ("code", reference.routing_variance_code)]
 )
-def test_routing_variance(variant: str, definition: Callable[[Tensor], Tensor]) -> None:
+def test_routing_variance_equals_its_definition(variant: str, definition: Callable[[Tensor], Tensor]) -> None:
     _, (scores,), (ids,) = routing(3)
     gates = torch.zeros_like(scores).scatter(1, ids, scores.detach().gather(1, ids))
     gates = (gates / gates.sum(1, keepdim=True)).requires_grad_()
     assert_same(lambda g: routing_variance_loss(g, variant), definition, gates)
 
 
-def test_routing_variance_gradient_and_mean_from_elsewhere() -> None:
+def test_routing_variance_gradient_and_given_mean() -> None:
     gates = torch.rand(TOKENS, EXPERTS, dtype=torch.float64, generator=generator(3)).requires_grad_()
     (grad,) = torch.autograd.grad(routing_variance_loss(gates), gates)
     wanted = -(2 / EXPERTS) * (gates - gates.mean(0)) / TOKENS
     torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-15)
-    # Two halves with the mean of the whole add up to the whole.
+    # With the mean of all tokens given, two halves of the tokens add up to the value of all.
     weights = torch.full((TOKENS,), 1 / TOKENS, dtype=torch.float64)
     halves = [
         routing_variance_loss(g, mean=gates.mean(0), weights=w)
@@ -59,7 +60,7 @@ def test_routing_variance_gradient_and_mean_from_elsewhere() -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("experts", [2, 5])
-def test_expert_router_coupling(alpha: float, experts: int) -> None:
+def test_expert_router_coupling_equals_its_definition(alpha: float, experts: int) -> None:
     router = torch.randn(experts, 6, dtype=torch.float64, generator=generator(1)).requires_grad_()
     gate = torch.randn(experts, 4, 6, dtype=torch.float64, generator=generator(2)).requires_grad_()
     delta = 0.8 + 0.4 * torch.rand(experts, 6, dtype=torch.float64, generator=generator(3))
@@ -73,7 +74,7 @@ def test_expert_router_coupling(alpha: float, experts: int) -> None:
     assert torch.autograd.grad(detached, router, allow_unused=True) == (None,)
 
 
-def test_coupling_noise_stays_inside_its_bound() -> None:
+def test_expert_router_noise_stays_inside_its_bound() -> None:
     router = torch.randn(5, 6, dtype=torch.float64, generator=generator(1))
     bound = coupling_noise_bound(router)
     torch.testing.assert_close(
@@ -85,7 +86,7 @@ def test_coupling_noise_stays_inside_its_bound() -> None:
     assert drawn[0] != drawn[1]
 
 
-def test_wrong_use_of_o_v_and_erc() -> None:
+def test_wrong_arguments_of_o_v_and_erc_are_refused() -> None:
     with pytest.raises(ValueError, match="sideways"):
         orthogonality_loss(torch.ones(1, 2, 3), "sideways")
     with pytest.raises(ValueError, match="sideways"):

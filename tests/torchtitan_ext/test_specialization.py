@@ -11,15 +11,15 @@ from torchtitan_ext.losses import (
 
 
 @pytest.mark.parametrize("k", KS)
-def test_specialization(k: int) -> None:
+def test_specialization_equals_its_definition(k: int) -> None:
     z = torch.randn(TOKENS, k, WIDTH, dtype=torch.float64, generator=generator(k)).requires_grad_()
     assert_same(specialization_loss, reference.specialization, z)
     assert 0.0 <= specialization_loss(z).item() <= k * (k - 1)
 
 
 @pytest.mark.parametrize("k", KS)
-def test_specialization_above_chance(k: int) -> None:
-    """Some pairs lie below 1/F and some above, and those below have no gradient."""
+def test_specialization_above_chance_equals_its_definition(k: int) -> None:
+    """Squared cosines below 1/F have no gradient; the test has pairs below and above."""
     z = torch.randn(TOKENS, k, WIDTH, dtype=torch.float64, generator=generator(1)).requires_grad_()
     assert_same(
         lambda z: specialization_loss(z, above_chance=True), lambda z: reference.specialization(z, 1 / WIDTH), z
@@ -29,7 +29,7 @@ def test_specialization_above_chance(k: int) -> None:
         assert 0 < per_token.count(0.0) < TOKENS
 
 
-def test_specialization_of_equal_and_of_orthogonal_experts() -> None:
+def test_specialization_is_maximal_for_equal_and_0_for_orthogonal_experts() -> None:
     z = torch.ones(3, 4, WIDTH, dtype=torch.float64)
     assert specialization_loss(z).item() == pytest.approx(12.0, rel=1e-14)
     assert specialization_loss(torch.eye(4, dtype=torch.float64).expand(3, 4, 4)).item() == 0.0
@@ -46,7 +46,7 @@ def test_a_zero_activation_has_cosine_and_gradient_zero() -> None:
     assert not grad[4].any()
 
 
-def test_specialization_on_rows_in_any_order() -> None:
+def test_specialization_does_not_depend_on_the_order_of_rows() -> None:
     z = torch.randn(TOKENS, 3, WIDTH, dtype=torch.float64, generator=generator(6))
     order = torch.randperm(TOKENS * 3, generator=generator(7))
     shuffled = torch.empty(TOKENS * 3, WIDTH, dtype=torch.float64)
@@ -55,8 +55,8 @@ def test_specialization_on_rows_in_any_order() -> None:
     torch.testing.assert_close(specialization_loss(shuffled, rows=rows), specialization_loss(z), rtol=1e-14, atol=0)
 
 
-def test_gradient_cosines_of_proposition_4_1() -> None:
-    """Per token, gradients of two experts' down projections have the cosine of their activations (up to gate signs)."""
+def test_gradients_of_down_projections_have_the_cosines_of_activations() -> None:
+    """Proposition 4.1, per token: gradients of two experts' down projections have the cosine of their activations."""
     k, width, dim = 3, 7, 4
     x = torch.randn(k, width, dtype=torch.float64, generator=generator(10))
     down = [
