@@ -1,4 +1,4 @@
-"""The shape of the source: imports go one way between folders, files stay short, tests share only tests/helpers/."""
+"""Rules for the source: no import cycle between folders, forbidden imports, file lengths, imports among tests."""
 
 import ast
 import graphlib
@@ -48,13 +48,13 @@ def imports(path: Path) -> Iterator[Import]:
             package = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
             module = ".".join([*package, *([node.module] if node.module else [])])
             longer = [f"{module}.{alias.name}" for alias in node.names]
-            modules = [one if file_of(one) is not None else module for one in longer]
+            modules = [one if source_of(one) is not None else module for one in longer]
         else:
             continue
         yield from (Import(name, node.lineno, module) for module in dict.fromkeys(modules))
 
 
-def file_of(module: str) -> Path | None:
+def source_of(module: str) -> Path | None:
     """The source file of a module of this repository (its __init__.py, which need not exist, for a folder); else
     None."""
     path = ROOT.joinpath(*module.split("."))
@@ -63,7 +63,7 @@ def file_of(module: str) -> Path | None:
     return path.with_suffix(".py") if path.with_suffix(".py").is_file() else None
 
 
-def room(path: Path) -> str:
+def folder_of(path: Path) -> str:
     """The folder that a file counts for: titan_moe/model, titan_moe/analysis/report. A file directly in a package
     counts for itself: titan_moe/cli."""
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -76,14 +76,14 @@ def edges() -> dict[tuple[str, str], list[Import]]:
     between: dict[tuple[str, str], list[Import]] = {}
     for path in sources(*PACKAGES):
         for one in imports(path):
-            target = file_of(one.module) if one.module.split(".")[0] in PACKAGES else None
-            if target is not None and room(target) != room(path):
-                between.setdefault((room(path), room(target)), []).append(one)
+            target = source_of(one.module) if one.module.split(".")[0] in PACKAGES else None
+            if target is not None and folder_of(target) != folder_of(path):
+                between.setdefault((folder_of(path), folder_of(target)), []).append(one)
     return between
 
 
-def shown(found: list[Import]) -> str:
-    return "\n".join(f"{one.file}:{one.line} imports {one.module}" for one in found)
+def listed(statements: list[Import]) -> str:
+    return "\n".join(f"{one.file}:{one.line} imports {one.module}" for one in statements)
 
 
 def test_no_import_cycle_between_folders() -> None:
@@ -95,39 +95,39 @@ def test_no_import_cycle_between_folders() -> None:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         cycle = error.args[1][::-1]  # importer before imported
-        lines = [shown(between[pair]) for pair in itertools.pairwise(cycle)]
+        lines = [listed(between[pair]) for pair in itertools.pairwise(cycle)]
         pytest.fail(f"{' -> '.join(cycle)}\n" + "\n".join(lines))
 
 
 @pytest.mark.parametrize("folder", FORBIDDEN)
-def test_forbidden_imports(folder: str) -> None:
+def test_forbidden_imports_do_not_occur(folder: str) -> None:
     """config/ knows nothing of parallelism, data/ nothing of the model, and so on."""
     wrong = [
         one
-        for (importer, imported), found in edges().items()
-        for one in found
+        for (importer, imported), statements in edges().items()
+        for one in statements
         if inside(importer, folder) and any(inside(imported, name) for name in FORBIDDEN[folder])
     ]
-    assert not wrong, shown(wrong)
+    assert not wrong, listed(wrong)
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
-def test_folders_that_import_almost_nothing(folder: str) -> None:
+def test_leaf_folders_import_only_what_is_allowed(folder: str) -> None:
     wrong = [
         one
-        for (importer, imported), found in edges().items()
-        for one in found
+        for (importer, imported), statements in edges().items()
+        for one in statements
         if inside(importer, folder) and not any(inside(imported, name) for name in ALLOWED[folder])
     ]
-    assert not wrong, shown(wrong)
+    assert not wrong, listed(wrong)
 
 
-def inside(room: str, folder: str) -> bool:
-    return room == folder or room.startswith(f"{folder}/")
+def inside(name: str, folder: str) -> bool:
+    return name == folder or name.startswith(f"{folder}/")
 
 
-def test_the_folders_named_here_exist() -> None:
-    """So that a renamed folder does not silently drop out of the checks above."""
+def test_the_folders_of_these_rules_exist() -> None:
+    """Otherwise a renamed folder would not be checked any more."""
     names = {*FORBIDDEN, *DIVIDED, *ALLOWED}
     names.update(name for rules in (FORBIDDEN, ALLOWED) for others in rules.values() for name in others)
     missing = [name for name in names if not (ROOT / name).is_dir() and not (ROOT / f"{name}.py").is_file()]
@@ -149,4 +149,4 @@ def test_tests_import_helpers_and_not_each_other() -> None:
         for one in imports(path)
         if any(part == "conftest" or part.startswith("test_") for part in one.module.split("."))
     ]
-    assert not wrong, shown(wrong)
+    assert not wrong, listed(wrong)

@@ -49,8 +49,8 @@ def write_run(folder: Path, name: str, words: list[str], steps: int = 30, checkp
     rows.append({"kind": "validation", "step": steps, "loss": 4.0 + seed, "perplexity": 55.0, "bits_per_byte": 2.0})
     (path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for number in range(1, checkpoints + 1):
-        found = random_inspection(layers, moe.experts, random, number > 1)
-        (path / "inspect" / f"step-{number * 10:08d}.json").write_text(json.dumps(found | {"step": number * 10}))
+        inspection = random_inspection(layers, moe.experts, random, number > 1)
+        (path / "inspect" / f"step-{number * 10:08d}.json").write_text(json.dumps(inspection | {"step": number * 10}))
     return path
 
 
@@ -58,7 +58,7 @@ def random_inspection(layers: int, experts: int, random: np.random.Generator, la
     kept = {"persistence_top1": 0.5, "persistence_topk": 0.6} if later else {}
     measures = ("entropy", "topk_mass", "margin", "overlap", "overlap_chance", "overlap_y", "overlap_y_chance")
     measures += ("load_variation", "domain_information", "silhouette", "knn_overlap", "knn_overlap_chance")
-    found = [
+    layer_rows = [
         {
             **{name: float(random.random()) for name in measures},
             **kept,
@@ -80,7 +80,7 @@ def random_inspection(layers: int, experts: int, random: np.random.Generator, la
         for _ in range(layers - 1)
     ]
     summary = dict.fromkeys((*measures, *kept, "kappa", "kappa_chance", "cluster_agreement"), 0.5)
-    return {"layers": found, "pairs": pairs, "domains": ["a", "b <i>"], "summary": summary}
+    return {"layers": layer_rows, "pairs": pairs, "domains": ["a", "b <i>"], "summary": summary}
 
 
 class Page(html.parser.HTMLParser):
@@ -94,9 +94,9 @@ class Page(html.parser.HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.ids += [found["id"]] if found.get("id") else []  # type: ignore[list-item]
-        self.targets += [value for key in ("href", "src", "xlink:href") if (value := found.get(key))]
+        values = dict(attrs)
+        self.ids += [values["id"]] if values.get("id") else []  # type: ignore[list-item]
+        self.targets += [value for key in ("href", "src", "xlink:href") if (value := values.get(key))]
         if tag not in ("meta", "link", "br", "path", "use", "image", "rect", "stop"):
             self.open.append(tag)
 
@@ -114,12 +114,12 @@ def test_the_page_is_self_contained_and_every_link_has_a_target(tmp_path: Path) 
     runs = [write_run(tmp_path, name, ["--model.layers=3"], seed=n) for n, name in enumerate(("one", "two"))]
     page = write_report(runs, tmp_path / "out")
     text = page.read_text()
-    found = Page(text)
-    assert found.open == []
-    assert len(found.ids) == len(set(found.ids))
-    for target in found.targets:
+    page_tags = Page(text)
+    assert page_tags.open == []
+    assert len(page_tags.ids) == len(set(page_tags.ids))
+    for target in page_tags.targets:
         if target.startswith("#"):
-            assert target[1:] in found.ids, target
+            assert target[1:] in page_tags.ids, target
         elif not target.startswith("data:"):
             assert (tmp_path / "out" / target).is_file(), target
     assert not re.search(r"url\(['\"]?https?:|@import|<script|<iframe|src=\"http", text)

@@ -166,7 +166,7 @@ def read_row(line: bytes) -> dict[str, Any] | None:
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """Steps of the checkpoints, oldest first, that look whole: their manifest can be read, and sizes agree."""
+    """Steps of the checkpoints with a readable manifest and files of the right sizes, oldest first."""
     return [step for step in all_steps(checkpoints) if looks_whole(checkpoints / f"step-{step:08d}")]
 
 
