@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_ext.dtypes import accumulation_dtype
-from torchtitan_ext.ops import native
+from torchtitan_ext.ops import select
 
 SLICE_ELEMENTS = 1 << 18  # gathered float32 values per slice; it stays in a CPU's cache between gather and product
 GPU_SLICE_ELEMENTS = 1 << 26  # few kernel launches; the gathered rows of a slice take at most 256 MiB
@@ -63,11 +63,12 @@ def _symmetric(grad_TKK: Tensor) -> Tensor:
 
 
 def _gram(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
-    if not native.handles(z_RF):
+    kernel = select.kernel("token_gram", z_RF)
+    if kernel is None:
         return _products(z_RF, rows_TK)
     tokens, k = rows_TK.shape
     out_TKK = z_RF.new_empty(tokens, k, k, dtype=accumulation_dtype(z_RF.dtype))
-    native.token_gram(z_RF.contiguous(), rows_TK.contiguous(), out_TKK)
+    kernel(z_RF.contiguous(), rows_TK.contiguous(), out_TKK)
     return out_TKK
 
 
@@ -81,8 +82,9 @@ def _(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
 
 
 def _add_gradient(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> None:
-    if native.handles(z_RF) and grad_RF.is_contiguous():
-        native.add_gram_gradient(grad_RF, z_RF.contiguous(), rows_TK.contiguous(), coefficients_TKK.contiguous())
+    kernel = select.kernel("add_gram_gradient", z_RF)
+    if kernel is not None and grad_RF.is_contiguous():
+        kernel(grad_RF, z_RF.contiguous(), rows_TK.contiguous(), coefficients_TKK.contiguous())
         return
     for rows, gradient_rF in _gradients(z_RF, rows_TK, coefficients_TKK):
         grad_RF.index_add_(0, rows, gradient_rF)
@@ -94,12 +96,14 @@ torch.library.custom_op("torchtitan_ext::add_gram_gradient", _add_gradient, muta
 def _gram_direct_or_op(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
     """The Gram matrices; through the custom operator only under torch.compile or for tensor subclasses, since
     dispatching it costs more than a small product."""
-    return (_gram if native.direct(z_RF) else torch.ops.torchtitan_ext.token_gram)(z_RF, rows_TK)
+    direct = select.direct_kernel("token_gram", z_RF) is not None
+    return (_gram if direct else torch.ops.torchtitan_ext.token_gram)(z_RF, rows_TK)
 
 
 def _add_gradient_direct_or_op(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, grad_TKK: Tensor) -> None:
     """Adds the gradient from the Gram matrices to grad_RF; through the custom operator in the same cases."""
-    add = _add_gradient if native.direct(z_RF) else torch.ops.torchtitan_ext.add_gram_gradient
+    direct = select.direct_kernel("add_gram_gradient", z_RF) is not None
+    add = _add_gradient if direct else torch.ops.torchtitan_ext.add_gram_gradient
     add(grad_RF, z_RF, rows_TK, _symmetric(grad_TKK))
 
 
@@ -110,7 +114,7 @@ class _TokenGram(torch.autograd.Function):
 
     @staticmethod
     def forward(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
-        return _products(z_RF, rows_TK) if native.transformed(z_RF) else _gram_direct_or_op(z_RF, rows_TK)
+        return _products(z_RF, rows_TK) if select.transformed(z_RF) else _gram_direct_or_op(z_RF, rows_TK)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004 - torch's signature
@@ -120,7 +124,7 @@ class _TokenGram(torch.autograd.Function):
     def backward(ctx: Any, grad_TKK: Tensor) -> tuple[Tensor, None]:
         z_RF, rows_TK = ctx.saved_tensors
         grad_RF = torch.zeros_like(z_RF, memory_format=torch.contiguous_format)
-        if torch.is_grad_enabled() or native.transformed(z_RF):
+        if torch.is_grad_enabled() or select.transformed(z_RF):
             parts = [gradient_rF for _, gradient_rF in _gradients(z_RF, rows_TK, _symmetric(grad_TKK))]
             return grad_RF.index_copy(0, rows_TK.reshape(-1), torch.cat(parts)), None
         _add_gradient_direct_or_op(grad_RF, z_RF, rows_TK, grad_TKK)
@@ -181,7 +185,7 @@ def squared_cosines(gram_TKK: Tensor, floor: float = 0.0) -> Tensor:
 
     A zero vector has cosine 0 with every other, and gradient 0.
     """
-    if torch.compiler.is_compiling() or native.transformed(gram_TKK):
+    if torch.compiler.is_compiling() or select.transformed(gram_TKK):
         return _squared_cosines(gram_TKK, floor)
     result: Tensor = _SquaredCosines.apply(gram_TKK, floor)
     return result
@@ -193,9 +197,10 @@ class _SquaredCosines(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gram_TKK: Tensor, floor: float) -> Tensor:
-        if native.direct(gram_TKK, half=False):
+        kernel = select.direct_kernel("squared_cosines", gram_TKK)
+        if kernel is not None:
             values_T, gradient_TKK = gram_TKK.new_empty(gram_TKK.shape[0]), torch.empty_like(gram_TKK).contiguous()
-            native.squared_cosines(gram_TKK.contiguous(), floor, values_T, gradient_TKK)
+            kernel(gram_TKK.contiguous(), floor, values_T, gradient_TKK)
         else:
             values_T, gradient_TKK = _value_and_gradient(gram_TKK, floor)
         ctx.save_for_backward(gram_TKK, gradient_TKK)

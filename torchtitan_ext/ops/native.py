@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn.functional import pad
 
 SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
 # PyTorch has loaded an OpenMP runtime already; the kernels use the same one and its threads.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
+BFLOAT16 = ("token_gram", "add_gram_gradient", "responses", "add_response_gradients")  # kernels that take it too
 COMPILE_SECONDS = 120
 PANEL, STRIP = 16, 48  # as in kernels.c
 
@@ -43,22 +43,13 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def handles(z: Tensor) -> bool:
-    """Whether the kernels support this tensor's device and dtype."""
-    return z.device.type == "cpu" and z.dtype in SUFFIX and library() is not None
-
-
-def direct(x: Tensor, half: bool = True) -> bool:
-    """Whether a kernel may be called without the custom operator: not under torch.compile or torch.func, and no tensor
-    subclass. half: the kernel also supports bfloat16."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter):
+def supports(operation: str, x: Tensor) -> bool:
+    """Whether there is a kernel of this operation for the tensor's device, dtype and width."""
+    if x.device.type != "cpu" or x.dtype not in SUFFIX or library() is None:
         return False
-    return handles(x) and (half or x.dtype != torch.bfloat16) and not transformed(x)
-
-
-def transformed(x: Tensor) -> bool:
-    """Whether a transform of torch.func (vmap, grad) wraps this tensor; kernels need plain tensors."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if operation in ("responses", "add_response_gradients") and x.shape[-1] % PANEL:
+        return False
+    return x.dtype != torch.bfloat16 or operation in BFLOAT16
 
 
 def token_gram(z_RF: Tensor, rows_TK: Tensor, out_TKK: Tensor) -> None:

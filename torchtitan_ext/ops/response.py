@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_ext.dtypes import accumulation_dtype
-from torchtitan_ext.ops import native
+from torchtitan_ext.ops import select
 
 
 class _ResponseThrough(torch.autograd.Function):
@@ -19,9 +19,10 @@ class _ResponseThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        ctx.by_kernel = native.direct(weight_JGD) and proxies_ED.shape[1] % native.PANEL == 0
-        if ctx.by_kernel:
-            answers_JFE, squares_EJ = native.responses(weight_JGD.contiguous(), proxies_ED.contiguous(), width)
+        kernel = select.direct_kernel("responses", weight_JGD)
+        ctx.backward_kernel = select.direct_kernel("add_response_gradients", weight_JGD)
+        if kernel is not None:
+            answers_JFE, squares_EJ = kernel(weight_JGD.contiguous(), proxies_ED.contiguous(), width)
         else:
             gate_JFD = weight_JGD[:, :width].to(proxies_ED.dtype)
             answers_JFE = torch.matmul(proxies_ED, gate_JFD.transpose(1, 2)).transpose(1, 2)
@@ -40,9 +41,9 @@ class _ResponseThrough(torch.autograd.Function):
             return grad_JGD, None, None
         if grad_JGD is None:
             grad_JGD = torch.zeros_like(weight_JGD)
-        if ctx.by_kernel and grad_JGD.is_contiguous() and grad_JGD.dtype == weight_JGD.dtype:
+        if ctx.backward_kernel is not None and grad_JGD.is_contiguous() and grad_JGD.dtype == weight_JGD.dtype:
             tensors = (weight_JGD.contiguous(), proxies_ED.contiguous(), answers_JFE, grad_EJ)
-            return grad_JGD, native.add_response_gradients(grad_JGD, *tensors, ctx.needs_input_grad[1]), None
+            return grad_JGD, ctx.backward_kernel(grad_JGD, *tensors, ctx.needs_input_grad[1]), None
         slopes_JFE = answers_JFE * (2.0 * grad_EJ.t()).unsqueeze(1)
         grad_gate_JFD = grad_JGD[:, : ctx.width]
         proxies_JED = proxies_ED.expand(weight_JGD.shape[0], *proxies_ED.shape)
@@ -84,8 +85,10 @@ def lengths(squares: Tensor) -> Tensor:
 @torch.no_grad()
 def coupling_noise_bound(router_weight: Tensor) -> Tensor:
     """eps_i of erc: half the distance to the nearest other routing vector over the vector's own norm, (E, D) -> (E,)."""
-    if native.direct(router_weight, half=False):
-        return native.coupling_bounds(router_weight)
+    kernel = select.direct_kernel("coupling_bounds", router_weight)
+    if kernel is not None:
+        bounds: Tensor = kernel(router_weight)
+        return bounds
     distances = torch.cdist(router_weight, router_weight, compute_mode="donot_use_mm_for_euclid_dist")
     distances.fill_diagonal_(torch.inf)
     return distances.amin(1) / (2.0 * router_weight.norm(dim=1)).clamp(min=torch.finfo(router_weight.dtype).tiny)
@@ -109,8 +112,10 @@ def coupling_matrix(probes: Tensor, gate_weight: Tensor) -> Tensor:
 
 def coupling_excess(matrix: Tensor, alpha: float) -> Tensor:
     """erc from its matrix M (E, E): `(1/E^2) sum_{i != j} max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0)`."""
-    if native.direct(matrix, half=False):
-        return (native.excess_slopes(matrix.detach(), alpha) * matrix).sum()
+    kernel = select.direct_kernel("excess_slopes", matrix)
+    if kernel is not None:
+        slopes: Tensor = kernel(matrix.detach(), alpha)
+        return (slopes * matrix).sum()
     experts = matrix.shape[0]
     identity = torch.eye(experts, dtype=torch.bool, device=matrix.device)
     diagonal = alpha * torch.where(identity, matrix, 0.0).sum(1, keepdim=True)  # not `diagonal`: see gram.squared_norms

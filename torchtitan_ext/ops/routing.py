@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchtitan_ext.collectives import Group, all_sum
 from torchtitan_ext.dtypes import accumulation_dtype
-from torchtitan_ext.ops import native
+from torchtitan_ext.ops import select
 
 
 def accumulate(x: Tensor) -> Tensor:
@@ -75,10 +75,11 @@ def labelled_counts(topk_ids_TK: Tensor, experts: int, weights_T: Tensor) -> Ten
 
 def largest_ids(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest of each row: (T, E) -> (T, count) int64. On a CPU four times as fast as `topk`."""
-    if scores.dim() != 2 or not native.direct(scores, half=False):
+    kernel = select.direct_kernel("largest", scores)
+    if scores.dim() != 2 or kernel is None:
         return scores.topk(count, dim=-1).indices
     if not 0 < count <= scores.shape[1]:
         raise ValueError(f"{count} of {scores.shape[1]} scores can't be chosen")
     ids = torch.empty(scores.shape[0], count, dtype=torch.int64)
-    native.largest(scores.contiguous(), ids)
+    kernel(scores.contiguous(), ids)
     return ids
