@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchtitan_ext.dtypes import accumulation_dtype
-from torchtitan_ext.ops import draws, gram, native
+from torchtitan_ext.ops import draws, gram, native, select
 from torchtitan_ext.ops.gram import squared_cosines, token_gram
 
 
@@ -27,7 +27,7 @@ def test_first_and_second_derivatives_by_finite_differences() -> None:
 def test_the_slice_size_does_not_change_values_or_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     z, rows = make(50, 4, 8)
     unsliced = token_gram(z, rows)
-    monkeypatch.setattr(native, "handles", lambda _: False)
+    monkeypatch.setattr(select, "KERNELS", ())
     monkeypatch.setattr(gram, "SLICE_ELEMENTS", 100)
     assert len(gram._slices(rows, 8)) > 10
     z.requires_grad_()
@@ -84,7 +84,7 @@ def test_squared_cosines_and_their_precomputed_gradient_equal_autograd(
     k: int, floor: float, dtype: torch.dtype, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for zero rows, and for matrices that are not symmetric, since entries ab and ba are independent."""
-    monkeypatch.setattr(native, "direct", lambda *_, **__: by_kernel)
+    monkeypatch.setattr(select, "KERNELS", (native,) if by_kernel else ())
     z, rows = make(40, k, 6)
     z[rows[3, 0]] = 0.0
     grams = gram._products(z, rows).to(dtype)
@@ -106,7 +106,7 @@ def test_squared_cosines_and_their_precomputed_gradient_equal_autograd(
 
 @pytest.mark.parametrize("by_kernel", [pytest.param(True, marks=needs_compiler), False])
 def test_squared_cosines_propagate_nan(by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "direct", lambda *_, **__: by_kernel)
+    monkeypatch.setattr(select, "KERNELS", (native,) if by_kernel else ())
     grams = torch.full((2, 3, 3), float("nan")).requires_grad_()
     assert squared_cosines(grams, 0.1).isnan().all()
 
