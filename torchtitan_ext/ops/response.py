@@ -83,7 +83,8 @@ def lengths(squares: Tensor) -> Tensor:
 
 @torch.no_grad()
 def coupling_noise_bound(router_weight: Tensor) -> Tensor:
-    """eps_i of erc: half the distance to the nearest other routing vector over the vector's own norm, (E, D) -> (E,)."""
+    """eps_i of erc: half the distance to the nearest other routing vector over the vector's own norm, (E, D) ->
+    (E,)."""
     if native.direct(router_weight, half=False):
         return native.coupling_bounds(router_weight)
     distances = torch.cdist(router_weight, router_weight, compute_mode="donot_use_mm_for_euclid_dist")
