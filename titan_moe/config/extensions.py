@@ -17,19 +17,18 @@ if TYPE_CHECKING:
 
 
 class Document(NamedTuple):
-    """What a corpus yields."""
+    """What a corpus yields. domain: a label by which `inspect` splits its measures."""
 
     text: str
     domain: str = ""
-    """A label of the text's kind, by which `inspect` splits its measures."""
 
 
 class Tracker(Protocol):
     """Receives what a run reports, on rank 0. Two more methods are optional:
 
-    `start(step: int)`, called once before the first row, with the step of the checkpoint that the run resumes from (0:
-    none); `log_images(step: int, images: dict[str, NDArray[uint8]])`, called at every validation with RGB images (H, W,
-    3) by name."""
+    `start(step: int)`, called once before the first row, with the step of the checkpoint that the run resumes from (0: none);
+    `log_images(step: int, images: dict[str, NDArray[uint8]])`, called at every validation with RGB images (H, W, 3) by name.
+    """
 
     def log(self, row: dict[str, Any]) -> None:
         """Called with every row of metrics.jsonl: `kind` is "train" or "validation", `step` counts from 1."""
@@ -60,9 +59,9 @@ def register_optimizer(
 ) -> None:
     """Adds an optimizer for `optimizer.name = NAME`: `build(model, settings)` makes it, from sharded parameters.
 
-    state_tensors: `(parameter's name, parameter)` to the number of tensors of its size that are kept, for `titan-moe
-    plan`. options: becomes the table `[optimizer.NAME]`, with help and checks; `build` finds it in
-    `settings.options`."""
+    state_tensors: `(parameter's name, parameter)` to the number of tensors of its size that are kept, for `titan-moe plan`.
+    options: becomes the table `[optimizer.NAME]`, with help and checks; `build` finds it in `settings.options`.
+    """
     optimizers[name] = OptimizerEntry(build, state_tensors, options)
 
 

@@ -14,8 +14,7 @@ from torchtitan_ext.ops import native
 
 
 class _ResponseThrough(torch.autograd.Function):
-    """The identity on the weights, which also returns the squared norms. The backward adds their gradient in place to
-    the incoming gradient of the weights."""
+    """The identity on the weights, plus the squared norms, whose gradient the backward adds in place to the weights'."""
 
     @staticmethod
     def forward(ctx: Any, weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -83,8 +82,7 @@ def lengths(squares: Tensor) -> Tensor:
 
 @torch.no_grad()
 def coupling_noise_bound(router_weight: Tensor) -> Tensor:
-    """eps_i of erc: half the distance to the nearest other routing vector over the vector's own norm, (E, D) ->
-    (E,)."""
+    """eps_i of erc: half the distance to the nearest other routing vector / the vector's norm, (E, D) -> (E,)."""
     if native.direct(router_weight, half=False):
         return native.coupling_bounds(router_weight)
     distances = torch.cdist(router_weight, router_weight, compute_mode="donot_use_mm_for_euclid_dist")
