@@ -143,8 +143,6 @@ def coupling_kappa(earlier_ids: Tensor, later_ids: Tensor, experts: int) -> floa
 
 
 class Persistence(NamedTuple):
-    """Unchanged routing choices between two checkpoints."""
-
     top1: float
     """Fraction of tokens whose first choice is unchanged."""
     topk: float

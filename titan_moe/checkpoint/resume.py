@@ -14,9 +14,8 @@ log = logging.getLogger("titan_moe")
 
 
 def newest_good(run_dir: RunDir, mesh: Mesh) -> Path | None:
-    """The newest undamaged checkpoint, or None; the same on every rank. Renames damaged ones to aside-*.
-
-    A collective: ranks verify different blocks. Raises UserError when the newest has another format version."""
+    """The newest undamaged checkpoint, or None; a collective, which renames damaged ones to aside-*. Raises UserError
+    when the newest has another format version."""
     steps = from_first(lambda: all_steps(run_dir.checkpoints))
     for step in reversed(steps):
         path = run_dir.checkpoint(step)

@@ -61,7 +61,6 @@ class Saver:
             pending.result()
 
     def write(self, step: int, state: dict[str, Tensor], text: str) -> None:
-        """Writes one checkpoint on all ranks. text: of state.json."""
         final = self.run_dir.checkpoint(step)
         temporary = final.with_name(f".{final.name}")
         if self.first:
@@ -131,7 +130,6 @@ class Saver:
 
 
 def due(step: int, interval: int) -> bool:
-    """Whether step is a multiple of the interval; never for interval 0."""
     return interval > 0 and step % interval == 0
 
 

@@ -32,8 +32,6 @@ STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib",
 
 
 class Corpus(NamedTuple):
-    """A source of documents."""
-
     name: str
     documents: Callable[[], Iterator[Document]]
     fingerprint: str
