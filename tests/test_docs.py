@@ -1,4 +1,5 @@
-"""README and docs: commands parse, snippets run, links exist, pictures are drawn from what they show, lines are short."""
+"""README and docs: commands parse, snippets run, links exist, pictures are drawn from what they show, lines are
+short."""
 
 import re
 import shlex

@@ -1,4 +1,5 @@
-"""A loss term of a user's own, in one file, has all that a built-in one has. The file is the guide's (docs/extending.md)."""
+"""A loss term of a user's own, in one file, has all that a built-in one has. The file is the guide's
+(docs/extending.md)."""
 
 import json
 import re

@@ -79,8 +79,7 @@ def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group) ->
 
 @torch.compiler.disable
 def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-    """Differentiable all-to-all of rows: the first send[0] rows of x go to rank 0, and so on; receive[r] come from rank
-    r."""
+    """Differentiable all-to-all: the first send[0] rows of x go to rank 0 and so on; receive[r] come from rank r."""
     result: Tensor = _Exchange.apply(x, send, receive, group)
     return result
 
@@ -98,7 +97,6 @@ class _GatherColumns(torch.autograd.Function):
 
 @torch.compiler.disable
 def gather_columns(x: Tensor, group: Group) -> Tensor:
-    """Differentiable all-gather along dimension 1: (N, M, ...) -> (N, ranks * M, ...). The backward is a
-    reduce-scatter."""
+    """Differentiable all-gather along dimension 1, (N, M, ...) -> (N, ranks * M, ...); backward: reduce-scatter."""
     result: Tensor = _GatherColumns.apply(x, group)
     return result

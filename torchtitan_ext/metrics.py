@@ -48,8 +48,7 @@ def routing_entropy(scores: Tensor) -> Tensor:
 def conditional_routing(earlier_ids: Tensor, later_ids: Tensor, experts: int, mask: Tensor | None = None) -> Tensor:
     """cond[e, v]: P(v chosen in the later layer given e chosen in the earlier one).
 
-    earlier_ids, later_ids: (T, k). mask: (T,), the tokens to count. Returns (E, E) float64 whose rows sum to k, or to 0
-    for an expert without a token."""
+    earlier_ids, later_ids: (T, k). mask: (T,), the tokens to count. Returns (E, E) float64, rows sum to k (0 if unused)."""
     if mask is not None:
         earlier_ids, later_ids = earlier_ids[mask], later_ids[mask]
     pairs = earlier_ids.unsqueeze(2) * experts + later_ids.unsqueeze(1)
@@ -105,8 +104,7 @@ def mean_gate_imbalance(gates: Tensor) -> Tensor:
 
 @torch.no_grad()
 def expert_response(router_weight: Tensor, gate_weight: Tensor) -> Tensor:
-    """erc's M without noise, rows divided by their diagonal: activation norm of expert j for routing vector i, over
-    expert i's.
+    """erc's M without noise, its rows divided by their diagonal: norm of expert j's response to routing vector i.
 
     router_weight: (E, D), gate_weight: (E, F, D). Returns (E, E). Values below 1 off the diagonal mean that each expert
     responds most to its own routing vector."""
@@ -145,8 +143,6 @@ def coupling_kappa(earlier_ids: Tensor, later_ids: Tensor, experts: int) -> floa
 
 
 class Persistence(NamedTuple):
-    """Unchanged routing choices between two checkpoints."""
-
     top1: float
     """Fraction of tokens whose first choice is unchanged."""
     topk: float
@@ -155,8 +151,7 @@ class Persistence(NamedTuple):
 
 @torch.no_grad()
 def routing_persistence(before: Tensor, after: Tensor) -> Persistence:
-    """Fraction of routing choices of the same tokens that two checkpoints have in common. Both: (T, k) ids, best
-    first."""
+    """Fraction of unchanged routing choices of the same tokens. before, after: (T, k) ids, best first."""
     kept = (before.unsqueeze(2) == after.unsqueeze(1)).any(2).to(torch.float64).mean()
     return Persistence((before[:, 0] == after[:, 0]).to(torch.float64).mean().item(), kept.item())
 
@@ -174,9 +169,8 @@ def routing_silhouette(inputs: Tensor, top1_ids: Tensor, sample: int = 0, seed: 
 def knn_overlap(inputs: Tensor, top1_ids: Tensor, neighbours: int = 10) -> float:
     """Mean fraction of a token's nearest neighbours that have another top-1 expert.
 
-    inputs: (T, D) router inputs, Euclidean distance; a token is not its own neighbour. Chance level: 1 - sum of squared
-    load fractions. Raises ValueError for fewer than neighbours + 1 tokens. Source: Guo et al., appendix E; the number
-    of neighbours is our choice."""
+    inputs: (T, D) router inputs, Euclidean distance. Chance level: 1 - sum of squared load fractions. Raises ValueError
+    for fewer than neighbours + 1 tokens. Source: Guo et al., appendix E; the number of neighbours is our choice."""
     from sklearn.neighbors import NearestNeighbors
 
     ids = _array(top1_ids)
@@ -220,8 +214,7 @@ def domain_load(topk_ids: Tensor, domains: Tensor, experts: int, count: int) -> 
 
 
 def domain_information(load: Tensor) -> float:
-    """I(expert; domain) in nats from assignments per domain and expert (domains, E); by scikit-learn. 0 when there is
-    none."""
+    """I(expert; domain) in nats from assignments per domain and expert (domains, E), by scikit-learn; 0 when all are 0."""
     from sklearn.metrics import mutual_info_score
 
     counts = _array(load)

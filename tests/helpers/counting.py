@@ -1,4 +1,4 @@
-"""Bytes that a rank hands to every collective, counted by wrapping torch.distributed's functions."""
+"""Bytes that a rank passes to every collective, counted by wrapping torch.distributed's functions."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.pipelining import schedules
 
-# torch.distributed's name -> the plan's, and where its payload stands among the arguments.
+# torch.distributed's name -> (the plan's name, position and keyword of the payload argument).
 COLLECTIVES = {
     "all_to_all_single": ("all-to-all", 1, "input"),
     "all_reduce": ("all-reduce", 0, "tensor"),
@@ -22,9 +22,9 @@ def counted() -> Iterator[dict[str, int]]:
     """Bytes by the plan's name of the collective; groups of one rank included."""
     sent = dict.fromkeys(["send", *(name for name, _, _ in COLLECTIVES.values())], 0)
 
-    def counting(original: Any, kind: str, place: int, keyword: str) -> Any:
+    def counting(original: Any, kind: str, position: int, keyword: str) -> Any:
         def call(*tensors: Any, **options: Any) -> Any:
-            payload = tensors[place] if len(tensors) > place else options[keyword]
+            payload = tensors[position] if len(tensors) > position else options[keyword]
             sent[kind] += payload.numel() * payload.element_size()
             return original(*tensors, **options)
 

@@ -1,4 +1,4 @@
-"""A term that keeps what it sees of every layer."""
+"""A term that records the view of every layer."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from torchtitan_ext.terms import LayerView, Needs, Setting, Term, TermOptions, T
 
 
 class Spy(Term):
-    """Asks for activations and outputs; its value is 0. Its weight keeps the gradients of what it sees."""
+    """Its value is 0. It needs activations and outputs; since it has a weight, the views are not detached."""
 
     name = "spy"
     needs = Needs(activations=True, outputs=True)
@@ -22,7 +22,7 @@ class Spy(Term):
 
 
 def spy_on(model: Transformer) -> Spy:
-    """Adds a spy behind the model's terms."""
+    """Adds a spy after the model's terms."""
     spy = Spy()
     model.terms = Terms([*model.terms.terms, spy])
     for moe in model.moe_modules():

@@ -78,8 +78,8 @@ class Watch:
 
     def layer(self, moe: MoELayer, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         tokens, ids = inputs[2], output[2]
-        places = self.routing[self.step, moe.layer]
-        places[tokens.sequences.unsqueeze(1), tokens.places] = ids.view(*tokens.weights.shape, -1)
+        routing = self.routing[self.step, moe.layer]
+        routing[tokens.sequences.unsqueeze(1), tokens.places] = ids.view(*tokens.weights.shape, -1)
 
     def router(self, router: Router, inputs: tuple[Any, ...], output: Choice) -> None:  # noqa: ARG002 - torch's
         logits = output.logits_TE.detach()
@@ -163,6 +163,6 @@ def gradients(words: list[str], world: int) -> dict[str, Tensor]:
     runner = build_runner(model, config, mesh)
     runner.forward_backward(step_inputs(model, rank_part(batch_of(1), config, mesh), mesh, 1), {})
     sum_replicated_gradients(model, mesh)
-    found: dict[str, Any] = {name: p.grad for name, p in model.named_parameters()}
-    assert all(grad is not None for grad in found.values()), [name for name, grad in found.items() if grad is None]
-    return {name: whole(grad) for name, grad in found.items()}
+    grads: dict[str, Any] = {name: p.grad for name, p in model.named_parameters()}
+    assert all(grad is not None for grad in grads.values()), [name for name, grad in grads.items() if grad is None]
+    return {name: whole(grad) for name, grad in grads.items()}

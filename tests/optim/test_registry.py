@@ -1,4 +1,5 @@
-"""An optimizer is one file: its options, its memory in plan, its checkpoints and its learning rate follow from registration."""
+"""An optimizer is one file: its options, its memory in plan, its checkpoints and its learning rate follow from
+registration."""
 
 import json
 import re

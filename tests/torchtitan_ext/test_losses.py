@@ -79,8 +79,8 @@ def single_loss(name: str, k: int, ids: list[Tensor], s: list[Tensor], z: Tensor
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_bfloat16_and_strided_inputs_are_computed_in_float32(name: str) -> None:
-    """Values are those of the rounded inputs in float32. Gradients are rounded once (2^-9 relative; 2^-8 is allowed, plus
-    float32 rounding of the largest)."""
+    """Values are those of the rounded inputs in float32. Gradients are rounded once (2^-9 relative; 2^-8 is allowed,
+    plus float32 rounding of the largest)."""
     k = 2
     strided = [torch.rand(TOKENS, 2 * EXPERTS, generator=generator(s)).softmax(-1).bfloat16()[:, ::2] for s in range(2)]
     z = torch.randn(TOKENS, WIDTH, k, generator=generator(3)).bfloat16().transpose(1, 2)

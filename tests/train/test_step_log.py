@@ -1,4 +1,5 @@
-"""Steps whose numbers stay on the device until they are read together: the same rows and parameters as with a read per step."""
+"""Steps whose numbers stay on the device until they are read together: the same rows and parameters as with a read per
+step."""
 
 from typing import Any
 
@@ -52,7 +53,8 @@ def test_deferred_reads_give_the_same_run(tiny_config: Make, style: list[str]) -
 
 @DEFERRED
 def test_nothing_is_updated_from_a_bad_gradient_on(tiny_config: Make, deferred: bool) -> None:
-    """One step's gradient is not a number; those of the steps after it, which run until the next read, are finite again."""
+    """One step's gradient is not a number; those of the steps after it, which run until the next read, are finite
+    again."""
     bad, name = 6, "layers.1.moe.router.weight"
     words = [*MANY, *DEEPSEEK, "--lr_scheduler.decay=none"]
     trainer = trainer_of(tiny_config(*words), deferred)

@@ -94,7 +94,8 @@ def read_wandb(path: Path) -> tuple[str, list[tuple[int, dict[str, float], set[s
 
 
 def log_records(data: bytes) -> Iterator[bytes]:
-    """Records of LevelDB's log format, behind W&B's header of 7 bytes: blocks of 32 KiB, chunks of (crc, length, kind)."""
+    """Records of LevelDB's log format, behind W&B's header of 7 bytes: blocks of 32 KiB, chunks of (crc, length,
+    kind)."""
     place, parts, block = 7, b"", 1 << 15
     while place + 7 <= len(data):
         if block - place % block < 7:

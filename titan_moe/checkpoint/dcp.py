@@ -2,8 +2,7 @@
 
     checkpoints/step-00000100/   DCP's files (tensors by global parameter name), state.json (all else), manifest.json
 
-Loading executes no code from a file: only tensors are read, and unpickling the metadata is restricted to DCP's
-types.
+Loading executes no code from a file: it reads only tensors, and unpickles only DCP's types in the metadata.
 """
 
 import errno
@@ -67,8 +66,7 @@ def _member_of_enum(kind: Any, name: Any) -> Any:
 
 
 class _Reader(FileSystemReader):
-    """Reads the metadata with the restricted unpickler when constructed, so that damage is found before DCP's
-    collectives."""
+    """Reads the metadata with the restricted unpickler at once, so that damage is found before DCP's collectives."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -105,8 +103,7 @@ def write_tensors(folder: Path, state: dict[str, Tensor], group: dist.ProcessGro
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """All tensors to save: `model.NAME` (parameters and balancing biases) and `optimizer.NAME.KIND` (such as
-    exp_avg)."""
+    """All tensors to save: `model.NAME` (parameters and balancing biases) and `optimizer.NAME.KIND`."""
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     if optimizer is not None:
         moments: Any = get_optimizer_state_dict(model, optimizer)["state"]
@@ -116,8 +113,7 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Loads into the model, and the optimizer unless None, in place; any layout. Raises UserError when the checkpoint
-    is damaged or of another model."""
+    """Loads into the model, and the optimizer if given. Raises UserError when damaged or of another model."""
     state = tensors(model, optimizer)
     read_tensors(path, state)
     model.load_state_dict({name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")})
@@ -129,8 +125,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def read_tensors(path: Path, state: dict[str, Tensor]) -> None:
-    """Loads into these tensors in place; keys as in `tensors`. Raises UserError when the checkpoint is damaged or of
-    another model."""
+    """Loads into these tensors, with keys as in `tensors`. Raises UserError when damaged or of another model."""
     try:
         load(state, storage_reader=_Reader(path), planner=_TensorsOnly(), no_dist=not dist.is_initialized())
     except (

@@ -36,9 +36,7 @@ def reorder(parameter: Tensor, indices: Tensor) -> None:
     full = whole(parameter)
     shard, offset = local_part(parameter)
     rows = indices.to(full.device)[offset[0] : offset[0] + shard.shape[0]]
-    rest = tuple(
-        slice(start, end) for start, end in zip(offset[1:], map(add, offset[1:], shard.shape[1:]), strict=True)
-    )
+    rest = tuple(map(slice, offset[1:], map(add, offset[1:], shard.shape[1:])))
     shard.copy_(full[rows][(slice(None), *rest)].clone())
 
 

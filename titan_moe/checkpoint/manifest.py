@@ -1,5 +1,4 @@
-"""A checkpoint's manifest: size and checksums of every file. A checkpoint without one, or that differs from it, is not
-loaded.
+"""A checkpoint's manifest: size and checksums of every file. Without one, or if they differ, nothing is loaded.
 
     {"step": 100, "files": {"state.json": {"size": 4711, "blocks": ["<sha256>", ...]}, ...}, "digest": "<sha256>"}
 

@@ -14,10 +14,8 @@ log = logging.getLogger("titan_moe")
 
 
 def newest_good(run_dir: RunDir, mesh: Mesh) -> Path | None:
-    """The newest undamaged checkpoint, the same on every rank; None when there is none. Damaged ones are renamed to
-    aside-*.
-
-    A collective: every rank verifies different blocks. Raises UserError when the newest has another format version."""
+    """The newest undamaged checkpoint, or None; a collective, which renames damaged ones to aside-*. Raises UserError
+    when the newest has another format version."""
     steps = from_first(lambda: all_steps(run_dir.checkpoints))
     for step in reversed(steps):
         path = run_dir.checkpoint(step)
@@ -31,9 +29,7 @@ def newest_good(run_dir: RunDir, mesh: Mesh) -> Path | None:
 
 
 def damage(path: Path, mesh: Mesh) -> str | None:
-    """What is wrong with a checkpoint, or None; the same on every rank. A collective: ranks verify different blocks.
-
-    Raises UserError when it has another format version."""
+    """What is wrong with a checkpoint, or None; a collective. Raises UserError for another format version."""
     world = mesh.degrees.world
     problem = None
     try:

@@ -107,8 +107,7 @@ class RunDir:
         )
 
     def set_aside(self, checkpoint: Path, reason: str) -> Path:
-        """Renames a checkpoint, so that it is not loaded, to aside-NAME-N with the reason in a file. Deletes
-        nothing."""
+        """Renames a checkpoint to aside-NAME-N, so that it is not loaded, and writes the reason into it."""
         number = 1
         while (renamed := checkpoint.with_name(f"aside-{checkpoint.name}-{number}")).exists():
             number += 1
@@ -143,8 +142,7 @@ class RunDir:
         return any((row["kind"], row["step"]) == ("validation", step) for row in read_rows(self.metrics))
 
     def cut_tensorboard(self, step: int) -> None:
-        """Deletes TensorBoard's files when the run starts over (step 0). When it resumes, the writer purges later
-        steps."""
+        """Deletes TensorBoard's files when the run starts over (step 0); else its writer purges later steps."""
         if step == 0:
             shutil.rmtree(self.tensorboard, ignore_errors=True)
 

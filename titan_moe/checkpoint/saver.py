@@ -1,8 +1,7 @@
 """Writes checkpoints, synchronously or in a background thread.
 
-A checkpoint is written into `.step-N`: first every rank's tensors, then state.json, last the manifest. Then the
-directory is renamed to `step-N`. The background thread does the same with copies of the tensors and its own process
-group, one checkpoint at a time.
+A checkpoint is written into `.step-N`: every rank's tensors, then state.json, then the manifest; then the directory is
+renamed. The background thread does the same with copies of the tensors and its own process group, one at a time.
 """
 
 import errno
@@ -32,8 +31,7 @@ class Saver:
         self, run_dir: RunDir, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Checkpoint
     ) -> None:
         self.run_dir, self.model, self.optimizer, self.settings = run_dir, model, optimizer, settings
-        # A separate group: the thread's collectives must not interleave with training's. gloo: the copies are on the
-        # CPU.
+        # A separate group, since the thread's collectives must not interleave with training's.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.copies: dict[str, Tensor] = {}
         # One thread for the whole run: memory that a thread allocated is not all returned to the system when it ends.
@@ -42,14 +40,11 @@ class Saver:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which writes the files other than tensors."""
         return self.group is None or dist.get_rank() == 0
 
     def save(self, step: int, other_state: dict[str, Any]) -> None:
-        """Writes checkpoint `step`, or starts to in the background, then deletes old checkpoints. A collective.
-
-        other_state: content of state.json besides the step. Raises OSError, for example when the disk is full, also for
-        the previous checkpoint when that was written in the background."""
+        """Writes checkpoint `step`, or starts to in the background, then deletes old ones. A collective. other_state:
+        content of state.json. Raises OSError when this or the previous checkpoint could not be written."""
         self.finish()
         text = json.dumps({"step": step, **other_state}, indent=1)
         state = tensors(self.model, self.optimizer)
@@ -66,7 +61,6 @@ class Saver:
             pending.result()
 
     def write(self, step: int, state: dict[str, Tensor], text: str) -> None:
-        """Writes one checkpoint on all ranks. text: of state.json."""
         final = self.run_dir.checkpoint(step)
         temporary = final.with_name(f".{final.name}")
         if self.first:
@@ -109,12 +103,11 @@ class Saver:
         """On rank 0, once all tensors are written: state.json, manifest, rename, and deletion of old checkpoints."""
         (temporary / STATE_FILE).write_text(text)
         fsync_file(temporary / STATE_FILE)
-        write_manifest(
-            temporary, step, entries | {name: entry_of(temporary / name) for name in (STATE_FILE, ".metadata")}
-        )
+        others = {name: entry_of(temporary / name) for name in (STATE_FILE, ".metadata")}
+        write_manifest(temporary, step, entries | others)
         fsync_folder(temporary)
         if final.exists():
-            self.run_dir.set_aside(final, "it was replaced by a newer checkpoint of the same step")
+            self.run_dir.set_aside(final, "it was written again")
         temporary.rename(final)
         fsync_folder(self.run_dir.checkpoints)
         for old in steps_to_delete(self.run_dir.saved_steps(), self.settings.keep, self.settings.interval):
@@ -137,16 +130,14 @@ class Saver:
 
 
 def due(step: int, interval: int) -> bool:
-    """Whether step is a multiple of the interval; never for interval 0."""
     return interval > 0 and step % interval == 0
 
 
 def steps_to_delete(steps: Sequence[int], keep: int, interval: int) -> list[int]:
-    """The saved steps (sorted) to delete: all but the newest and the `keep` - 1 newest before it that are multiples of
-    the interval.
+    """Saved steps to delete: all but the newest and the `keep` - 1 newest multiples of the interval before it.
 
-    So a checkpoint that was saved between intervals because of a signal is deleted as soon as there is a newer one: a
-    run that was stopped and resumed ends with the same checkpoints as one that was not."""
+    So a checkpoint that a signal caused is deleted once there is a newer one: a run that was stopped and resumed ends
+    with the same checkpoints as one that was not. steps: sorted."""
     regular = [step for step in steps[:-1] if due(step, interval)]
     kept = regular[max(0, len(regular) - keep + 1) :]
     return [step for step in steps[:-1] if step not in kept]

@@ -70,10 +70,8 @@ def check_dense(saved: dict[str, Any], config: Config, origin: str) -> None:
 
 
 def upcycle(model: Transformer, path: Path, noise: float, seed: int) -> None:
-    """Copies the dense layer of every block into each of its experts, plus normal noise, different for every expert.
-
-    noise: standard deviation, relative to that of the weight. Routers keep their initial weights; all other weights are
-    the dense model's. Source: Komatsuzaki et al. 2212.05055."""
+    """Copies the dense layer of every block into each of its experts, plus different normal noise for each, of `noise`
+    times the weight's standard deviation. Routers stay as initialized. Source: Komatsuzaki et al. 2212.05055."""
     state = {name: value for name, value in tensors(model, None).items() if ".moe." not in name}
     read_tensors(path, state)
     with torch.no_grad():

@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 
 
 class Document(NamedTuple):
-    """What a corpus yields."""
+    """What a corpus yields. domain: a label by which `inspect` splits its measures."""
 
     text: str
     domain: str = ""
-    """A label of the text's kind, by which `inspect` splits its measures."""
 
 
 class Tracker(Protocol):

@@ -32,11 +32,8 @@ STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib",
 
 
 class Corpus(NamedTuple):
-    """A source of documents."""
-
     name: str
     documents: Callable[[], Iterator[Document]]
-    """Starts a new pass over the documents."""
     fingerprint: str
     """Changes when the text changes; part of the cache key."""
     skipped: list[str]
@@ -181,8 +178,7 @@ BUILT_IN: dict[str, Callable[[Path], Corpus]] = {"stdlib": stdlib, "wikitext2": 
 
 
 def path_corpus(sources: list[str], origin: str) -> Corpus:
-    """A corpus of files and of directories, walked in the order of names. Unreadable files are skipped; UserError when
-    all are."""
+    """Files and directories, walked in the order of names. Skips unreadable files; UserError when all are."""
     files: list[tuple[Path, str]] = []  # and the domain: the name of the directory or file in `sources`
     for source in sources:
         path = Path(source)

@@ -25,8 +25,7 @@ class Tokenizer:
     """Text to token ids and back. Every document is stored as `bos`, its ids, `eos`."""
 
     def __init__(self, model: bytes, origin: str) -> None:
-        """model: the content of a sentencepiece .model file. origin: for errors. Raises UserError when it is not
-        one."""
+        """model: the content of a sentencepiece .model file. Raises UserError when it is not one."""
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
             size = self.pieces.vocab_size()
@@ -97,8 +96,7 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Trains a deterministic byte-pair model with byte fallback; the content of a .model file. Raises UserError when
-    there is too little text."""
+    """A .model file of byte pairs with byte fallback, deterministic. Raises UserError for too little text."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -10,8 +10,6 @@ from torchtitan_ext.terms import Terms
 
 
 class Counts(NamedTuple):
-    """Size of a model and cost of a token."""
-
     total: int
     """Parameters."""
     active: int

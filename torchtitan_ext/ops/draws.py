@@ -76,8 +76,7 @@ def keyed_signs(*key: Tensor | int, width: int, device: torch.device, dtype: tor
 
 
 def signs_of(bits: Tensor, width: int, dtype: torch.dtype = torch.float32, first: int = 0) -> Tensor:
-    """Random signs (..., width) from the bits of a key (...): columns `first` to `first + width`. One hash gives 32
-    signs."""
+    """Random signs (..., width) from the bits of a key (...), 32 per hash: columns `first` to `first + width`."""
     words = torch.arange(first // 32, -(-(first + width) // 32), device=bits.device)
     hashes = keyed_bits(words, device=bits.device, start=bits.unsqueeze(-1))
     unpacked = (hashes.unsqueeze(-1) >> torch.arange(32, device=bits.device)) & 1

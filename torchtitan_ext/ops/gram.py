@@ -26,7 +26,6 @@ def token_rows(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _slices(rows_TK: Tensor, width: int) -> list[Tensor]:
-    """Splits the tokens into slices of bounded size."""
     tokens, k = rows_TK.shape
     elements = SLICE_ELEMENTS if rows_TK.device.type == "cpu" else GPU_SLICE_ELEMENTS
     step = max(1, elements // max(1, k * width))
@@ -48,8 +47,7 @@ def _products(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
 
 
 def _gradients(z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The gradient of z from that of the Gram matrices, by PyTorch's operations; slices of row indices (r,) and
-    gradients (r, F)."""
+    """Gradients of z from those of the Gram matrices, by PyTorch's operations: slices of (row indices, gradients)."""
     start = 0
     for rows in _slices(rows_TK, z_RF.shape[-1]):
         product = torch.bmm(coefficients_TKK[start : start + rows.shape[0]], _gather(z_RF, rows))
@@ -173,9 +171,8 @@ def gram_through(z_RF: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_norms(gram_TKK: Tensor) -> Tensor:
-    """The diagonals, (T, k, k) -> (T, k). A masked sum: torch 2.13's inductor gives wrong gradients when a tensor is
-    used both by `diagonal` and by another operation (the test of compilation in tests/model/test_transformer.py shows
-    it)."""
+    """The diagonals, (T, k, k) -> (T, k), by a masked sum: torch 2.13's inductor gives wrong gradients when `diagonal` is
+    not a tensor's only use (tests/model/test_transformer.py, the test of compilation)."""
     identity = torch.eye(gram_TKK.shape[1], dtype=torch.bool, device=gram_TKK.device)
     return torch.where(identity, gram_TKK, 0.0).sum(2)
 
@@ -192,8 +189,7 @@ def squared_cosines(gram_TKK: Tensor, floor: float = 0.0) -> Tensor:
 
 
 class _SquaredCosines(torch.autograd.Function):
-    """Computes the gradient in the forward, so that no intermediate is saved. Second derivatives go through
-    autograd."""
+    """Computes the gradient in the forward, to save no intermediates; second derivatives use autograd."""
 
     @staticmethod
     def forward(ctx: Any, gram_TKK: Tensor, floor: float) -> Tensor:

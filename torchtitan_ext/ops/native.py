@@ -59,15 +59,13 @@ def token_gram(z_RF: Tensor, rows_TK: Tensor, out_TKK: Tensor) -> None:
 
 
 def add_gram_gradient(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> None:
-    """`grad[rows[t, a]] += sum_b coefficients[t, a, b] z[rows[t, b]]`; all contiguous, each row at most once in
-    rows."""
+    """`grad[rows[t, a]] += sum_b coefficients[t, a, b] z[rows[t, b]]`; all contiguous, rows unique."""
     tokens, k = rows_TK.shape
     _call("add_gram_gradient", z_RF.dtype, (grad_RF, z_RF, rows_TK, coefficients_TKK), (tokens, k, z_RF.shape[1]))
 
 
 def largest(scores_TE: Tensor, ids_TK: Tensor) -> None:
-    """`ids[t]`: the indices of the k largest of `scores[t]`, largest first; both contiguous, scores float32 or
-    float64."""
+    """`ids[t]`: the indices of the k largest of `scores[t]`, largest first; contiguous, float32 or float64."""
     tokens, k = ids_TK.shape
     _call("largest", scores_TE.dtype, (scores_TE, ids_TK), (tokens, scores_TE.shape[1], k))
 
@@ -132,8 +130,7 @@ def uniform(rows_B: Tensor, columns_S: Tensor, start: int, dtype: torch.dtype) -
 
 
 def drawn(rows_B: Tensor, columns_S: Tensor, start: int, limit: int) -> Tensor:
-    """Flat indices into (B, S) of the elements whose `draws.keyed_bits`, extended from `start`, are below `limit`;
-    int64."""
+    """Flat indices into (B, S) of the elements whose `draws.keyed_bits`, extended from `start`, are below `limit`."""
     kernels = library()
     assert kernels is not None
     rows_B, columns_S = rows_B.contiguous(), columns_S.contiguous()

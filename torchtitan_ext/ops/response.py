@@ -14,8 +14,7 @@ from torchtitan_ext.ops import select
 
 
 class _ResponseThrough(torch.autograd.Function):
-    """The identity on the weights, which also returns the squared norms. The backward adds their gradient in place to
-    the incoming gradient of the weights."""
+    """The identity on the weights, plus the squared norms, whose gradient the backward adds in place to the weights'."""
 
     @staticmethod
     def forward(ctx: Any, weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -335,9 +335,8 @@ def rounded(x: Tensor) -> Any:
 def write_results(checkpoints: Sequence[Path], results: list[dict[str, Any]], text: str, output: Path | None) -> None:
     """Prints the result of each checkpoint as a table, and writes it as JSON, completely or not at all.
 
-    output: a file, or a directory for several checkpoints; None: `inspect/` of the run directory. results: empty on ranks
-    other than 0, which write nothing.
-    """
+    output: a file, or a directory for several checkpoints; None: `inspect/` of the run directory. results: empty on
+    ranks other than 0, which write nothing."""
     for checkpoint, result in zip(checkpoints, results, strict=bool(results)):
         path = place_of(checkpoint, text)
         if output:
