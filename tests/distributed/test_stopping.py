@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from titan_moe.train.optimizer import build_optimizer, set_lr
 
 from tests.helpers.ranks import launch
 from tests.helpers.steps import VOCABULARY, batch_of, config_of, mesh_of, state, whole
 from titan_moe.errors import TrainingError
 from titan_moe.model.gemm import local
+from titan_moe.optim import build_optimizer
 from titan_moe.parallel.parallelize import build_runner
 from titan_moe.runtime.stopping import Stopping
 from titan_moe.train.build import build_model
@@ -33,7 +33,6 @@ def steps_with(words: list[str], deferred: bool, bad: int, signalled: int) -> tu
     model = build_model(config, VOCABULARY, mesh)
     runner = build_runner(model, config, mesh)
     optimizer = build_optimizer(model, config.optimizer)
-    set_lr(optimizer, 1e-2)
     stopping = Stopping(mesh.everyone, mesh.device)
     log = StepLog(model, optimizer, stopping, deferred=deferred)
     problem, stops = "", []
