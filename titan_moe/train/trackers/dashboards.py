@@ -3,6 +3,7 @@
 import os
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def heat_map(values: Tensor, highest: float, least_pixels: int = 256) -> Image:
 
 
 class Dashboard:
-    """Which rows all three show, and under which names."""
+    """Which rows all three show, and under which names. `show` is each one's own; `image` is its class of images."""
+
+    image: Callable[[Image], Any]
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self.config, self.run_dir, self.interval = config, run_dir, config.metrics.interval
@@ -50,7 +53,10 @@ class Dashboard:
             scalars = {name: value for name, value in row.items() if name not in ("step", "kind", "data_crc")}
             self.show(step, {name if "/" in name else f"{kind}/{name}": value for name, value in scalars.items()})
 
-    def show(self, step: int, scalars: dict[str, float]) -> None:
+    def log_images(self, step: int, images: dict[str, Image]) -> None:
+        self.show(step, {name: self.image(image) for name, image in images.items()})
+
+    def show(self, step: int, values: dict[str, Any]) -> None:
         raise NotImplementedError
 
 
@@ -71,8 +77,8 @@ class TensorBoard(Dashboard):
         self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge_step)
         self.writer.add_text("config", f"```toml\n{to_toml(self.config)}```", purge_step)
 
-    def show(self, step: int, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
+    def show(self, step: int, values: dict[str, Any]) -> None:
+        for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def log_images(self, step: int, images: dict[str, Image]) -> None:
@@ -90,29 +96,21 @@ class WandB(Dashboard):
     def start(self, step: int) -> None:
         import wandb
 
-        self.wandb, known = wandb, self.run_dir / "wandb-id"
+        self.image, known = wandb.Image, self.run_dir / "wandb-id"
         if not (step and known.exists()):
             known.write_text(uuid.uuid4().hex)
-        options = {
-            "project": os.environ.get("WANDB_PROJECT", PROJECT),
-            "name": self.config.job.name,
-            "dir": self.run_dir,
-        }
+        where = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": self.config.job.name, "dir": self.run_dir}
+        config = self.config.model_dump(mode="json")
         try:
-            self.run = wandb.init(
-                **options, id=known.read_text(), resume="allow", config=self.config.model_dump(mode="json")
-            )
+            self.run = wandb.init(**where, id=known.read_text(), resume="allow", config=config)
         except wandb.Error as error:  # no account, say
             text = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"metrics.trackers: wandb: {text}; set WANDB_MODE=offline to go without") from error
         # On W&B's own axis, steps that are logged again after a resumption would be dropped as out of order.
         self.run.define_metric("*", step_metric="step")
 
-    def show(self, step: int, scalars: dict[str, Any]) -> None:
-        self.run.log({"step": step, **scalars})
-
-    def log_images(self, step: int, images: dict[str, Image]) -> None:
-        self.show(step, {name: self.wandb.Image(image) for name, image in images.items()})
+    def show(self, step: int, values: dict[str, Any]) -> None:
+        self.run.log({"step": step, **values})
 
     def close(self) -> None:
         self.run.finish()
@@ -124,15 +122,12 @@ class Trackio(Dashboard):
     def start(self, step: int) -> None:
         import trackio
 
-        self.trackio = trackio
+        self.image, self.finish = trackio.Image, trackio.finish
         options = {"config": self.config.model_dump(mode="json"), "resume": "allow" if step else "never"}
         self.run = trackio.init(PROJECT, self.config.job.name, embed=False, **options)
 
-    def show(self, step: int, scalars: dict[str, Any]) -> None:
-        self.run.log(scalars, step)
-
-    def log_images(self, step: int, images: dict[str, Image]) -> None:
-        self.show(step, {name: self.trackio.Image(image) for name, image in images.items()})
+    def show(self, step: int, values: dict[str, Any]) -> None:
+        self.run.log(values, step)
 
     def close(self) -> None:
-        self.trackio.finish()
+        self.finish()
