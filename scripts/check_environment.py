@@ -33,8 +33,7 @@ def release(version: str) -> tuple[int, ...]:
 
 def satisfied(requirement: str) -> bool:
     name = re.split(r"[<>=!~ ]", requirement, maxsplit=1)[0]
-    module = MODULE_OF.get(name, name)
-    if module is not None and importlib.util.find_spec(module) is None:
+    if importlib.util.find_spec(MODULE_OF.get(name, name)) is None:
         return False
     have = release(importlib.metadata.version(name))
     bounds = re.findall(r"(>=|<)([\d.]+)", requirement)
