@@ -36,8 +36,7 @@ def release(version: str) -> tuple[int, ...]:
 def satisfied(requirement: str) -> bool:
     """Whether a requirement's module can be found and its version is in range. Raises PackageNotFoundError."""
     name = re.split(r"[<>=!~ ]", requirement, maxsplit=1)[0]
-    module = MODULE_OF.get(name, name)
-    if module is not None and importlib.util.find_spec(module) is None:
+    if importlib.util.find_spec(MODULE_OF.get(name, name)) is None:
         return False
     installed = release(importlib.metadata.version(name))
     bounds = re.findall(r"(>=|<)([\d.]+)", requirement)
