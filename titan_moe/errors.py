@@ -9,5 +9,9 @@ class TrainingError(Exception):
     """The run can't go on (a loss that is not finite, say): one line that names the step and the term. Exit status 1."""
 
 
+class NonFiniteError(TrainingError):
+    """A loss, term or gradient norm is not finite; the step did not update the parameters."""
+
+
 class LostRanksError(TrainingError):
     """A collective failed because of other ranks: a consequence, not the cause."""

@@ -47,16 +47,16 @@ def clip_gradients(
     """
     by_groups: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
     gradients: list[Tensor] = []
-    norms: dict[int, Tensor] = {}
-    not_counted = set(copies)
+    not_counted, example = set(copies), parameters[0]
+    # On a CPU vector_norm adds the squares in a few long chains, which in float32 costs the sixth digit.
+    exact = torch.float64 if example.device.type == "cpu" else accumulation_dtype(example.dtype)
+    norms = [torch.zeros((), dtype=exact, device=example.device)] * len(parameters)
     for number, parameter in enumerate(parameters):
         if parameter.grad is None:
             continue
         grad = local(parameter.grad)
         gradients.append(grad)
         if parameter not in not_counted:
-            # On a CPU vector_norm adds the squares in a few long chains, which in float32 costs the sixth digit.
-            exact = torch.float64 if grad.device.type == "cpu" else accumulation_dtype(grad.dtype)
             norms[number] = torch.linalg.vector_norm(grad, dtype=exact)
             by_groups.setdefault(shard_groups(parameter.grad), []).append(number)
     total: Tensor | None = None
@@ -71,5 +71,4 @@ def clip_gradients(
     norm = total.sqrt()
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
-    zero = norm.new_zeros(())
-    return norm, torch.stack([norms.get(number, zero) for number in range(len(parameters))])
+    return norm, torch.stack(norms)

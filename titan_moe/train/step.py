@@ -50,7 +50,7 @@ def train_step(
     """One optimizer step on this rank's microbatches of a global batch.
 
     factors: on the terms' weights at this step, by name. log: receives the step's numbers and decides whether to update.
-    A number that is not finite prevents the update on all ranks; TrainingError names it, from here or from `log.read`.
+    A number that is not finite prevents the update on all ranks; NonFiniteError names it, from here or from `log.read`.
     """
     model = runner.model
     log = log or StepLog(model, optimizer, Stopping(mesh.everyone, mesh.device))
@@ -65,8 +65,8 @@ def train_step(
         optimizer.step()
         balance_experts(model, carry.counts, config.balancer, log.found_inf)
     optimizer.zero_grad()
-    loss, ce = numbers[len(STOPPING) :][:2]
-    return StepResult(loss, ce, carry, norm, skipped=not update)
+    first = len(STOPPING)
+    return StepResult(numbers[first], numbers[first + 1], carry, norm, skipped=not update)
 
 
 def step_inputs(model: Transformer, batches: Sequence[Batch], mesh: Mesh, step: int) -> list[Inputs]:
@@ -90,9 +90,9 @@ def sum_over_ranks(sums: StepSums, votes: Tensor, mesh: Mesh) -> tuple[Tensor, C
     if mesh.tp is not None:
         votes = all_sum(votes, mesh.tp.get_group())
     loss, ce, carry = sums
-    parts = (votes.to(loss.dtype), loss.reshape(1), ce.reshape(1), carry.terms, carry.sums.flatten())
+    parts = (votes, loss.reshape(1), ce.reshape(1), carry.terms, carry.sums.flatten())
     numbers = sum_over_tokens(torch.cat(parts), mesh)
-    *_, terms, measures = numbers.split([len(part) for part in parts])
+    *_, terms, measures = numbers.split([part.numel() for part in parts])
     counts = sum_over_tokens(carry.counts, mesh)
     return numbers, carry._replace(terms=terms, counts=counts, sums=measures.view_as(carry.sums))
 

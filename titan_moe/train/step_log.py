@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titan_moe.errors import TrainingError
+from titan_moe.errors import NonFiniteError
 from titan_moe.model.transformer import Transformer
 from titan_moe.runtime.stopping import STOPPING, Stopping
 from titan_moe.train.watch import Spikes
@@ -79,7 +79,7 @@ class StepLog:
             self.began = time.perf_counter()
 
     def admit(self, step: int, packed: Tensor) -> bool:
-        """Whether the update may happen. Raises TrainingError, if immediate, for a number that is not finite."""
+        """Whether the update may happen. Raises NonFiniteError, if immediate, for a number that is not finite."""
         self.latest = packed if self.deferred else packed.cpu()
         if self.deferred:
             self.found_inf.logical_or_(packed[: self.norm_at + 1].isfinite().all().logical_not_())
@@ -93,9 +93,10 @@ class StepLog:
     def read(self) -> Iterator[tuple[HostFacts, Tensor, float]]:
         """Every step since the last call, its packed numbers on the CPU, and its seconds; counts their stop votes.
 
-        Raises TrainingError for a number that is not finite, after the steps before it."""
+        Raises NonFiniteError for a number that is not finite, after the steps before it."""
         pending, self.pending = self.pending, []
-        values = torch.stack([packed for _, packed in pending]).cpu() if pending else ()
+        numbers = [packed for _, packed in pending]
+        values = torch.stack(numbers).cpu() if pending and self.deferred else numbers
         seconds = (time.perf_counter() - self.began) / max(1, len(pending))
         for (facts, _), one in zip(pending, values, strict=True):
             if self.deferred:
@@ -104,10 +105,10 @@ class StepLog:
             yield facts, one, seconds
 
     def check(self, step: int, values: Tensor) -> bool:
-        """Whether the gradient norm is a spike. Raises TrainingError that names the first number that is not finite."""
+        """Whether the gradient norm is a spike. Raises NonFiniteError that names the first number that is not finite."""
         *numbers, norm = values[: self.norm_at + 1].tolist()
         if not all(map(math.isfinite, (*numbers, norm))):
-            raise TrainingError(f"step {step}: {self.first_non_finite(values)} is not finite")
+            raise NonFiniteError(f"step {step}: {self.first_non_finite(values)} is not finite")
         spike = self.spikes.over(norm)
         if spike:
             log.warning(f"step {step}: gradient norm {norm:.4g} is a spike; the update was left out")

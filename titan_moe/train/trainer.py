@@ -22,7 +22,7 @@ from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch, DataRank, StepData, TrainingLoader, Windows
 from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import TokenStream
-from titan_moe.errors import TrainingError, UserError
+from titan_moe.errors import NonFiniteError, TrainingError, UserError
 from titan_moe.estimate.counts import count, meta_model
 from titan_moe.optim import build_optimizer, lr_fraction, set_lr
 from titan_moe.parallel.mesh import Mesh, from_first
@@ -95,6 +95,7 @@ class Trainer:
         self.announce()
         with (
             open_trackers(config, path, start, self.mesh.first) as self.trackers,
+            self.naming_checkpoint(),
             self.stopping.signals(),
             profiler(config.profiling, self.run_dir.profile) as profile,
             contextlib.closing(self.loader.steps(start)) as data,
@@ -122,8 +123,7 @@ class Trainer:
             set_lr(self.optimizer, lr_fraction(step, steps, config.lr_scheduler))
             batches, data_crc = next(data)
             factors = self.model.terms.factors(step, self.scales_to_lb(batches, step))
-            with self.naming_checkpoint():
-                result = train_step(self.runner, self.optimizer, batches, config, self.mesh, step, factors, self.steps)
+            result = train_step(self.runner, self.optimizer, batches, config, self.mesh, step, factors, self.steps)
             self.steps.add(self.host_facts(step, data_crc, result.skipped))
             if not self.steps.deferred or step == 1 or due(step, config.metrics.interval):
                 self.report()
@@ -140,10 +140,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def naming_checkpoint(self) -> Iterator[None]:
-        """Adds to a TrainingError which checkpoint the run can go on from."""
+        """Adds to the error of a non-finite number which checkpoint the run can go on from."""
         try:
             yield
-        except TrainingError as error:
+        except NonFiniteError as error:
             self.saver.finish()
             newest = self.run_dir.newest()
             where = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
@@ -151,10 +151,9 @@ class Trainer:
 
     def report(self) -> None:
         """Reads the steps since the last report from the device and gives their rows to the trackers."""
-        with self.naming_checkpoint():
-            for facts, numbers, seconds in self.steps.read():
-                if self.mesh.first:
-                    self.log_step(facts, numbers, seconds)
+        for facts, numbers, seconds in self.steps.read():
+            if self.mesh.first:
+                self.log_step(facts, numbers, seconds)
 
     def validation_is_missing(self, step: int) -> bool:
         """Whether a signal broke off the validation after the step that this run goes on from."""

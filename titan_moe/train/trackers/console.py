@@ -28,6 +28,7 @@ class Console:
         self.steps, self.interval = config.training.steps, config.metrics.interval
         self.recent: list[float] = []
         self.terminal = Terminal(stderr=True)
+        self.interactive = self.terminal.is_terminal
         columns = (TaskProgressColumn(), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.terminal, expand=True)
         self.task = self.bar.add_task("", total=self.steps)
@@ -53,8 +54,8 @@ class Console:
                 f"ce {row['ce']:.4f}  {terms}  ppl {math.exp(min(row['ce'], 700)):.4g}  "
                 f"{short(row['tokens_per_second'])} tok/s  left {duration(left)}"
             )
-        self.bar.update(self.task, completed=row["step"])
-        if self.terminal.is_terminal and time.monotonic() - self.drawn > REDRAW_SECONDS:
+        if self.interactive and time.monotonic() - self.drawn > REDRAW_SECONDS:
+            self.bar.update(self.task, completed=row["step"])
             narrower = self.terminal.options.update_width(self.terminal.width - 1)  # a full line would wrap
             line = self.terminal.render_lines(self.bar.get_renderable(), narrower, pad=False)[0]
             self.terminal.print(Text.assemble(*((part.text, part.style or "") for part in line)), end="\r")
