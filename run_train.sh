@@ -57,5 +57,7 @@ else
     nodes=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --rdzv-endpoint "$RDZV_ENDPOINT"
         --rdzv-conf "timeout=${RDZV_TIMEOUT:-600}")
 fi
-exec "$PYTHON" -m titan_moe.runtime.launch --nproc-per-node "$NPROC" "${nodes[@]}" --max-restarts "${MAX_RESTARTS:-0}" \
-    -m titan_moe.cli train "$@"
+# Only the launcher's C++ log is off: it would print stacks while it waits for node 0.
+TORCH_CPP_LOG_LEVEL=FATAL exec "$PYTHON" -m titan_moe.runtime.launch --nproc-per-node "$NPROC" "${nodes[@]}" \
+    --max-restarts "${MAX_RESTARTS:-0}" \
+    --no-python env TORCH_CPP_LOG_LEVEL="$TORCH_CPP_LOG_LEVEL" "$PYTHON" -u -m titan_moe.cli train "$@"
