@@ -5,7 +5,6 @@ examples: titan-moe train --config debug --training.steps=1000
 """
 
 import os
-import warnings
 from argparse import ArgumentParser, Namespace
 
 from titan_moe.config.degrees import resolve
@@ -48,8 +47,6 @@ def run(arguments: Namespace) -> int:
     start_processes(device, timeout)
     from_first(run_dir.open)
     prepared = from_first(lambda: prepare(config))
-    # torchdata 0.11 sets a hint that torch 2.13 no longer reads.
-    warnings.filterwarnings("ignore", "'set_vital' is deprecated")
     from titan_moe.train.trainer import Trainer  # takes seconds, so after the checks
 
     start_log(run_dir.log, run_dir.rank)
