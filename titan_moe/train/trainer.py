@@ -53,7 +53,7 @@ class Trainer:
         mesh: Mesh,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """progress: is called whenever something has been done, so that a standstill shows."""
+        """progress: called before every step and validation batch, so that a watchdog can tell when a rank is stuck."""
         self.progress = progress
         self.config, self.run_dir, self.mesh, self.device = config, run_dir, mesh, mesh.device
         if config.training.deterministic:
@@ -83,7 +83,7 @@ class Trainer:
         self.stopping = Stopping(mesh.everyone, mesh.device)
         self.steps = StepLog(self.model, self.optimizer, self.stopping, Spikes(config.training.skip_spikes))
         self.trackers: list[Tracker] = []
-        """Of rank 0."""
+        """Open during `run` on rank 0; none on the other ranks."""
         self.skipped = 0
         """Updates left out since the first step."""
         self.routing_watch = RoutingWatch(self.model.moe_layers, config.model.moe.experts, config.model.moe.top_k)
@@ -156,7 +156,7 @@ class Trainer:
                 self.log_step(facts, numbers, seconds)
 
     def validation_is_missing(self, step: int) -> bool:
-        """Whether a signal broke off the validation after the step that this run goes on from."""
+        """Whether a signal interrupted the validation after `step`, the step of the checkpoint that this run resumes from."""
         if not due(step, self.config.validation.interval):
             return False
         return not from_first(lambda: self.run_dir.has_validation(step))
@@ -201,9 +201,9 @@ class Trainer:
             tracker.log(row)
 
     def validate(self, step: int, to_the_end: bool = False) -> bool:
-        """Validates and logs it; returns whether it finished.
+        """Validates and logs the result. Returns False if a signal interrupted it, in which case the resumed run repeats it.
 
-        A signal breaks it off, unless `to_the_end`; the resumed run then does it first."""
+        to_the_end: ignore signals."""
         self.report()
 
         def interrupted() -> bool:
@@ -246,7 +246,7 @@ class Trainer:
         self.saver.save(step, facts)
 
     def resume(self) -> int:
-        """Loads the newest checkpoint, if there is one; returns the step that it was made after."""
+        """Loads the newest checkpoint, or the initial weights if there is none. Returns the checkpoint's step, or 0."""
         newest = newest_good(self.run_dir, self.mesh)
         step = 0
         if newest is not None:
@@ -270,7 +270,7 @@ class Trainer:
         return step
 
     def check_data(self, state: dict[str, Any], newest: Path) -> None:
-        """Raises UserError when the run would go on with other text or another tokenizer."""
+        """Raises UserError when the checkpoint was made with other training text or another tokenizer."""
         for what, key, now in (
             ("the tokenizer", "tokenizer", self.tokenizer.fingerprint),
             ("the training text", "data", self.data_fingerprint),
