@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.runs import Make, train
-from titan_moe.checkpoint.run_dir import RunDir
+from titan_moe.checkpoint.run_dir import RunDir, check_unchanged
 from titan_moe.checkpoint.start import start_from
 from titan_moe.errors import UserError
 from titan_moe.model.moe import MoELayer
@@ -69,3 +69,15 @@ def test_upcycling_refuses_other_shapes_and_sparse_models(tiny_config: Make, den
     train(moe)
     with pytest.raises(UserError, match="not a dense model"):
         train(tiny_config("--job.name=c", f"--checkpoint.upcycle_path={RunDir(moe).path}"))
+
+
+def test_a_configuration_of_an_earlier_version_is_unchanged(tiny_config: Make, tmp_path: Path) -> None:
+    """Before terms had tables of their own, weights of a user's terms stood in `custom`; optimizers had no options."""
+    config = tiny_config()
+    saved = config.model_dump(mode="json")
+    saved["regularizers"]["custom"] = {}
+    del saved["optimizer"]["muon"]
+    check_unchanged(saved, config, tmp_path)
+    saved["regularizers"]["custom"] = {"entropy": 1e-3}
+    with pytest.raises(UserError, match=r"regularizers\.custom"):
+        check_unchanged(saved, config, tmp_path)

@@ -5,6 +5,7 @@
 Nothing here imports torch, so that a second `./run_train.sh` can say "finished" at once.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,6 +13,8 @@ import re
 import shutil
 from pathlib import Path
 from typing import IO, Any
+
+from pydantic import ValidationError
 
 from titan_moe.checkpoint.manifest import DamageError, read_manifest
 from titan_moe.config.describe import to_toml
@@ -224,7 +227,12 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any], prefix: str = "
 
 
 def check_unchanged(saved: dict[str, Any], config: Config, checkpoint: Path) -> None:
-    """Raises UserError when a key that may not change on resuming has changed."""
+    """Raises UserError when a key that may not change on resuming has changed.
+
+    saved: as an earlier version may have written it; keys that it lacks have their defaults.
+    """
+    with contextlib.suppress(ValidationError):  # then the comparison names what differs
+        saved = type(config).model_validate(saved).model_dump(mode="json")
     current, chosen = config.model_dump(mode="json"), config.optimizer.name
     options = {name for values in (saved, current) for name, v in values["optimizer"].items() if isinstance(v, dict)}
     free_keys = [*MAY_CHANGE, f"optimizer.{chosen}.lr", *(f"optimizer.{name}" for name in options - {chosen})]
