@@ -4,15 +4,31 @@
 """
 
 from titan_moe.config.extensions import Document, Tracker, register_corpus, register_optimizer, register_tracker
-from torchtitan_ext.terms import LayerView, Needs, Term, TermOptions, register
+from torchtitan_ext.terms import (
+    ExpertRows,
+    LayerView,
+    MatchedOptions,
+    ModelFacts,
+    Needs,
+    Term,
+    TermOptions,
+    Tokens,
+    Weight,
+    register,
+)
 
 __all__ = [
     "Document",
+    "ExpertRows",
     "LayerView",
+    "MatchedOptions",
+    "ModelFacts",
     "Needs",
     "Term",
     "TermOptions",
+    "Tokens",
     "Tracker",
+    "Weight",
     "register",
     "register_corpus",
     "register_optimizer",

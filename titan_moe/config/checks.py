@@ -28,9 +28,10 @@ def check_model(config: Config, origin: Origin) -> None:
             f"{origin('model.heads')} = {model.heads} does not divide model.dim = {model.dim}; "
             "change one of them or set model.head_dim"
         )
-    head_dim = model.head_dim or model.dim // model.heads
-    if head_dim % 2:
-        raise UserError(f"{origin('model.head_dim')}: rotary embeddings need an even head width, not {head_dim}")
+    if model.head_width % 2:
+        raise UserError(
+            f"{origin('model.head_dim')}: rotary embeddings need an even head width, not {model.head_width}"
+        )
     if model.kv_heads and model.heads % model.kv_heads:
         raise UserError(f"{origin('model.kv_heads')} = {model.kv_heads} does not divide model.heads = {model.heads}")
     if moe.first_dense_layers > model.layers:
@@ -69,9 +70,8 @@ def check_float8(config: Config, origin: Origin) -> None:
             f"{origin('float8.enable')}: float8 needs training.dtype = 'bfloat16', not {config.training.dtype!r}"
         )
     model, tp = config.model, config.parallelism.tp
-    head_dim = model.head_dim or model.dim // model.heads
-    sizes = {"model.dim": model.dim, "queries: model.heads * head_dim": model.heads * head_dim}
-    sizes["keys and values: model.kv_heads * head_dim"] = (model.kv_heads or model.heads) * head_dim
+    sizes = {"model.dim": model.dim, "queries: model.heads * head_dim": model.heads * model.head_width}
+    sizes["keys and values: model.kv_heads * head_dim"] = (model.kv_heads or model.heads) * model.head_width
     if model.moe.shared_experts or model.moe.first_dense_layers:
         sizes["model.moe.hidden_dim"] = model.moe.hidden_dim
     for name, size in sizes.items():

@@ -83,6 +83,11 @@ class Model(Table):
     """Attend only inside a document and count positions from its start; off: packed documents see what stands before."""
     moe: MoE = MoE()
 
+    @property
+    def head_width(self) -> int:
+        """`head_dim`, or its default."""
+        return self.head_dim or self.dim // self.heads
+
 
 class Regularizers(Table):
     """The terms beside cross-entropy: means over tokens, summed over layers, weighted. One table per registered term."""
@@ -302,7 +307,7 @@ class Extensions(Table):
     """The user's own code."""
 
     modules: list[str] = []
-    """Importable modules or .py files that register regularizers, corpora and trackers; see docs/extending.md."""
+    """Importable modules or .py files that register loss terms, optimizers, corpora and trackers; see docs/extending.md."""
 
 
 class Config(Table):

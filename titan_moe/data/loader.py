@@ -30,7 +30,7 @@ from titan_moe.data.shards import TokenStream
 
 Indices = npt.NDArray[np.int64]
 StepData = tuple[list["Batch"], int | None]
-"""The micro-batches of one rank in one optimizer step, and `data_crc` of metrics.jsonl where the loader computes it."""
+"""The microbatches of one rank in one optimizer step, and the checksum logged as `data_crc`, or None if `checksum` is off."""
 
 
 class Batch(NamedTuple):
@@ -92,7 +92,7 @@ class Windows:
     def label_count(self, indices: Indices) -> int:
         """The number of labelled tokens in windows: those with a next token, minus those whose next token starts a document.
 
-        Reads no tokens. Counts boundaries between documents, which are never empty."""
+        Reads no tokens. Relies on documents never being empty."""
         starts = indices * self.seq_len
         last_labels = np.minimum(starts + self.seq_len, len(self.stream) - 1)
         boundaries = self.stream.documents_at(last_labels) - self.stream.documents_at(starts)
@@ -167,7 +167,7 @@ class TrainingLoader:
     """Put tensors into pinned memory, for asynchronous copies to a CUDA device."""
 
     def build(self, step: int) -> StepData:
-        """The data of a step, counted from 0."""
+        """The data of a step. Counted from 0 here: training step n is `build(n - 1)`."""
         indices = step_windows(len(self.windows), self.batch_size, self.seed, step)
         batch = self.windows.batch(indices, self.part.rows(self.batch_size))
         crc = 0
@@ -186,8 +186,8 @@ class TrainingLoader:
 def validation_batches(windows: Windows, sequences: int, part: DataRank) -> Iterator[Batch]:
     """A rank's sequences of the first `sequences` windows (0: all), `part.size` at a time and always in the same order.
 
-    With several ranks each batch has `part.size` sequences on every rank, so that none is left without work: where the text
-    does not fill the last batch, repeated sequences without labels do. `Batch.sequences` holds window numbers here.
+    With several ranks each batch has `part.size` sequences on every rank, so that none is left without work: a short
+    last batch is filled with repeated sequences whose labels are masked out. `Batch.sequences` holds window numbers here.
     """
     count = min(sequences or len(windows), len(windows))
     for start in range(0, count, part.size * part.ranks):

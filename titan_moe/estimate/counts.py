@@ -26,12 +26,11 @@ def meta_model(model: Model, dtype: torch.dtype, terms: Terms | None = None) -> 
 
 def count(network: Transformer, seq_len: int) -> Counts:
     """Counts parameters and FLOPs. seq_len: causal attention has a mean context of half of it."""
-    settings, moe = network.settings, network.settings.moe
+    moe = network.settings.moe
     total = sum(p.numel() for p in network.parameters())
     routed = sum(p.numel() for layer in network.moe_modules() for p in layer.experts.parameters())
     active = total - routed + routed * moe.top_k // moe.experts
     multiplied = active if network.output is None else active - network.embedding.numel()
     multiplied -= sum(p.numel() for p in network.parameters() if p.dim() == 1)
-    head_dim = settings.head_dim or settings.dim // settings.heads
-    attention = 6 * seq_len * settings.layers * settings.heads * head_dim
+    attention = sum(block.attention.score_flops(seq_len) for block in network.blocks())
     return Counts(total, active, 6 * multiplied + attention)

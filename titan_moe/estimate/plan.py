@@ -167,9 +167,8 @@ class _TokenShards(TPComm):
 def _saved(config: Config, degrees: Degrees, layers: int, mode: str) -> int:
     model, tp = config.model, degrees.tp
     heads, kv_heads = model.heads // tp, (model.kv_heads or model.heads) // tp
-    head_dim = model.head_dim or model.dim // model.heads
     moe = model.moe.model_copy(update={"hidden_dim": model.moe.hidden_dim // tp, "first_dense_layers": 0})
-    size = {"layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "moe": moe}
+    size = {"layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": model.head_width, "moe": moe}
     with torch.device("meta"):
         network = Transformer(model.model_copy(update=size), terms_of(config), getattr(torch, config.training.dtype))
         inputs = meta_inputs(network, config, degrees)

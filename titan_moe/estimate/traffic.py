@@ -112,14 +112,11 @@ def context(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
     """Keys and values of the other parts of the sequences."""
     if degrees.cp == 1:
         return []
-    s, settings = sizes(model, config, degrees), config.model
-    width = (
-        2 * (settings.kv_heads or settings.heads) * (settings.head_dim or settings.dim // settings.heads) // degrees.tp
-    )
-    layers = len(model.blocks()) * s.steps
+    s = sizes(model, config, degrees)
+    numbers = s.steps * s.tokens * sum(block.attention.gathered_width for block in model.blocks()) // degrees.tp
     return [
-        Line("all-gather", "keys and values", layers * s.tokens * width * s.compute * s.forwards),
-        Line("reduce-scatter", "their gradients", layers * s.tokens * degrees.cp * width * s.exact),
+        Line("all-gather", "keys and values", numbers * s.compute * s.forwards),
+        Line("reduce-scatter", "their gradients", numbers * degrees.cp * s.exact),
     ]
 
 

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = model.heads
         self.kv_heads = model.kv_heads or model.heads
-        self.head_dim = model.head_dim or model.dim // model.heads
+        self.head_dim = model.head_width
         self.wq = Linear(model.dim, self.heads * self.head_dim)
         self.wk = Linear(model.dim, self.kv_heads * self.head_dim)
         self.wv = Linear(model.dim, self.kv_heads * self.head_dim)
@@ -55,6 +55,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
         self.gather: Callable[[Tensor], Tensor] | None = None
         """All-gathers keys and values over ranks (parallel/context.py); None: this rank has whole sequences."""
+        self.gathered_width = 2 * self.kv_heads * self.head_dim
+        """Numbers per token that `gather` exchanges, over all tensor-parallel ranks."""
+
+    def score_flops(self, seq_len: int) -> int:
+        """FLOPs per token of scores and weighted values, forward and backward; the causal mean context is seq_len / 2."""
+        return 6 * seq_len * self.heads * self.head_dim
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
         """(B, S, D) -> (B, S, D). mask_BSS: which (query, key) pairs may attend; None: causal."""

@@ -2,8 +2,9 @@
 
 T tokens, D model width, E experts, K chosen experts (k), R = T * k routed rows, F expert hidden width.
 
-Dispatch and combine are siblings of the expert computation: expert parallelism replaces them and leaves the maths alone.
-Rows are sorted by expert, gathered once and summed back once. No (T, E, F) tensor, no one-hot matrix.
+Dispatch and combine are separate from the expert computation; expert parallelism replaces only those two. "Home order":
+the rows of this rank's own tokens, sorted by expert over all experts. Rows are gathered once and summed back once. No
+(T, E, F) tensor, no one-hot matrix.
 """
 
 from typing import Any, NamedTuple
@@ -103,7 +104,7 @@ def gather_tokens(x_TD: Tensor, plan: Dispatch) -> Tensor:
 
 
 class _SumRows(torch.autograd.Function):
-    """Home order back to tokens: the sum of each token's k rows. The inverse of `_Gather`."""
+    """Home order back to tokens: the sum of each token's k rows. `_Gather` and this are each other's backward."""
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, tokens_R: Tensor, rows_TK: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class Routed(NamedTuple):
     gates: Tensor
     """Gate weights as `combine` applies them: (T, K), or one per row at the experts."""
     plan: Dispatch
-    """Of this rank's own tokens over all experts; its row order is the home order."""
+    """The dispatch of this rank's own tokens; its rows are in home order."""
     route: Any = None
     """What a dispatcher between ranks remembers of the exchange."""
 
@@ -157,7 +158,7 @@ class Routed(NamedTuple):
 class Dispatcher:
     """Sends tokens to experts and sums their outputs per token. Here all experts are on this rank.
 
-    parallel/experts.py has the one for expert parallelism. "Home order": rows of this rank's own tokens, sorted by expert.
+    parallel/experts.py has the one for expert parallelism.
     """
 
     local = True
@@ -178,7 +179,7 @@ class Dispatcher:
         return x_RX
 
     def home_subset(self, x_RX: Tensor, rows_NK: Tensor, routed: Routed) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Only the rows (in home order) that `rows_NK` names, and their indices (N, K) in the result."""
+        """Rows that include those of `rows_NK` (in home order), and the indices (N, K) of those. Here: all rows."""
         return x_RX, rows_NK
 
     def to_experts(self, keys_T: Tensor, routed: Routed) -> Tensor:

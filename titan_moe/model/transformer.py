@@ -155,8 +155,9 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Carry, list[Tensor]]:
         """Hidden states (B, S, D), carry, and chosen experts (T, k) per MoE layer. layers: which blocks; None: all."""
         settings = self.settings
-        head_dim = settings.head_dim or settings.dim // settings.heads
-        rotary = rotary_tables(inputs.positions, head_dim, settings.rope_theta, accumulation_dtype(self.dtype))
+        rotary = rotary_tables(
+            inputs.positions, settings.head_width, settings.rope_theta, accumulation_dtype(self.dtype)
+        )
         mask_BSS = self.make_mask(inputs.places, inputs.document_ids if settings.document_mask else None)
         tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.places, inputs.share)
         routing = []

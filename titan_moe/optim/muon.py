@@ -49,11 +49,10 @@ def build(model: Any, settings: Optimizer) -> "torch.optim.Optimizer":
     from titan_moe.optim.adamw import adamw
 
     options: Muon = settings.options
-    head_dim = model.settings.head_dim or model.settings.dim // model.settings.heads
     by_rows: dict[int, list[torch.nn.Parameter]] = {}  # rows of a matrix in its parameter; 0: all
     for name, parameter in model.named_parameters():
         if is_hidden_matrix(name, parameter):
-            rows = head_dim if options.split_heads and name.endswith(BY_HEAD) else 0
+            rows = model.settings.head_width if options.split_heads and name.endswith(BY_HEAD) else 0
             by_rows.setdefault(rows, []).append(parameter)
     rest = [parameter for name, parameter in model.named_parameters() if not is_hidden_matrix(name, parameter)]
     common = options.model_dump() | {"lr": options.lr or settings.lr, "weight_decay": settings.weight_decay}

@@ -25,9 +25,9 @@ class Route(NamedTuple):
     receive: list[int]
     """Rows that this rank's experts get from each rank."""
     order_Q: Tensor
-    """Index among the received rows of each row sorted by expert."""
+    """`received[order_Q]` is sorted by expert."""
     inverse_Q: Tensor
-    """The inverse permutation: index in expert order of each received row."""
+    """The inverse permutation: index among the rows sorted by expert of each received row."""
 
 
 class _Permute(torch.autograd.Function):
@@ -76,7 +76,9 @@ class AllToAll(Dispatcher):
         return Routed(x_QD, offsets_J, gates_Q, plan, route)
 
     def route(self, offsets_E: Tensor) -> tuple[Route, Tensor]:
-        """The route, and the end of each expert's rows on this rank, from those of this rank's tokens over all experts."""
+        """The route, and for each expert of this rank the end of its received rows.
+
+        offsets_E: end of each expert's rows among those of this rank's tokens."""
         ranks = self.group.size()
         counts_PJ = offsets_E.diff(prepend=offsets_E.new_zeros(1)).to(torch.int64).reshape(ranks, -1)
         arriving_PJ = torch.empty_like(counts_PJ)
@@ -112,7 +114,9 @@ class AllToAll(Dispatcher):
         to_send = [part.sum() for part in asked_Q.split(route.receive)]
         counts = torch.stack(to_send + [part.sum() for part in wanted_R.split(route.send)]).tolist()
         send, receive = counts[: len(to_send)], counts[len(to_send) :]
-        chosen = route.inverse_Q[asked_Q]  # rows in expert order, listed in the order of arrival
+        chosen = route.inverse_Q[
+            asked_Q
+        ]  # of each wanted row, in order of arrival: its index among the rows sorted by expert
         x_home = exchange(x_RX.index_select(0, chosen), send, receive, self.group)
         return x_home, (wanted_R.cumsum(0) - 1)[rows_NK]
 

@@ -34,7 +34,7 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
     """Before clipping."""
     skipped: bool
-    """Whether the parameters were left unchanged because of a gradient spike."""
+    """True only for a gradient spike. A number that is not finite raises instead, here or later in `log.read`."""
 
 
 def train_step(
@@ -49,7 +49,8 @@ def train_step(
 ) -> StepResult:
     """One optimizer step on this rank's microbatches of a global batch.
 
-    factors: on the terms' weights at this step, by name. log: receives the step's numbers and decides whether to update.
+    step: 1 is the first. factors: by term name, what its weight is multiplied by at this step. log: receives the step's
+    numbers and decides whether to update.
     A number that is not finite prevents the update on all ranks; NonFiniteError names it, from here or from `log.read`.
     """
     model = runner.model
@@ -60,6 +61,7 @@ def train_step(
     sum_replicated_gradients(model, mesh)
     copies = tied_copies(model, mesh.pp)
     norm, norms = clip_gradients(list(model.parameters()), config.training.max_grad_norm, mesh.pp, copies)
+    # Deferred reads (a GPU) always admit: there `found_inf`, set on the optimizer, blocks the update on the device.
     update = log.admit(step, pack(numbers, norm, norms, carry.counts))
     if update:
         optimizer.step()
@@ -83,7 +85,8 @@ def step_inputs(model: Transformer, batches: Sequence[Batch], mesh: Mesh, step: 
 
 
 def sum_over_ranks(sums: StepSums, votes: Tensor, mesh: Mesh) -> tuple[Tensor, Carry]:
-    """Sums over all ranks: one vector of stop votes, loss, cross-entropy, terms and measures; and the carry.
+    """Sums over all ranks: one vector of stop votes (signals that ranks received, runtime/stopping.py), loss, cross-entropy,
+    terms and measures; and the carry.
 
     One all-reduce of floats, one of counts. Tensor-parallel ranks hold the same tokens, so only their votes are summed.
     """

@@ -4,6 +4,9 @@
 (titan_moe/model/moe.py) and adds `Terms.objective` to the cross-entropy.
 """
 
+import importlib
+from pathlib import Path
+
 # Each import registers a built-in term, in the order of their tables.
 from torchtitan_ext.terms import (  # isort: skip # noqa: F401
     load_balance,
@@ -31,6 +34,12 @@ from torchtitan_ext.terms.base import (
     register,
 )
 from torchtitan_ext.terms.enabled import Terms, build_terms
+
+for _file in sorted(
+    Path(__file__).parent.glob("*.py")
+):  # a term in a new file needs no line here; its table is behind those
+    if _file.stem != "__init__":
+        importlib.import_module(f"{__name__}.{_file.stem}")
 
 __all__ = [
     "REGISTRY",

@@ -6,7 +6,12 @@ schema, checks, metrics, plots and `titan-moe plan` read all that they need from
 Term files import torch inside functions, not at the top: the command line reads their options and must not wait for torch.
 
 Shapes: T tokens of a microbatch (B sequences of S), E experts, K chosen experts, R routed rows, F expert hidden width,
-D model width.
+D model width, P probes, N selected tokens, n numbers carried per token, X any width, () a scalar tensor.
+
+Home order: the rows of this rank's own tokens, sorted by expert over all experts. On one rank, rows at the experts are in home
+order; under expert parallelism they are other tokens' rows, until `ExpertRows.home` brings them to their tokens' ranks.
+
+Probe: a vector that a term multiplies by every expert's SwiGLU gate matrix (erc: noisy rows of the router's weight).
 """
 
 from __future__ import annotations
@@ -60,7 +65,7 @@ class Setting(NamedTuple):
     """Hidden width F of an expert, over all tensor-parallel ranks."""
     seed: int = 0
     ranks: Ranks | None = None
-    """The process groups of the ranks that hold the other tokens of a microbatch; None: there are none."""
+    """The process groups over whose tokens terms of a wider scope are formed; None: there is one rank."""
 
 
 class Tokens(NamedTuple):
@@ -71,11 +76,11 @@ class Tokens(NamedTuple):
     sequences: Tensor
     """(B,) int64, index of each sequence in the global batch: random draws per token are keyed by it."""
     step: Tensor
-    """() int64, the optimizer step: every random draw is keyed by it."""
+    """() int64, the optimizer step, 1 is the first: every random draw is keyed by it."""
     places: Tensor
     """(S,) int64, position of each token in its full sequence: random draws per token are keyed by it."""
     share: float = 1.0
-    """Factor on terms without a sum over tokens (erc), so that they add up to one over ranks and microbatches; 0: skip them."""
+    """Factor on terms without a sum over tokens (erc). The factors of a step sum to 1 over ranks and microbatches; 0: skip."""
 
 
 class LayerView(NamedTuple):
@@ -103,14 +108,14 @@ class LayerView(NamedTuple):
     y_RD: Tensor | None = None
     """Expert outputs before the gate weight, likewise; None unless a term needs `outputs`."""
     responses_PE: Tensor | None = None
-    """`[p, e]`: norm of expert e's gate projection of this term's probe p; None if it gave none."""
+    """`[p, e]`: norm of `W_gate^e probe_p`, `W_gate^e` the SwiGLU gate matrix of expert e; None if this term has no probes."""
     previous: Tensor | None = None
     """(T, n), what this term's `carried` returned at the MoE layer before; zeros at the first."""
     observed: Any = None
     """What this term's `observe` returned."""
 
     def detach(self) -> LayerView:
-        """The same values without gradients. `observed` stays: `Term.observe` detaches what has no weight."""
+        """The same values without gradients. `observed` stays as it is: each `Term.observe` detaches it if not `weighted`."""
         import torch
 
         tensors: dict[str, Any] = {
@@ -137,10 +142,7 @@ class Probes(NamedTuple):
 
 
 class ExpertRows(Protocol):
-    """Access to rows at the experts, which may be on other ranks. The model's MoE layer implements it.
-
-    "Home order" is the order of `LayerView.rows_TK`: the rows of this rank's own tokens, sorted by expert.
-    """
+    """Access to rows at the experts, which may be on other ranks. The model's MoE layer implements it."""
 
     @property
     def local(self) -> bool:
@@ -150,7 +152,7 @@ class ExpertRows(Protocol):
         """Rows at the experts to the ranks of their tokens, in home order. Differentiable."""
 
     def home_subset(self, x_RX: Tensor, rows_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """Only the rows that `rows_NK` names, and their indices (N, K) in the result. Differentiable."""
+        """Rows that include those of `rows_NK` (in home order), and the indices (N, K) of those. Differentiable."""
 
     def to_experts(self, keys_T: Tensor) -> Tensor:
         """A 32-bit integer per token, at each of its rows at the experts: (T,) -> (R,) int64."""
@@ -163,12 +165,12 @@ class ExpertRows(Protocol):
 
 
 class Line(NamedTuple):
-    """One purpose of communication in a training step."""
+    """One row of `titan-moe plan`'s traffic table."""
 
     collective: str
     what: str
     bytes: int
-    """That one rank hands to the collective in a step."""
+    """Bytes that one rank passes to the collective in a step."""
 
 
 class Sizes(NamedTuple):
@@ -248,18 +250,20 @@ class Term:
         return self.setting.ranks or Ranks()
 
     def probes(self, router_weight_ED: Tensor, layer: int, tokens: Tokens) -> Tensor | None:  # noqa: ARG002 - the interface
-        """Vectors (P, D), in at least float32, whose gate projections by every expert this term needs (`responses_PE`)."""
+        """Vectors (P, D), in at least float32, for `LayerView.responses_PE`; None: this term needs none."""
         return None
 
     def observe(self, z_RF: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, Any]:  # noqa: ARG002 - the interface
-        """Called between activation and down projection with the activations at the experts.
+        """Called between activation and down projection. Returns the z to continue with, and what becomes `view.observed`.
 
-        Returns the activations to continue with, and a named tuple of tensors for `LayerView.observed`.
+        z_RF: rows at the experts of this rank, not in home order: under expert parallelism `view.rows_TK` does not index
+        them before `rows.home(z)`. Under tensor parallelism it has this rank's hidden units only. Detach what you take if
+        not `self.weighted`.
         """
         return z_RF, None
 
     def value(self, view: LayerView) -> Tensor:
-        """The term's part from this layer and microbatch: (). Parts are summed over layers, microbatches and ranks."""
+        """The term's part from this layer and microbatch, a scalar. Parts are summed over layers, microbatches and ranks."""
         raise NotImplementedError
 
     def carried_width(self, experts: int) -> int:  # noqa: ARG002 - the interface
@@ -267,11 +271,11 @@ class Term:
         return 0
 
     def carried(self, view: LayerView) -> Tensor:
-        """(T, n), given to this term at the next MoE layer as `LayerView.previous`."""
+        """(T, n), given to this term at the next MoE layer as `view.previous`. `previous` and `observed` are not set here."""
         raise NotImplementedError
 
     def measure(self, view: LayerView, value: Tensor) -> Mapping[str, Tensor]:  # noqa: ARG002 - the interface
-        """Values () of `measures`, without gradients; value: what `value` returned."""
+        """A scalar per name in `measures`, without gradients. value: what `value` returned."""
         return {}
 
     def traffic(self, sizes: Sizes) -> Iterable[Line]:  # noqa: ARG002 - the interface

@@ -65,12 +65,12 @@ class Terms:
         """Names of the columns of `Carry.sums`."""
         self.needs = _union(term.needs for term in terms)
         self.needs_gradient = _union(term.needs for term in terms if term.weighted)
-        """What the gradient of some term passes through."""
+        """The same of terms with a weight above 0: what gradients pass through."""
 
     def objective(self, terms: Tensor, factors: Mapping[str, float] | None = None) -> Tensor:
         """The weighted sum of `Carry.terms` (N,), to be added to the cross-entropy.
 
-        factors: multiply the weights at this step (warm-up, scaling to lb); 1 when not given.
+        factors: by term name, what its weight is multiplied by at this step (warm-up, scaling to lb); 1 when not given.
         """
         factors = factors or {}
         weights = [term.options.weight * factors.get(term.name, 1.0) for term in self.terms]
@@ -125,7 +125,7 @@ class Terms:
     def add(self, view: LayerView, observed: Mapping[str, Any], probes: Probes | None, carry: Carry) -> Carry:
         """The carry with this layer's terms and measures added.
 
-        view: with the responses of all probes. observed, probes: from the methods of the same names.
+        view: its `responses_PE` holds those of all terms' probes. observed, probes: what `observe` and `probes` returned.
         """
         import torch
 

@@ -34,8 +34,8 @@ def specialization_loss(
 
     z: (T, k, F) SwiGLU activations of each token's chosen experts; or (R, F) in any order together with rows: (T, k)
     int64, the row of token i's a-th expert. A zero vector has cosine 0 with everything. weights: (T,), replace 1/T.
-    above_chance: count of every squared cosine only what exceeds 1/F, the mean for independent directions, so that experts
-    that overlap by chance alone get no gradient (our variant). Source: Hu et al., Eq. 4.
+    above_chance: max(cos^2 - 1/F, 0) in place of cos^2; 1/F is the mean for independent directions, so experts that overlap
+    by chance alone get no gradient (our variant). Source: Hu et al., Eq. 4.
     """
     from torchtitan_ext.ops.gram import squared_cosines, token_gram, token_rows
     from torchtitan_ext.ops.routing import weighted_sum
@@ -55,10 +55,10 @@ def sketched_specialization_loss(
 ) -> Tensor:
     """sp from two independent sketches of the activations and their exact norms.
 
-    z: (R, F), rows: (T, k). sketch: (m, F) of +-1, m even; its halves are the two sketches. signs: (T, F) of +-1, the same for
-    a token's k rows. Row z becomes `S (r * z) / sqrt(m / 2)`; each half estimates an inner product without bias, and the
-    product of both estimates its square without bias. Unlike the exact value a token's estimate may be negative. Raises
-    ValueError for an odd m.
+    z: (R, F), rows: (T, k). sketch: (m, F) of +-1, m even; its halves are the two sketches. signs: (T, F) of +-1, the same
+    for a token's k rows. Row z becomes `S (r * z) / sqrt(m / 2)`, S one half of the sketch and r the token's signs; each
+    half estimates an inner product without bias, and the product of both estimates its square without bias. Unlike the
+    exact value a token's estimate may be negative. Raises ValueError for an odd m.
     """
     from torchtitan_ext.ops.routing import weighted_sum
 
@@ -109,7 +109,7 @@ class SpecializationOptions(TermOptions):
     sample_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.125
     """Expected fraction of the tokens (method "sample")."""
     above_chance: bool = False
-    """Count of every squared cosine only what exceeds 1 / model.moe.hidden_dim, the mean of independent directions."""
+    """max(cos^2 - 1 / model.moe.hidden_dim, 0) in place of cos^2: the mean for independent directions is subtracted."""
 
 
 class Grams(NamedTuple):
@@ -209,7 +209,7 @@ class Specialization(Term):
         return weighted_sum(squared_cosines(seen.gram_NKK, floor), seen.weights_N)
 
     def measure(self, view: LayerView, value: Tensor) -> Mapping[str, Tensor]:
-        """overlap: the mean squared cosine, of all of it with `above_chance` too."""
+        """overlap: the mean squared cosine. Nothing is subtracted, with `above_chance` neither."""
         k = view.topk_ids_TK.shape[1]
         if k == 1:
             return {"overlap": view.weights_T.new_zeros(())}
