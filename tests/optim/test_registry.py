@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tests.helpers.commands import ROOT
 from tests.helpers.extensions import forget_optimizers
 from tests.helpers.ranks import launch
-from tests.helpers.steps import DEEPSEEK, VOCABULARY, batch_of, config_of, mesh_of
+from tests.helpers.steps import DEEPSEEK, VOCABULARY, batch_of, config_of, mesh_of, rank_part
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.config.degrees import resolve
 from titan_moe.config.describe import json_schema, options_help
@@ -28,6 +28,7 @@ from titan_moe.estimate.plan import memory, plan_text, sharded_model
 from titan_moe.model.gemm import local
 from titan_moe.optim import build_optimizer
 from titan_moe.parallel.mesh import single
+from titan_moe.parallel.parallelize import build_runner
 from titan_moe.train.build import build_model
 from titan_moe.train.step import train_step
 from titan_moe.train.trainer import Trainer
@@ -145,7 +146,8 @@ def kept(words: list[str], world: int) -> int:
     mesh = mesh_of(config, world)
     model = build_model(config, VOCABULARY, mesh)
     optimizer = build_optimizer(model, config.optimizer)
-    train_step(model, optimizer, batch_of(1), config, mesh, 1, {})
+    runner = build_runner(model, config, mesh)
+    train_step(runner, optimizer, rank_part(batch_of(1), config, mesh), config, mesh, 1, {})
     tensors = [local(x) for state in optimizer.state.values() for kind, x in state.items() if kind != "step"]
     return sum(x.numel() * x.element_size() for x in tensors)
 
