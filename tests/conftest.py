@@ -1,6 +1,7 @@
 """Shared fixtures: threads, a small corpus, and configurations that train in seconds."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tests.helpers.commands import THREADS, TINY
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
+from torchtitan_ext.terms import REGISTRY
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -50,3 +52,18 @@ def tiny_config(tiny_options: list[str]) -> Callable[..., Config]:
         return load_config("debug", [*tiny_options, *overrides])
 
     return make
+
+
+BUILT_IN_TERMS = dict(REGISTRY)
+
+
+@pytest.fixture(autouse=True)
+def _built_in_terms_only() -> Iterator[None]:
+    """Forgets terms that a test's extension modules registered: other tests' configurations must not have their tables."""
+    yield
+    if dict(REGISTRY) != BUILT_IN_TERMS:
+        REGISTRY.clear()
+        REGISTRY.update(BUILT_IN_TERMS)
+        for name in [*sys.modules]:  # so that a later test that loads the module registers its terms again
+            if name == "titan_moe.analysis.controls" or name.startswith("titan_moe_extension_"):
+                del sys.modules[name]

@@ -195,7 +195,7 @@ REFUSED = {
     "": "error: the following arguments are required: RUN; see `titan-moe inspect --help`",
     "/nowhere": "error: /nowhere: neither a checkpoint nor a run directory with one",
     "{run} --text /nowhere": "error: --text = '/nowhere': neither a corpus",
-    "{run} --sequences=-3": "error: --sequences = '-3': sequences of the text to read, 0 or more",
+    "{run} --sequences=-3": "error: --sequences = '-3': sequences of the text to read (0: all), 0 or more",
     "{run} --model.dimm=3": "error: command line: unknown key model.dimm",
 }
 

@@ -49,4 +49,4 @@ def add_runs(parser: argparse.ArgumentParser, count: str | None = "+") -> None:
     parser.add_argument("runs", nargs=count, type=Path, metavar="RUN", help="a run directory or one of its checkpoints")
     meaning = "text to read, as data.corpus (default: the run's validation text)"
     parser.add_argument("--text", default="", metavar="CORPUS", help=meaning)
-    add_number(parser, "--sequences", 0, "sequences of the text to read; 0: all", 0)
+    add_number(parser, "--sequences", 0, "sequences of the text to read (0: all)", 0)
