@@ -4,8 +4,8 @@
 (titan_moe/model/moe.py) and adds `Terms.objective` to the cross-entropy.
 """
 
-import importlib
-from pathlib import Path
+from importlib import import_module
+from pkgutil import iter_modules
 
 # Each import registers a built-in term, in the order of their tables.
 from torchtitan_ext.terms import (  # isort: skip # noqa: F401
@@ -35,11 +35,9 @@ from torchtitan_ext.terms.base import (
 )
 from torchtitan_ext.terms.enabled import Terms, build_terms
 
-for _file in sorted(
-    Path(__file__).parent.glob("*.py")
-):  # a term in a new file needs no line here; its table is behind those
-    if _file.stem != "__init__":
-        importlib.import_module(f"{__name__}.{_file.stem}")
+# As in titan_moe/optim: a term in a further file of this folder needs no line here. Its table comes after those above.
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "REGISTRY",
