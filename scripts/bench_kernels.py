@@ -27,7 +27,7 @@ from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.device import peak_allocated
 from torchtitan_ext.losses import coupling_loss
 from torchtitan_ext.ops.gram import gram_through, squared_cosines
-from torchtitan_ext.ops.response import coupling_excess, lengths, response_through
+from torchtitan_ext.ops.response import coupling_excess, response_through, safe_sqrt
 from torchtitan_ext.terms import Setting, Tokens, build_terms
 
 TOKENS, K, WIDTH, EXPERTS = 2048, 4, 672, 64
@@ -95,14 +95,14 @@ def expert_router_coupling(geometry: str) -> None:
     x = torch.randn(TOKENS * moe.top_k, dim, generator=source).requires_grad_()
     incoming = torch.randn(TOKENS * moe.top_k, dim, generator=source)
     terms, inputs = build_terms({"erc": 1.0}, Setting(moe.top_k)), inputs_of(2, TOKENS // 2)
-    tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.places)
+    tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.sequence_positions)
     incoming_weight = torch.zeros_like(experts.gate_up.flatten(1, 2))
 
     def erc() -> None:
         probes = terms.probes(router, 0, tokens)
         assert probes is not None
         through, squares = response_through(experts.gate_up.flatten(1, 2), probes.vectors_PD, moe.hidden_dim)
-        value = coupling_excess(lengths(squares), alpha=1.0)
+        value = coupling_excess(safe_sqrt(squares), alpha=1.0)
         torch.autograd.grad([value, through], [experts.gate_up, router], [torch.ones_like(value), incoming_weight])
 
     def products() -> None:

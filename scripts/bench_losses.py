@@ -26,7 +26,7 @@ from titan_moe.optim import build_optimizer
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.device import peak_allocated
 from torchtitan_ext.carry import empty_carry
-from torchtitan_ext.ops.response import lengths, response_through
+from torchtitan_ext.ops.response import response_through, safe_sqrt
 from torchtitan_ext.terms import LayerView, Needs, Setting, Term, TermOptions, Terms, build_terms
 
 ARMS = [
@@ -143,7 +143,7 @@ class Bench:
                     if probes is not None:
                         hidden = moes[layer].router.moe.hidden_dim
                         weight, response = response_through(gate_up.flatten(1, 2), probes.vectors_PD, hidden)
-                        local_view = local_view._replace(responses_PE=lengths(response))
+                        local_view = local_view._replace(responses_PE=safe_sqrt(response))
                         inputs += [router, gate_up]
                         passed_through.append(weight)
                         incoming.append(gradient_of(weight, f"weight{layer}"))

@@ -28,7 +28,7 @@ def max_vio(counts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def dead_share(counts: Tensor) -> Tensor:
+def dead_fraction(counts: Tensor) -> Tensor:
     """Fraction of experts without a token: counts (..., E) -> (...)."""
     return (counts == 0).to(torch.float64).mean(-1)
 

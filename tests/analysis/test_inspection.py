@@ -115,7 +115,7 @@ def test_measures_from_accumulated_sums_equal_those_computed_on_all_tokens_at_on
         wanted = {
             "max_vio_global": metrics.max_vio(counts),
             "load_variation": metrics.load_variation(counts),
-            "dead": metrics.dead_share(counts),
+            "dead": metrics.dead_fraction(counts),
             "entropy": metrics.routing_entropy(scores),
             "topk_mass": metrics.topk_mass(scores, ids),
             "margin": metrics.routing_margin(scores, 2),

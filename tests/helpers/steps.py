@@ -79,7 +79,7 @@ class Watch:
     def layer(self, moe: MoELayer, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         tokens, ids = inputs[2], output[2]
         routing = self.routing[self.step, moe.layer]
-        routing[tokens.sequences.unsqueeze(1), tokens.places] = ids.view(*tokens.weights.shape, -1)
+        routing[tokens.sequences.unsqueeze(1), tokens.sequence_positions] = ids.view(*tokens.weights.shape, -1)
 
     def router(self, router: Router, inputs: tuple[Any, ...], output: Choice) -> None:  # noqa: ARG002 - torch's
         logits = output.logits_TE.detach()

@@ -79,7 +79,7 @@ def step(model: Transformer, whole: Batch, micro: int) -> tuple[float, Carry, di
     loss, carry = 0.0, None
     dtype = torch.promote_types(model.dtype, torch.float32)
     for number, part in enumerate(whole.split(micro)):
-        out = model(to_inputs(part, dtype, torch.device("cpu"), share=float(number == 0)))
+        out = model(to_inputs(part, dtype, torch.device("cpu"), fraction=float(number == 0)))
         objective = out.ce + model.terms.objective(out.carry.terms)
         objective.backward()
         loss, carry = loss + objective.item(), add_carry(carry, out.carry)

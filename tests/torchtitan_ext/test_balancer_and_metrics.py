@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers.losses import EXPERTS, generator
 from torchtitan_ext.balancer import update_expert_bias
-from torchtitan_ext.metrics import conditional_routing, dead_share, max_vio, routing_entropy, token_entropy
+from torchtitan_ext.metrics import conditional_routing, dead_fraction, max_vio, routing_entropy, token_entropy
 
 
 def test_the_bias_changes_by_the_rate_against_the_load() -> None:
@@ -27,7 +27,7 @@ def test_a_centered_bias_has_mean_zero() -> None:
 def test_max_vio_and_dead_experts_of_small_examples() -> None:
     counts = torch.tensor([[4, 0, 2, 2], [2, 2, 2, 2], [0, 0, 0, 0]])
     assert max_vio(counts).tolist() == [1.0, 0.0, 0.0]
-    assert dead_share(counts).tolist() == [0.25, 0.0, 1.0]
+    assert dead_fraction(counts).tolist() == [0.25, 0.0, 1.0]
 
 
 def test_entropy_of_uniform_and_one_hot_routing() -> None:

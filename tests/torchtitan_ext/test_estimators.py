@@ -50,7 +50,7 @@ def sketched(z: Tensor, draw: int) -> Tensor:
 
 
 def sampled(z: Tensor, draw: int) -> Tensor:
-    drawn = draws.drawn(1 / 8, draw, rows_B=torch.tensor([0]), columns_S=torch.arange(TOKENS), device=CPU)
+    drawn = draws.sample(1 / 8, draw, rows_B=torch.tensor([0]), columns_S=torch.arange(TOKENS), device=CPU)
     return specialization_loss(z[drawn], weights=torch.full(drawn.shape, 8 / TOKENS, dtype=torch.float64))
 
 

@@ -117,7 +117,7 @@ def test_the_kernel_samples_the_same_elements_as_pytorch_operations(
     share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, rows, columns = torch.tensor(7), torch.tensor([5, 2**40, 0]), torch.arange(100, 1100)
-    draw = lambda: draws.drawn(share, 3, -1, step, rows_B=rows, columns_S=columns, device=torch.device("cpu"))  # noqa: E731
+    draw = lambda: draws.sample(share, 3, -1, step, rows_B=rows, columns_S=columns, device=torch.device("cpu"))  # noqa: E731
     sampled = draw()
     monkeypatch.setattr(native, "library", lambda: None)
     assert torch.equal(sampled, draw())

@@ -11,8 +11,8 @@ from torchtitan_ext.ops.response import (
     coupling_excess,
     coupling_matrix,
     coupling_noise_bound,
-    lengths,
     response_through,
+    safe_sqrt,
 )
 
 EXPERTS, WIDTH = 5, 4
@@ -127,7 +127,7 @@ def test_value_and_gradients_equal_those_of_the_loss_function(used: str, dim: in
     weight, router = make(dim=dim)
     other = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     through, squares = response_through(weight, router, WIDTH)
-    matrix = lengths(squares)
+    matrix = safe_sqrt(squares)
     torch.testing.assert_close(matrix, coupling_matrix(router, weight[:, :WIDTH]), rtol=1e-13, atol=1e-14)
     uses = {"matrix": (1.0, 0.0), "weight": (0.0, 1.0), "both": (1.0, 1.0)}[used]
     value = uses[0] * coupling_excess(matrix, 0.9) if uses[0] else 0.0
@@ -150,7 +150,7 @@ def test_bfloat16_weights_are_accumulated_in_float32() -> None:
     weight, router = make(torch.bfloat16)
     router32 = router.detach().float().requires_grad_()
     _, squares = response_through(weight, router32, WIDTH)
-    matrix = lengths(squares)
+    matrix = safe_sqrt(squares)
     actual = torch.autograd.grad(coupling_excess(matrix, 0.9), [weight, router32])
     wide = weight.detach().float().requires_grad_()
     wanted = torch.autograd.grad(coupling_excess(coupling_matrix(router32, wide[:, :WIDTH]), 0.9), [wide, router32])
@@ -163,7 +163,7 @@ def test_bfloat16_weights_are_accumulated_in_float32() -> None:
 def test_a_detached_router_gets_no_gradient(dim: int) -> None:
     weight, router = make(dim=dim)
     _, squares = response_through(weight, router.detach(), WIDTH)
-    matrix = lengths(squares)
+    matrix = safe_sqrt(squares)
     coupling_excess(matrix, 0.9).backward()
     assert weight.grad is not None
     assert router.grad is None

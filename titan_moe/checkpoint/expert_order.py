@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from titan_moe.errors import UserError
-from titan_moe.model.gemm import whole
+from titan_moe.model.gemm import full
 from titan_moe.model.init import local_part
 from titan_moe.model.transformer import Transformer
 
@@ -33,11 +33,11 @@ def permute_experts(model: Transformer, order: Order) -> None:
 
 def reorder(parameter: Tensor, indices: Tensor) -> None:
     """Permutes dimension 0 of a (sharded) parameter: new row i is old row indices[i]."""
-    full = whole(parameter)
+    all_rows = full(parameter)
     shard, offset = local_part(parameter)
-    rows = indices.to(full.device)[offset[0] : offset[0] + shard.shape[0]]
+    rows = indices.to(all_rows.device)[offset[0] : offset[0] + shard.shape[0]]
     rest = tuple(map(slice, offset[1:], map(add, offset[1:], shard.shape[1:])))
-    shard.copy_(full[rows][(slice(None), *rest)].clone())
+    shard.copy_(all_rows[rows][(slice(None), *rest)].clone())
 
 
 def write_order(path: Path, order: Order, **facts: Any) -> None:

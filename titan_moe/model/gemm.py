@@ -45,7 +45,7 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def whole(weight: Tensor) -> Tensor:
+def full(weight: Tensor) -> Tensor:
     """All of a sharded weight, on every rank. Collective."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 

@@ -19,7 +19,7 @@ from titan_moe.model.feed_forward import FeedForward, swiglu
 from titan_moe.model.gemm import grouped_linear, local
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.dtypes import accumulation_dtype
-from torchtitan_ext.ops.response import lengths, response_through
+from torchtitan_ext.ops.response import response_through, safe_sqrt
 from torchtitan_ext.ops.routing import labelled_counts, normalize_scores
 from torchtitan_ext.terms import LayerView, Terms, Tokens
 
@@ -282,7 +282,9 @@ class MoELayer(nn.Module):
         if terms.needs.outputs:
             view = view._replace(y_RD=comm.reduce_from_tp(rows.home(y_RD)))
         if squares_PE is not None:
-            view = view._replace(responses_PE=self.dispatcher.gather_experts(lengths(comm.reduce_from_tp(squares_PE))))
+            view = view._replace(
+                responses_PE=self.dispatcher.gather_experts(safe_sqrt(comm.reduce_from_tp(squares_PE)))
+            )
         return out_TD, terms.add(view, observed, probes, carry), choice.topk_ids_TK
 
     def view(self, choice: Choice, routed: Routed, tokens: Tokens) -> LayerView:

@@ -39,9 +39,9 @@ class Inputs(NamedTuple):
     """(B,) int64, index of each sequence in the global batch."""
     step: Tensor
     """() int64, the optimizer step; with `sequences` it is the key of every random draw."""
-    places: Tensor
+    sequence_positions: Tensor
     """(S,) int64, index of each of these tokens in its sequence; with `sequences` it is the key of draws per token."""
-    share: float = 1.0
+    fraction: float = 1.0
     """Factor on terms that do not depend on tokens (erc), with sum 1 over the step's microbatches; 0 skips them."""
 
 
@@ -158,8 +158,8 @@ class Transformer(nn.Module):
         rotary = rotary_tables(
             inputs.positions, settings.head_width, settings.rope_theta, accumulation_dtype(self.dtype)
         )
-        mask_BSS = self.make_mask(inputs.places, inputs.document_ids if settings.document_mask else None)
-        tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.places, inputs.share)
+        mask_BSS = self.make_mask(inputs.sequence_positions, inputs.document_ids if settings.document_mask else None)
+        tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.sequence_positions, inputs.fraction)
         routing = []
         for layer in range(settings.layers) if layers is None else layers:
             h_BSD, carry, topk_ids = self.layers[str(layer)](h_BSD, carry, rotary, mask_BSS, tokens)

@@ -27,7 +27,7 @@ def context_shard(inputs: Inputs, ranks: int, rank: int) -> Inputs:
     indices_s = token_indices(inputs.tokens.shape[1], ranks, rank).to(inputs.tokens.device)
     names = ("tokens", "labels", "document_ids", "positions", "token_weights")
     parts = {name: getattr(inputs, name).index_select(1, indices_s) for name in names}
-    return inputs._replace(places=indices_s, **parts)
+    return inputs._replace(sequence_positions=indices_s, **parts)
 
 
 class _GatherSequence(torch.autograd.Function):

@@ -7,11 +7,11 @@ from titan_moe.data.loader import Batch
 from titan_moe.model.transformer import Inputs
 
 
-def to_inputs(batch: Batch, dtype: torch.dtype, device: torch.device, step: int = 0, share: float = 1.0) -> Inputs:
+def to_inputs(batch: Batch, dtype: torch.dtype, device: torch.device, step: int = 0, fraction: float = 1.0) -> Inputs:
     """The batch on `device`, as `Transformer.forward` takes it. Copies from pinned memory are asynchronous.
 
     dtype: of the token weights (1 / label count of the global batch for labelled tokens, else 0), at least float32.
-    step, share: see `Inputs`.
+    step, fraction: see `Inputs`.
     """
 
     def move(tensor: Tensor) -> Tensor:
@@ -25,6 +25,6 @@ def to_inputs(batch: Batch, dtype: torch.dtype, device: torch.device, step: int 
         token_weights=move(batch.loss_mask).to(dtype) / max(batch.label_count, 1),
         sequences=move(batch.sequences),
         step=move(torch.tensor(step, dtype=torch.int64)),
-        places=torch.arange(batch.tokens.shape[1], device=device),
-        share=share,
+        sequence_positions=torch.arange(batch.tokens.shape[1], device=device),
+        fraction=fraction,
     )

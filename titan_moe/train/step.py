@@ -62,7 +62,7 @@ def train_step(
     copies = tied_copies(model, mesh.pp)
     norm, norms = clip_gradients(list(model.parameters()), config.training.max_grad_norm, mesh.pp, copies)
     # Deferred reads (a GPU) always admit: there `found_inf`, set on the optimizer, blocks the update on the device.
-    update = log.admit(step, pack(numbers, norm, norms, carry.counts))
+    update = log.allow(step, pack(numbers, norm, norms, carry.counts))
     if update:
         optimizer.step()
         balance_experts(model, carry.counts, config.balancer, log.found_inf)
@@ -79,8 +79,8 @@ def step_inputs(model: Transformer, batches: Sequence[Batch], mesh: Mesh, step: 
     dtype, degrees = accumulation_dtype(model.dtype), mesh.degrees
     inputs = []
     for number, part in enumerate(batches):
-        share = 1.0 / degrees.token_ranks if number == 0 else 0.0
-        inputs.append(context_shard(to_inputs(part, dtype, mesh.device, step, share), degrees.cp, mesh.cp_rank))
+        fraction = 1.0 / degrees.token_ranks if number == 0 else 0.0
+        inputs.append(context_shard(to_inputs(part, dtype, mesh.device, step, fraction), degrees.cp, mesh.cp_rank))
     return inputs
 
 

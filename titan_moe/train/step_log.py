@@ -14,7 +14,7 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.runtime.stopping import STOPPING, Stopping
 from titan_moe.train.watch import Spikes
 from torchtitan_ext.dtypes import accumulation_dtype
-from torchtitan_ext.metrics import dead_share, max_vio
+from torchtitan_ext.metrics import dead_fraction, max_vio
 
 log = logging.getLogger("titan_moe")
 
@@ -78,7 +78,7 @@ class StepLog:
         if not self.pending:
             self.began = time.perf_counter()
 
-    def admit(self, step: int, packed: Tensor) -> bool:
+    def allow(self, step: int, packed: Tensor) -> bool:
         """Whether the update may happen. Raises NonFiniteError, if immediate, for a number that is not finite."""
         self.latest = packed if self.deferred else packed.cpu()
         if self.deferred:
@@ -132,7 +132,7 @@ class StepLog:
         row |= {f"reg/{name}": value for name, value in zip(self.terms.names, terms.tolist(), strict=True)}
         if self.shape[0]:
             row["moe/max_vio"] = max_vio(counts).mean().item()
-            row["moe/dead"] = dead_share(counts).mean().item()
+            row["moe/dead"] = dead_fraction(counts).mean().item()
             means = sums.to(self.dtype).view(self.shape[0], -1).mean(0).tolist()
             row |= {f"moe/{name}": mean for name, mean in zip(self.terms.measures, means, strict=True)}
         return row | {"grad_norm": norm.item()}, counts

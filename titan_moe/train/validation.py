@@ -109,7 +109,7 @@ class LossSums:
 
 def evaluate_batch(runner: Runner, batch: Batch, mesh: Mesh) -> Evaluated:
     """Evaluates this rank's sequences of a batch."""
-    inputs = to_inputs(batch, accumulation_dtype(runner.model.dtype), mesh.device, share=0.0)
+    inputs = to_inputs(batch, accumulation_dtype(runner.model.dtype), mesh.device, fraction=0.0)
     inputs = context_shard(inputs, mesh.degrees.cp, mesh.cp_rank)
     ce, carry, routing_pairs = runner.evaluate(inputs)
     labelled = (inputs.token_weights > 0).flatten()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtitan_ext.ops import native
+from torchtitan_ext.ops import select
 
 MASK = 0xFFFFFFFF
 
@@ -52,14 +52,11 @@ def keyed_uniform(
 
     key: integers and scalar tensors, extended by the elements of rows_B (B,) and columns_S (S,), integers.
     """
-    if by_kernel(device):
-        return native.uniform(rows_B, columns_S, folded(key), dtype)
+    kernel = select.direct_kernel("uniform", rows_B.to(device))
+    if kernel is not None:
+        values: Tensor = kernel(rows_B, columns_S, folded(key), dtype)
+        return values
     return (keyed_bits(*key, rows_B.unsqueeze(1), columns_S, device=device) >> 8).to(dtype) * 2.0**-24
-
-
-def by_kernel(device: torch.device) -> bool:
-    """Whether the C kernels can compute a draw."""
-    return device.type == "cpu" and not torch.compiler.is_compiling() and native.library() is not None
 
 
 def folded(key: tuple[Tensor | int, ...]) -> int:
@@ -83,16 +80,18 @@ def signs_of(bits: Tensor, width: int, dtype: torch.dtype = torch.float32, first
     return (2 * unpacked.flatten(-2)[..., first % 32 : first % 32 + width] - 1).to(dtype)
 
 
-def drawn(share: float, *key: Tensor | int, rows_B: Tensor, columns_S: Tensor, device: torch.device) -> Tensor:
-    """Flat indices into (B, S) of a Bernoulli sample with probability `share`.
+def sample(fraction: float, *key: Tensor | int, rows_B: Tensor, columns_S: Tensor, device: torch.device) -> Tensor:
+    """Flat indices into (B, S) of a Bernoulli sample with probability `fraction`.
 
     key: integers and scalar tensors, extended by the elements of rows_B (B,) and columns_S (S,), integers. On the meta
     device the result has the expected number of elements."""
     if device.type == "meta":
-        return torch.empty(round(share * len(rows_B) * len(columns_S)), dtype=torch.int64, device=device)
-    limit = math.ceil(share * 2**32)
-    if by_kernel(device):
-        return native.drawn(rows_B, columns_S, folded(key), limit)
+        return torch.empty(round(fraction * len(rows_B) * len(columns_S)), dtype=torch.int64, device=device)
+    limit = math.ceil(fraction * 2**32)
+    kernel = select.direct_kernel("sample", rows_B.to(device))
+    if kernel is not None:
+        indices: Tensor = kernel(rows_B, columns_S, folded(key), limit)
+        return indices
     bits_BS = keyed_bits(*key, rows_B.unsqueeze(1), columns_S, device=device)
     return (bits_BS.flatten() < limit).nonzero().squeeze(1)
 

@@ -25,6 +25,7 @@ SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 BFLOAT16 = ("token_gram", "add_gram_gradient", "responses", "add_response_gradients")  # kernels that take it too
+DRAWS = ("uniform", "sample")  # kernels that take integers
 COMPILE_SECONDS = 120
 PANEL, STRIP = 16, 48  # as in kernels.c
 
@@ -45,7 +46,11 @@ def library() -> ctypes.CDLL | None:
 
 def supports(operation: str, x: Tensor) -> bool:
     """Whether there is a kernel of this operation for the tensor's device, dtype and width."""
-    if x.device.type != "cpu" or x.dtype not in SUFFIX or library() is None:
+    if x.device.type != "cpu" or library() is None:
+        return False
+    if operation in DRAWS:
+        return x.dtype == torch.int64
+    if x.dtype not in SUFFIX:
         return False
     if operation in ("responses", "add_response_gradients") and x.shape[-1] % PANEL:
         return False
@@ -129,7 +134,7 @@ def uniform(rows_B: Tensor, columns_S: Tensor, start: int, dtype: torch.dtype) -
     return values
 
 
-def drawn(rows_B: Tensor, columns_S: Tensor, start: int, limit: int) -> Tensor:
+def sample(rows_B: Tensor, columns_S: Tensor, start: int, limit: int) -> Tensor:
     """Flat indices into (B, S) of the elements whose `draws.keyed_bits`, extended from `start`, are below `limit`."""
     kernels = library()
     assert kernels is not None
@@ -137,8 +142,8 @@ def drawn(rows_B: Tensor, columns_S: Tensor, start: int, limit: int) -> Tensor:
     height, width = len(rows_B), len(columns_S)
     indices = torch.empty(height * width, dtype=torch.int64)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (rows_B, columns_S, indices)]
-    kernels.drawn.restype = ctypes.c_int64
-    return indices[: kernels.drawn(*pointers, *map(ctypes.c_int64, (height, width, start, limit)))]
+    kernels.sample.restype = ctypes.c_int64
+    return indices[: kernels.sample(*pointers, *map(ctypes.c_int64, (height, width, start, limit)))]
 
 
 def _call(

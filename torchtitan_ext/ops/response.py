@@ -75,7 +75,7 @@ def response_through(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tupl
     return through
 
 
-def lengths(squares: Tensor) -> Tensor:
+def safe_sqrt(squares: Tensor) -> Tensor:
     """M from its squares; where they are 0 the gradient is 0, not infinite."""
     zero = squares == 0
     return (squares + zero).sqrt() * ~zero
@@ -106,7 +106,7 @@ def coupling_matrix(probes: Tensor, gate_weight: Tensor) -> Tensor:
     """
     gate_weight = gate_weight.to(accumulation_dtype(gate_weight.dtype))
     activations_jiF = torch.matmul(probes, gate_weight.transpose(1, 2))
-    return lengths(activations_jiF.square().sum(-1).t())
+    return safe_sqrt(activations_jiF.square().sum(-1).t())
 
 
 def coupling_excess(matrix: Tensor, alpha: float) -> Tensor:

@@ -19,7 +19,10 @@ KERNELS = (native,)
 
 def kernel(operation: str, x: Tensor) -> Callable[..., Any] | None:
     """The kernel of an operation for this tensor; None: use PyTorch's operations."""
-    return next((getattr(kernels, operation) for kernels in KERNELS if kernels.supports(operation, x)), None)
+    for kernels in KERNELS:
+        if kernels.supports(operation, x):
+            return getattr(kernels, operation)
+    return None
 
 
 def direct_kernel(operation: str, x: Tensor) -> Callable[..., Any] | None:

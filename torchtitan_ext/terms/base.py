@@ -49,6 +49,11 @@ class MatchedOptions(TermOptions):
     """Multiply by the power of ten that brings the term to the size of lb, computed once, at the first step."""
 
 
+def matched(options: TermOptions) -> bool:
+    """Whether a term with these options has a weight and is scaled to the size of lb."""
+    return isinstance(options, MatchedOptions) and options.match_lb and options.weight > 0
+
+
 class ModelFacts(NamedTuple):
     """What a term's checks may depend on."""
 
@@ -77,9 +82,9 @@ class Tokens(NamedTuple):
     """(B,) int64, index of each sequence in the global batch: random draws per token are keyed by it."""
     step: Tensor
     """() int64, the optimizer step, 1 is the first: every random draw is keyed by it."""
-    places: Tensor
+    sequence_positions: Tensor
     """(S,) int64, position of each token in its full sequence: random draws per token are keyed by it."""
-    share: float = 1.0
+    fraction: float = 1.0
     """Factor on terms without a sum over tokens (erc). The factors of a step sum to 1 over ranks and microbatches; 0: skip."""
 
 

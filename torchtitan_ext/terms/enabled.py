@@ -10,12 +10,12 @@ from torchtitan_ext.terms.base import (
     REGISTRY,
     ExpertRows,
     LayerView,
-    MatchedOptions,
     Needs,
     Probes,
     Setting,
     Term,
     Tokens,
+    matched,
 )
 
 if TYPE_CHECKING:
@@ -86,11 +86,7 @@ class Terms:
     @property
     def matched(self) -> list[str]:
         """Terms with a weight that are scaled to the size of lb."""
-        return [
-            term.name
-            for term in self.terms
-            if term.weighted and isinstance(term.options, MatchedOptions) and term.options.match_lb
-        ]
+        return [term.name for term in self.terms if matched(term.options)]
 
     def scales_to_lb(self, values: Mapping[str, float]) -> dict[str, float]:
         """`10^round(log10(R_lb / |R|))` of every matched term; 1 for a term that is 0. values: terms of the first step."""
@@ -137,16 +133,18 @@ class Terms:
             assert view.responses_PE is not None
             parts = view.responses_PE.split(list(probes.counts.values()))
             responses = dict(zip(probes.counts, parts, strict=True))
-        values, measures = [], token_measures(view)
+        values, measured = [], []
         for term, before in zip(self.terms, previous, strict=True):
             name = term.name
             own = view._replace(previous=before, observed=observed.get(name), responses_PE=responses.get(name))
             own = own if term.weighted else own.detach()
             value = term.value(own)
             values.append(value.to(dtype))
-            with torch.no_grad():
-                measures |= term.measure(own, value)
+            measured.append((term, own, value))
         with torch.no_grad():
+            measures = token_measures(view)
+            for term, own, value in measured:
+                measures |= term.measure(own, value)
             counts = torch.select_scatter(carry.counts, view.counts_E, 0, view.layer)
             columns = torch.stack([measures[name] for name in self.measures])
             sums = torch.select_scatter(carry.sums, columns.to(carry.sums.dtype), 0, view.layer)
@@ -158,15 +156,12 @@ class Terms:
 
 
 def token_measures(view: LayerView) -> dict[str, Tensor]:
-    """TOKEN_MEASURES: weighted sums over tokens, without gradients."""
-    import torch
-
+    """TOKEN_MEASURES: weighted sums over tokens. Call it under torch.no_grad()."""
     from torchtitan_ext.metrics import token_entropy
     from torchtitan_ext.ops.routing import weighted_sum
 
-    with torch.no_grad():
-        mass_T = view.scores_TE.gather(1, view.topk_ids_TK).sum(1)
-        return {
-            "entropy": weighted_sum(token_entropy(view.scores_TE), view.weights_T),
-            "topk_mass": weighted_sum(mass_T, view.weights_T),
-        }
+    mass_T = view.scores_TE.gather(1, view.topk_ids_TK).sum(1)
+    return {
+        "entropy": weighted_sum(token_entropy(view.scores_TE), view.weights_T),
+        "topk_mass": weighted_sum(mass_T, view.weights_T),
+    }

@@ -85,7 +85,7 @@ class ExpertRouterCoupling(Term):
         from torchtitan_ext.ops.response import coupling_noise
         from torchtitan_ext.ops.routing import accumulate
 
-        if tokens.share == 0.0:
+        if tokens.fraction == 0.0:
             return None
         if self.options.detach_router or not self.weighted:
             router_weight_ED = router_weight_ED.detach()
@@ -101,7 +101,7 @@ class ExpertRouterCoupling(Term):
 
         if view.responses_PE is None:
             return view.weights_T.new_zeros(())
-        return coupling_excess(view.responses_PE, self.options.alpha) * view.tokens.share
+        return coupling_excess(view.responses_PE, self.options.alpha) * view.tokens.fraction
 
     def traffic(self, sizes: Sizes) -> Iterable[Line]:
         s, weighted = sizes, self.weighted

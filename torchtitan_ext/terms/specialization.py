@@ -124,7 +124,7 @@ class Sketches(NamedTuple):
 
     sketched_RM: Tensor
     """In the dtype of z."""
-    norms_R: Tensor
+    squared_norms_R: Tensor
     """Squared norms, in at least float32."""
 
 
@@ -171,8 +171,11 @@ class Specialization(Term):
         if self.options.method == "exact":
             return view.rows_TK, weights_T
         key = (draws.SP_SAMPLE, self.setting.seed, view.layer, tokens.step)
-        fraction, positions = self.options.sample_fraction, {"rows_B": tokens.sequences, "columns_S": tokens.places}
-        chosen_N = draws.drawn(fraction, *key, **positions, device=view.rows_TK.device)
+        fraction, positions = (
+            self.options.sample_fraction,
+            {"rows_B": tokens.sequences, "columns_S": tokens.sequence_positions},
+        )
+        chosen_N = draws.sample(fraction, *key, **positions, device=view.rows_TK.device)
         return view.rows_TK.index_select(0, chosen_N), weights_T.index_select(0, chosen_N) / fraction
 
     def _sketches(self, z_RF: Tensor, view: LayerView, rows: ExpertRows) -> Sketches:
@@ -184,7 +187,9 @@ class Specialization(Term):
         tokens, device, seed = view.tokens, z_RF.device, self.setting.seed
         dtype, width, first = accumulation_dtype(z_RF.dtype), z_RF.shape[1], rows.first_hidden(z_RF.shape[1])
         key = (seed, view.layer, tokens.step)
-        keys_BS = draws.keyed_bits(draws.SP_SIGNS, *key, tokens.sequences.unsqueeze(1), tokens.places, device=device)
+        keys_BS = draws.keyed_bits(
+            draws.SP_SIGNS, *key, tokens.sequences.unsqueeze(1), tokens.sequence_positions, device=device
+        )
         distinct, index_R = draws.distinct(rows.to_experts(keys_BS.flatten()))
         signs_RF = draws.signs_of(distinct, width, dtype, first).index_select(0, index_R)
         dims = torch.arange(self.options.sketch_dim, device=device)
@@ -205,7 +210,9 @@ class Specialization(Term):
         seen = view.observed
         if isinstance(seen, Sketches):
             rows_TK = view.rows_TK
-            return weighted_sum(sketched_cosines(seen.sketched_RM[rows_TK], seen.norms_R[rows_TK]), view.weights_T)
+            return weighted_sum(
+                sketched_cosines(seen.sketched_RM[rows_TK], seen.squared_norms_R[rows_TK]), view.weights_T
+            )
         return weighted_sum(squared_cosines(seen.gram_NKK, floor), seen.weights_N)
 
     def measure(self, view: LayerView, value: Tensor) -> Mapping[str, Tensor]:

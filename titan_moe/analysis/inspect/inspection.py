@@ -40,7 +40,7 @@ from titan_moe.data.prepare import prepare
 from titan_moe.data.shards import TokenStream
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.errors import UserError
-from titan_moe.model.gemm import whole
+from titan_moe.model.gemm import full
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh, from_first
 from titan_moe.parallel.parallelize import build_runner
@@ -49,7 +49,7 @@ from titan_moe.train.validation import Losses, LossSums, evaluate_batch
 from torchtitan_ext.collectives import all_sum
 from torchtitan_ext.metrics import (
     cluster_agreement,
-    dead_share,
+    dead_fraction,
     domain_information,
     expert_response,
     knn_overlap,
@@ -257,7 +257,7 @@ def layer_measures(tally: Tally, layer: int, model: Transformer) -> dict[str, An
         "load": counts.tolist(),
         "load_variation": load_variation(counts).item(),
         "max_vio_global": max_vio(counts).item(),
-        "dead": dead_share(counts).item(),
+        "dead": dead_fraction(counts).item(),
         **{name: sums[name] for name in ("entropy", "topk_mass", "margin", "overlap")},
         "overlap_chance": chance_overlap(moe.hidden_dim),
         "overlap_y": sums["overlap_y"],
@@ -294,7 +294,7 @@ def cluster_measures(inputs: Tensor, top1: Tensor) -> dict[str, float]:
 
 def response(router_weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """erc's M (E, E), its rows divided by their diagonal, and eps (E,), from the all-gathered weights of a layer."""
-    router, gate = whole(router_weight).detach(), whole(gate_up).detach()[:, 0]
+    router, gate = full(router_weight).detach(), full(gate_up).detach()[:, 0]
     return expert_response(router, gate).cpu(), coupling_noise_bound(router).cpu()
 
 

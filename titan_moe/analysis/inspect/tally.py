@@ -81,7 +81,7 @@ class Tally:
         """Adds one layer's view of a batch. inputs_TD: router inputs, None when none are sampled."""
         layer, tokens = view.layer, view.tokens
         labelled_T = (tokens.weights > 0).flatten()
-        positions_T = (tokens.sequences.unsqueeze(1) * self.seq_len + tokens.places).flatten()
+        positions_T = (tokens.sequences.unsqueeze(1) * self.seq_len + tokens.sequence_positions).flatten()
         ids_TK, weights_T = view.topk_ids_TK, labelled_T.to(torch.float64)
         gates_TK = normalize_scores(view.gates_TK)
         k = ids_TK.shape[1]

@@ -172,13 +172,13 @@ static inline uint32_t folded(uint32_t h, int64_t part) {
 
 // Writes the flat indices of the elements whose hash (`start`, extended by row and column) is below `limit`. Returns how
 // many there are.
-int64_t drawn(const int64_t *rows, const int64_t *columns, int64_t *places, int64_t height, int64_t width, int64_t start,
+int64_t sample(const int64_t *rows, const int64_t *columns, int64_t *indices, int64_t height, int64_t width, int64_t start,
               int64_t limit) {
     int64_t count = 0;
     for (int64_t r = 0; r < height; r++) {
         uint32_t h = folded((uint32_t)start, rows[r]);
         for (int64_t c = 0; c < width; c++) {
-            places[count] = r * width + c;
+            indices[count] = r * width + c;
             count += (int64_t)folded(h, columns[c]) < limit;
         }
     }
