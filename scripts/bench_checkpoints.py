@@ -72,7 +72,7 @@ class Bench:
         assert newest is not None
 
         def find_and_load() -> None:
-            newest_undamaged = newest_good(self.run_dir, single(torch.device("cpu")))
+            newest_undamaged = newest_good(self.run_dir, single(torch.device("cpu")), start_over=False)
             assert newest_undamaged is not None
             load_checkpoint(newest_undamaged, self.model, self.optimizer)
 

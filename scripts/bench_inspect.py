@@ -15,6 +15,7 @@ from benchmarking import seconds
 from titan_moe.analysis.inspect.inspection import InspectedModel, Options
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Regularizers
+from titan_moe.data.prepare import prepare
 from titan_moe.parallel.mesh import single
 from titan_moe.parallel.parallelize import build_runner
 from titan_moe.runtime.allocator import keep_freed_memory
@@ -32,7 +33,7 @@ def main() -> None:
     config, mesh = load_config(options.config, words), single(torch.device("cpu"))
     # Validation would compute the enabled regularizers.
     config = config.model_copy(update={"regularizers": Regularizers()})
-    inspected = InspectedModel(config, mesh, Options(sequences=options.sequences, cluster_tokens=0))
+    inspected = InspectedModel(config, prepare(config), mesh, Options(sequences=options.sequences, cluster_tokens=0))
     tokenizer = inspected.prepared.tokenizer
     plain = build_runner(build_model(config, tokenizer.vocab_size, mesh), config, mesh)
     size = config.training.microbatch_size or config.training.batch_size

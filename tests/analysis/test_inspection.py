@@ -18,7 +18,8 @@ from tests.helpers.runs import Make, train
 from tests.helpers.spy import spy_on
 from titan_moe.analysis.inspect.inspection import Options, chosen_checkpoints, inspect
 from titan_moe.checkpoint.dcp import load_checkpoint
-from titan_moe.checkpoint.run_dir import RunDir, read_state
+from titan_moe.checkpoint.run_dir import RunDir
+from titan_moe.checkpoint.state import read_state
 from titan_moe.config.degrees import resolve
 from titan_moe.config.load import saved_config
 from titan_moe.data.loader import Windows
@@ -38,7 +39,7 @@ OPTIONS = Options(sequences=0, cluster_tokens=100, examples=3)
 def inspect_run(run: Path, words: list[str], options: Options = OPTIONS, world: int = 1) -> list[dict[str, Any]]:
     checkpoints = chosen_checkpoints([run], every=True)[-2:]
     state = read_state(checkpoints[0], "")
-    config = saved_config(state["config"], "", words, world_size=world, reset=RESET)
+    config = saved_config(state.config, "", words, world_size=world, reset=RESET, trust=True)
     degrees = resolve(config.parallelism, world, str)
     return inspect(checkpoints, config, Mesh(degrees, torch.device("cpu")), options)
 
@@ -89,7 +90,7 @@ def test_two_ranks_give_the_measures_of_one(run: Path, layout: str) -> None:
 def test_measures_from_accumulated_sums_equal_those_computed_on_all_tokens_at_once(run: Path) -> None:
     (_, result) = inspect_run(run, ["--training.batch_size=8", "--training.microbatch_size=2"])
     checkpoint = chosen_checkpoints([run], every=False)[0]
-    config = saved_config(read_state(checkpoint, "")["config"], "", [], world_size=1)
+    config = saved_config(read_state(checkpoint, "").config, "", [], world_size=1, trust=True)
     prepared = prepare(config)
     stream = TokenStream(prepared.folder, prepared.manifest, "validation")
     windows = Windows(stream, config.training.seq_len, prepared.tokenizer.eos)
@@ -146,7 +147,7 @@ def test_persistence_starts_with_the_second_checkpoint_and_is_1_for_the_same_one
     assert "persistence_top1" not in first["layers"][0]
     assert 0 < second["summary"]["persistence_top1"] < 1
     checkpoint = chosen_checkpoints([run], every=False)[0]
-    config = saved_config(read_state(checkpoint, "")["config"], "", [], world_size=1)
+    config = saved_config(read_state(checkpoint, "").config, "", [], world_size=1, trust=True)
     again = inspect([checkpoint, checkpoint], config, single(torch.device("cpu")), OPTIONS)
     assert again[1]["summary"]["persistence_top1"] == again[1]["summary"]["persistence_topk"] == 1.0
 
@@ -155,7 +156,7 @@ def test_examples_are_text_of_the_validation_split(run: Path) -> None:
     """So is the context before each example token."""
     (_, result) = inspect_run(run, [], OPTIONS._replace(cluster_tokens=0, sequences=2))
     assert "knn_overlap" not in result["layers"][0]
-    config = saved_config(read_state(chosen_checkpoints([run], False)[0], "")["config"], "", [], world_size=1)
+    config = saved_config(read_state(chosen_checkpoints([run], False)[0], "").config, "", [], world_size=1, trust=True)
     prepared = prepare(config)
     stream = TokenStream(prepared.folder, prepared.manifest, "validation")
     text = prepared.tokenizer.decode(stream.read(0, 2 * config.training.seq_len).tolist())
@@ -204,7 +205,7 @@ def test_a_damaged_checkpoint_and_one_of_another_model_are_refused(run: Path, ti
     other = tiny_config("--model.dim=16")
     train(other)
     checkpoint = chosen_checkpoints([run], every=False)[0]
-    config = saved_config(read_state(checkpoint, "")["config"], "", [], world_size=1)
+    config = saved_config(read_state(checkpoint, "").config, "", [], world_size=1, trust=True)
     one_rank = single(torch.device("cpu"))
     with pytest.raises(UserError, match=r"another model: model\.dim differs"):
         inspect([checkpoint, RunDir(other).checkpoint(6)], config, one_rank, OPTIONS)

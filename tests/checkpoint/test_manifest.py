@@ -15,8 +15,9 @@ from tests.helpers.commands import TINY
 from tests.helpers.runs import Make, rows, train, untimed
 from titan_moe.checkpoint.manifest import BLOCK_BYTES, DamageError, entry_of, read_manifest, verify, write_manifest
 from titan_moe.checkpoint.resume import newest_good
-from titan_moe.checkpoint.run_dir import RunDir, read_state
+from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.checkpoint.saver import steps_to_delete
+from titan_moe.checkpoint.state import read_state
 from titan_moe.config.load import load_config
 from titan_moe.errors import UserError
 from titan_moe.parallel.mesh import single
@@ -94,11 +95,19 @@ def test_a_run_resumed_before_a_damaged_checkpoint_writes_the_same_rows(
     assert copied.saved_steps() == [2, 4]
 
 
-def test_without_an_undamaged_checkpoint_the_run_starts_over(saved: RunDir, copied: RunDir, tiny_config: Make) -> None:
+def test_without_an_undamaged_checkpoint_the_run_starts_over_only_when_told(
+    saved: RunDir, copied: RunDir, tiny_config: Make
+) -> None:
+    before = copied.metrics.read_bytes()
     for step in (2, 4):
         truncate(copied.checkpoint(step) / "__0_0.distcp", Path())
-    assert untimed(train(tiny_config("--training.steps=4"))) == untimed(rows(saved))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no usable checkpoint.*--checkpoint\.start_over=true"):
+            train(tiny_config("--training.steps=4"))
+        assert copied.metrics.read_bytes() == before
+    assert untimed(train(tiny_config("--training.steps=4", "--checkpoint.start_over=true"))) == untimed(rows(saved))
     assert len(list(copied.checkpoints.glob("aside-*"))) == 2
+    assert (copied.path / "metrics-aside.jsonl").read_bytes() == before
 
 
 def test_damaged_checkpoints_do_not_count_towards_keep(copied: RunDir, tiny_config: Make) -> None:
@@ -178,7 +187,7 @@ def test_a_mangled_state_is_refused_in_one_line(copied: RunDir, saved: RunDir, d
     except UserError as error:
         assert_one_line(error)
     else:
-        assert state["format_version"] == 2
+        assert state.format_version == 2
 
 
 @MANGLED

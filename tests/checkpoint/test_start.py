@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.helpers.runs import Make, train
-from titan_moe.checkpoint.run_dir import RunDir, check_unchanged
+from titan_moe.checkpoint.changes import check_unchanged
+from titan_moe.checkpoint.run_dir import RunDir, newest_of
 from titan_moe.checkpoint.start import start_from
+from titan_moe.checkpoint.state import read_state
 from titan_moe.errors import UserError
 from titan_moe.model.moe import MoELayer
 from titan_moe.parallel.mesh import single
@@ -47,9 +49,10 @@ def test_upcycling_noise_differs_by_expert_and_has_the_given_size(tiny_config: M
     config = tiny_config(*UPCYCLED, f"--checkpoint.upcycle_path={dense[0]}", "--checkpoint.upcycle_noise=0.1")
     one_rank = single(torch.device("cpu"))
     noisy, exact = build_model(config, 512, one_rank), build_model(config, 512, one_rank)
-    start_from(noisy, config, one_rank)
+    fingerprint = read_state(newest_of(str(dense[0])), "").tokenizer
+    start_from(noisy, config, fingerprint, one_rank)
     without = config.checkpoint.model_copy(update={"upcycle_noise": 0.0})
-    start_from(exact, config.model_copy(update={"checkpoint": without}), one_rank)
+    start_from(exact, config.model_copy(update={"checkpoint": without}), fingerprint, one_rank)
     for ours, theirs in zip(noisy.moe_modules(), exact.moe_modules(), strict=True):
         assert torch.equal(ours.router.weight, theirs.router.weight)
         for a, b in zip(experts_of(ours), experts_of(theirs), strict=True):

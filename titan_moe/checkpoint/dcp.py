@@ -6,11 +6,13 @@ Loading executes no code from a file: it reads only tensors, and unpickles only 
 """
 
 import errno
+import io
 import pickle
 import warnings
+import zipfile
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -18,15 +20,18 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.futures import Future
 
 from titan_moe.errors import UserError
+from titan_moe.runtime.files import read_file
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP warns so with a single process
 
@@ -38,6 +43,7 @@ PICKLED_TYPES = {
     *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
     *(("torch", name) for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")),
 }
+METADATA_BYTES = 1 << 30
 METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 
 
@@ -70,16 +76,86 @@ class _Reader(FileSystemReader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
-        with (path / ".metadata").open("rb") as file:
-            self.metadata = _MetadataUnpickler(file).load()
+        self.metadata = _MetadataUnpickler(io.BytesIO(read_file(path / ".metadata", METADATA_BYTES))).load()
         if not isinstance(self.metadata, Metadata):
             raise pickle.UnpicklingError("no checkpoint metadata")
         if getattr(self.metadata, "storage_meta", None) is None:
             self.metadata.storage_meta = StorageMeta()
+        sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file() and not file.is_symlink()}
+        check_storage(self.metadata, sizes)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            part = self.storage_data[item.storage_index]
+            with (Path(self.path) / part.relative_path).open("rb") as file:
+                check_part(file, part)
+        return super().read_data(plan, planner)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 - torch's signature
         self.metadata.storage_meta.load_id = self.load_id
         return self.metadata
+
+
+def check_storage(metadata: Metadata, sizes: dict[str, int]) -> None:
+    """Raises UnpicklingError unless every part is inside one of the checkpoint's own files, of which `sizes` has the bytes, and
+    the tensors that the parts make up are no larger than they are."""
+    declared: dict[str, int] = {}
+    for index, part in (metadata.storage_data or {}).items():
+        inside = part.relative_path in sizes and part.offset >= 0 and part.length > 0
+        if not inside or part.offset + part.length > sizes[part.relative_path]:
+            raise pickle.UnpicklingError(
+                f"the metadata names {part.relative_path!r}, which is not a part of this checkpoint"
+            )
+        declared[index.fqn] = declared.get(index.fqn, 0) + part.length
+    for name, tensor in metadata.state_dict_metadata.items():
+        if isinstance(tensor, TensorStorageMetadata):
+            size = tensor.size.numel() * tensor.properties.dtype.itemsize
+            if size > declared.get(name, 0):
+                raise pickle.UnpicklingError(
+                    f"{name} has {size:,} bytes by the metadata, and {declared.get(name, 0):,} in the files"
+                )
+
+
+class _Part(io.RawIOBase):
+    """A range of bytes of a file, as a file that zipfile reads."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self.file, self.offset, self.length, self.at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        self.at = (0, self.at, self.length)[whence] + position
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.offset + self.at)
+        content = self.file.read(max(0, min(len(buffer), self.length - self.at)))
+        buffer[: len(content)] = content
+        self.at += len(content)
+        return len(content)
+
+
+def check_part(file: BinaryIO, part: Any) -> None:
+    """Raises UnpicklingError for a part that would need more memory than it has bytes, as a compressed archive would.
+
+    A part is one tensor as torch.save writes it: an archive without compression."""
+    try:
+        with zipfile.ZipFile(_Part(file, part.offset, part.length)) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise pickle.UnpicklingError(f"a part of {part.relative_path} is damaged: {error}") from error
+    if size > part.length:
+        raise pickle.UnpicklingError(
+            f"a part of {part.relative_path} has {part.length:,} bytes and unpacks to {size:,}"
+        )
 
 
 class _TensorsOnly(DefaultLoadPlanner):
@@ -134,6 +210,7 @@ def read_tensors(path: Path, state: dict[str, Tensor]) -> None:
         OSError,
         ValueError,
         KeyError,
+        TypeError,
         EOFError,
         pickle.PickleError,
         AttributeError,

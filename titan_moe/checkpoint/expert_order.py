@@ -14,6 +14,7 @@ from titan_moe.errors import UserError
 from titan_moe.model.gemm import full
 from titan_moe.model.init import local_part
 from titan_moe.model.transformer import Transformer
+from titan_moe.runtime.files import read_file, write_file
 
 FORMAT = 1
 Order = npt.NDArray[np.int64]
@@ -43,16 +44,16 @@ def reorder(parameter: Tensor, indices: Tensor) -> None:
 def write_order(path: Path, order: Order, **facts: Any) -> None:
     """Writes the JSON file that `checkpoint.expert_order` names. facts: further keys."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"format": FORMAT, **facts, "order": order.tolist()}), encoding="utf-8")
+    write_file(path, json.dumps({"format": FORMAT, **facts, "order": order.tolist()}))
 
 
 def read_order(path: Path, layers: int, experts: int) -> Order:
     """The order (L, E) from a file. Raises UserError when it is not such a file or of another model."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_file(path))
         order = np.array(raw["order"], dtype=np.int64)
         right_format = raw["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"checkpoint.expert_order: {path}: not an order of experts: {error}") from error
     if not right_format or order.shape != (layers, experts) or (np.sort(order, axis=1) != np.arange(experts)).any():
         raise UserError(f"checkpoint.expert_order: {path}: not an order of {experts} experts in {layers} layers")

@@ -8,9 +8,16 @@ Checksums are per block of 16 MiB, so that threads and ranks can verify differen
 import hashlib
 import json
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from titan_moe.checkpoint.state import first_mistake, one_line
+from titan_moe.errors import UserError
+from titan_moe.runtime.files import read_file
 
 MANIFEST_FILE = "manifest.json"
 BLOCK_BYTES = 1 << 24
@@ -25,8 +32,25 @@ class Entry(NamedTuple):
     """SHA-256 of every block, in hexadecimal."""
 
 
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    size: Annotated[int, Field(ge=0, lt=1 << 63)]
+    blocks: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    step: Annotated[int, Field(ge=0, lt=1 << 63)]
+    files: dict[Annotated[str, Field(pattern=r"^[^/\x00]{1,255}$")], _File]
+    digest: str
+
+
 class DamageError(Exception):
     """A file is missing, truncated or altered. The message is one line that names it."""
+
+
+class UnreadableError(UserError):
+    """A file can't be read now: no permission, a file server that does not answer. That says nothing about its content."""
 
 
 def entry_of(path: Path) -> Entry:
@@ -63,40 +87,50 @@ def body_digest(body: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
-    """Entries by file name. Raises DamageError, also when a file has another size."""
+    """Entries by file name. Raises DamageError, also when a file has another size, and UnreadableError."""
     path = folder / MANIFEST_FILE
     try:
-        raw = json.loads(path.read_text())
-        altered = raw.pop("digest") != body_digest(raw)
-        entries = {name: Entry(int(file["size"]), list(file["blocks"])) for name, file in raw["files"].items()}
-        step = int(raw["step"])
+        raw = json.loads(read_file(path).decode("utf-8"))
+        manifest = _Manifest.model_validate(raw)
     except FileNotFoundError:
         raise DamageError(f"it has no {MANIFEST_FILE}, so it was never finished") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DamageError(f"{MANIFEST_FILE} can't be read ({type(error).__name__}: {error})") from error
-    if altered:
+    except OSError as error:
+        raise UnreadableError(f"{path}: can't be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise DamageError(f"{MANIFEST_FILE} is altered ({first_mistake(error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"{MANIFEST_FILE} is altered ({one_line(error)})") from error
+    raw.pop("digest")
+    if manifest.digest != body_digest(raw):
         raise DamageError(f"{MANIFEST_FILE} is altered")
-    if folder.name.startswith("step-") and folder.name != f"step-{step:08d}":
-        raise DamageError(f"{MANIFEST_FILE} belongs to step {step}")
+    if folder.name.startswith("step-") and folder.name != f"step-{manifest.step:08d}":
+        raise DamageError(f"{MANIFEST_FILE} belongs to step {manifest.step}")
+    entries = {name: Entry(file.size, file.blocks) for name, file in manifest.files.items()}
     for name, entry in entries.items():
         try:
-            size = (folder / name).stat().st_size
-        except OSError as error:
+            facts = (folder / name).lstat()
+        except FileNotFoundError as error:
             raise DamageError(f"{name}: {error.strerror}") from error
-        if size != entry.size:
-            raise DamageError(f"{name} has {size} bytes, not {entry.size}")
+        except OSError as error:
+            raise UnreadableError(f"{folder / name}: can't be read: {error.strerror}") from error
+        if not stat.S_ISREG(facts.st_mode):
+            raise UnreadableError(f"{folder / name}: is no regular file; a checkpoint is read from regular files only")
+        if facts.st_size != entry.size:
+            raise DamageError(f"{name} has {facts.st_size} bytes, not {entry.size}")
+        if len(entry.blocks) != -(-entry.size // BLOCK_BYTES):
+            raise DamageError(f"{MANIFEST_FILE} is altered: {name} has {len(entry.blocks)} checksums")
     return entries
 
 
 def verify(folder: Path, entries: dict[str, Entry], part: int = 0, parts: int = 1) -> None:
-    """Verifies the checksums of blocks part, part + parts, part + 2 parts and so on. Raises DamageError."""
+    """Verifies the checksums of blocks part, part + parts, part + 2 parts and so on. Raises DamageError, UnreadableError."""
     blocks = [(name, n) for name, entry in sorted(entries.items()) for n in range(len(entry.blocks))]
 
     def check(name: str, number: int) -> None:
         try:
             digest = block_digest(folder / name, number * BLOCK_BYTES)
         except OSError as error:
-            raise DamageError(f"{name}: {error.strerror}") from error
+            raise UnreadableError(f"{folder / name}: can't be read: {error.strerror}") from error
         if digest != entries[name].blocks[number]:
             raise DamageError(f"{name} is altered (checksum of block {number})")
 

@@ -1,53 +1,36 @@
 """A run's directory `{job.output_dir}/{job.name}/`: its files, its lock, and the state to resume from.
 
-    config.toml   metrics.jsonl   tensorboard/   checkpoints/step-00000100/   logs/rank-0.log
+    config.toml   tokenizer.model   metrics.jsonl   tensorboard/   checkpoints/step-00000100/   logs/rank-0.log
+
+A run directory may come from elsewhere: below it nothing is written through a symbolic link, and only regular files are read.
 
 Nothing here imports torch, so that a second `./run_train.sh` can say "finished" at once.
 """
 
-import contextlib
-import fcntl
 import json
+import math
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from pydantic import ValidationError
+import tomli
 
 from titan_moe.checkpoint.manifest import DamageError, read_manifest
+from titan_moe.checkpoint.state import one_line
 from titan_moe.config.describe import to_toml
 from titan_moe.config.tables import Config
+from titan_moe.config.trust import remember
 from titan_moe.errors import UserError
+from titan_moe.runtime.files import METRICS_BYTES, own_folder, read_file, refuse_link, write_file
+from titan_moe.runtime.lock import FileLock
 
-FORMAT_VERSION = 2
-STATE_FILE = "state.json"
-STATE_KEYS = ("step", "config", "data", "tokenizer", "scales", "norms", "skipped")
-
-# Keys that may change when a run resumes. A change of any other key is refused (docs/checkpoints.md).
-MAY_CHANGE = (
-    "job.name",
-    "job.output_dir",
-    "data.cache_dir",
-    "tokenizer.path",
-    "training.steps",
-    "training.microbatch_size",
-    "training.max_grad_norm",
-    "training.skip_spikes",
-    "training.deterministic",
-    "optimizer.lr",
-    "optimizer.weight_decay",
-    "lr_scheduler",
-    "parallelism",
-    "compile",
-    "activation_checkpoint",
-    "checkpoint",
-    "validation",
-    "metrics",
-    "profiling",
-    "extensions",
-)
+FOLDERS = ("checkpoints", "logs", "tensorboard", "profile", "wandb", "trackio")
+NUMBERS = {  # fields that a row of metrics.jsonl must have
+    "train": ("tokens", "loss", "ce", "lr"),
+    "validation": ("loss", "perplexity", "bits_per_byte"),
+}
 
 
 class RunDir:
@@ -58,26 +41,28 @@ class RunDir:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.profile = self.path / "profile"
+        self.tokenizer = self.path / "tokenizer.model"
         self.log = self.path / "logs" / f"rank-{rank}.log"
-        self._lock: IO[str] | None = None
+        self.lock = FileLock(self.path / ".lock")
 
     def open(self) -> None:
         """Creates the directories; rank 0 also takes the lock. Raises UserError.
 
         The operating system releases the lock when the process dies."""
         try:
-            for folder in (self.checkpoints, self.log.parent):
-                folder.mkdir(parents=True, exist_ok=True)
+            for name in FOLDERS:
+                refuse_link(self.path / name)
+            refuse_link(self.log)
+            for name in ("checkpoints", "logs"):
+                own_folder(self.path, name)
             if self.rank != 0:
                 return
-            self._lock = (self.path / ".lock").open("a")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.lock.acquire():
+                raise UserError(
+                    f"job.name: another process is training in {self.path}; wait for it, or choose another --job.name"
+                )
             for left in self.checkpoints.glob(".step-*"):  # unfinished checkpoints of a process that was killed
-                shutil.rmtree(left)
-        except BlockingIOError as error:
-            raise UserError(
-                f"job.name: another process is training in {self.path}; wait for it, or choose another --job.name"
-            ) from error
+                remove(left)
         except OSError as error:
             raise UserError(
                 f"job.output_dir: {error.filename or self.path}: can't be written: {error.strerror}"
@@ -85,13 +70,16 @@ class RunDir:
 
     def close(self) -> None:
         """Releases the lock."""
-        if self._lock is not None:
-            self._lock.close()
+        self.lock.release()
+
+    def write_tokenizer(self, model: bytes) -> None:
+        if not self.tokenizer.is_file() or self.tokenizer.read_bytes() != model:
+            write_file(self.tokenizer, model)
 
     def write_config(self, config: Config) -> None:
-        temporary = self.path / ".config.toml"
-        temporary.write_text(to_toml(config))
-        temporary.replace(self.path / "config.toml")
+        """Writes config.toml, and remembers it as this user's own."""
+        write_file(self.path / "config.toml", to_toml(config))
+        remember(config)
 
     def saved_steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -115,7 +103,8 @@ class RunDir:
         while (renamed := checkpoint.with_name(f"aside-{checkpoint.name}-{number}")).exists():
             number += 1
         checkpoint.rename(renamed)
-        (renamed / "REASON").write_text(f"{reason}\n")
+        if not renamed.is_symlink():
+            write_file(renamed / "REASON", f"{reason}\n")
         return renamed
 
     def checkpoint(self, step: int) -> Path:
@@ -125,17 +114,37 @@ class RunDir:
         steps = self.saved_steps()
         return self.checkpoint(steps[-1]) if steps else None
 
+    def lost_steps(self) -> int:
+        """Steps of a run that saved checkpoints of which none is left, by its rows; 0 for a run that had saved none yet.
+
+        Raises UserError when config.toml or metrics.jsonl can't be read."""
+        if not self.metrics.is_symlink() and not self.metrics.exists():
+            return 0
+        last = max((row["step"] for row in read_rows(self.metrics)), default=0)
+        try:
+            stored = tomli.loads(read_file(self.path / "config.toml").decode("utf-8"))
+            first_save = min(stored["checkpoint"]["interval"] or math.inf, stored["training"]["steps"])
+        except FileNotFoundError:
+            first_save = 0
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{self.path / 'config.toml'}: can't be read: {one_line(error)}") from error
+        return last if last >= first_save else 0
+
     def cut_metrics(self, step: int) -> int:
-        """Removes the rows after `step` (all rows when it is 0: the run starts over) and lines that are no rows, such
-        as the incomplete last line of a killed run. Returns the number of the latter."""
+        """Moves the rows after `step` (all rows when it is 0: the run starts over) from metrics.jsonl to metrics-aside.jsonl.
+
+        Also lines that are no rows, such as the incomplete last line of a killed run. Returns the number of these."""
         if not self.metrics.exists():
             return 0
-        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        lines = read_file(self.metrics, METRICS_BYTES).splitlines(keepends=True)
         rows = [read_row(line) for line in lines]
-        kept = [line for line, row in zip(lines, rows, strict=True) if step and row is not None and row["step"] <= step]
-        temporary = self.metrics.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(self.metrics)
+        keeps = [bool(step and row is not None and row["step"] <= step) for row in rows]
+        if not all(keeps):
+            aside = self.path / "metrics-aside.jsonl"
+            cut = [line for line, keep in zip(lines, keeps, strict=True) if not keep]
+            before = read_file(aside, METRICS_BYTES) if aside.exists() else b""
+            write_file(aside, before + b"".join(cut).rstrip(b"\n") + b"\n")
+            write_file(self.metrics, b"".join(line for line, keep in zip(lines, keeps, strict=True) if keep))
         return rows.count(None)
 
     def has_validation(self, step: int) -> bool:
@@ -145,15 +154,21 @@ class RunDir:
         return any((row["kind"], row["step"]) == ("validation", step) for row in read_rows(self.metrics))
 
     def cut_tensorboard(self, step: int) -> None:
-        """Deletes TensorBoard's files when the run starts over (step 0); else its writer purges later steps."""
-        if step == 0:
-            shutil.rmtree(self.tensorboard, ignore_errors=True)
+        """Renames TensorBoard's directory when the run starts over (step 0); else its writer purges later steps."""
+        if step == 0 and self.tensorboard.exists():
+            number = 1
+            while (renamed := self.path / f"aside-tensorboard-{number}").exists():
+                number += 1
+            self.tensorboard.rename(renamed)
 
 
 def read_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; incomplete lines are skipped."""
-    rows = map(read_row, metrics.read_bytes().splitlines(keepends=True))
-    return [row for row in rows if row is not None]
+    """The rows of a metrics.jsonl; incomplete lines are skipped. Raises UserError when it can't be read."""
+    try:
+        lines = read_file(metrics, METRICS_BYTES).splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{metrics}: can't be read: {error.strerror}") from error
+    return [row for row in map(read_row, lines) if row is not None]
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:
@@ -162,19 +177,42 @@ def read_row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    good = isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("kind"), str)
-    return row if good else None
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+        return None
+    step = row.get("step")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        return None
+    numbers = [value for name, value in row.items() if name not in ("kind", "data_crc")]
+    complete = all(name in row for name in NUMBERS.get(row["kind"], ()))
+    return row if complete and all(map(is_number, numbers)) else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number that fits a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """Steps of the checkpoints with a readable manifest and files of the right sizes, oldest first."""
+    """Steps of the checkpoints with an unaltered manifest and files of the right sizes, oldest first. Raises UserError when
+    that can't be told, since a file can't be read now."""
     return [step for step in all_steps(checkpoints) if looks_whole(checkpoints / f"step-{step:08d}")]
 
 
+def newest_of(given: str) -> Path:
+    """The newest checkpoint of a run directory; any other path as it is. Raises UserError."""
+    path = Path(given).expanduser()
+    steps = saved_steps(path / "checkpoints")
+    return path / "checkpoints" / f"step-{steps[-1]:08d}" if steps else path
+
+
 def all_steps(checkpoints: Path) -> list[int]:
-    """Steps of all checkpoints, damaged ones too."""
-    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in checkpoints.glob("step-*"))
-    return sorted(int(name.group(1)) for name in names if name)
+    """Steps of all checkpoints, damaged ones too. Raises UserError when the directory can't be read."""
+    try:
+        names = [entry.name for entry in os.scandir(checkpoints) if entry.is_dir()] if checkpoints.exists() else []
+    except OSError as error:
+        raise UserError(f"{checkpoints}: can't be read: {error.strerror}") from error
+    steps = [int(name[5:]) for name in names if re.fullmatch(r"step-[0-9]{8,18}", name)]
+    return sorted(step for step in steps if f"step-{step:08d}" in names)
 
 
 def looks_whole(checkpoint: Path) -> bool:
@@ -185,72 +223,12 @@ def looks_whole(checkpoint: Path) -> bool:
     return True
 
 
-def read_state(checkpoint: Path, origin: str) -> dict[str, Any]:
-    """A checkpoint's state.json. Raises UserError for what is none, is damaged, or comes from another version."""
-    path = checkpoint / STATE_FILE
-    if not path.exists():
-        raise UserError(f"{origin}: {checkpoint} is not a checkpoint (it has no {STATE_FILE})")
-    try:
-        state = json.loads(path.read_text())
-        version = state["format_version"]
-        missing = [key for key in STATE_KEYS if key not in state]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{origin}: {path} is damaged: {error}") from error
-    if version == FORMAT_VERSION and missing:
-        raise UserError(f"{origin}: {path} is damaged: it lacks {', '.join(missing)}")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{origin}: {checkpoint} has format version {version}; this program reads {FORMAT_VERSION}")
-    assert isinstance(state, dict)
-    return state
-
-
-def format_version(checkpoint: Path) -> int | None:
-    """The format version of a checkpoint that may be damaged; None when it can't be read."""
-    try:
-        version = json.loads((checkpoint / STATE_FILE).read_text())["format_version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return version if isinstance(version, int) else None
-
-
-def changed_keys(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ."""
-    keys = []
-    for key in sorted({*saved, *current}):
-        name = f"{prefix}{key}"
-        a, b = saved.get(key), current.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            keys += changed_keys(a, b, f"{name}.")
-        elif a != b:
-            keys.append(name)
-    return keys
-
-
-def check_unchanged(saved: dict[str, Any], config: Config, checkpoint: Path) -> None:
-    """Raises UserError when a key that may not change on resuming has changed.
-
-    saved: as an earlier version may have written it; keys that it lacks have their defaults.
-    """
-    with contextlib.suppress(ValidationError):  # then the comparison names what differs
-        saved = type(config).model_validate(saved).model_dump(mode="json")
-    current, chosen = config.model_dump(mode="json"), config.optimizer.name
-    options = {name for values in (saved, current) for name, v in values["optimizer"].items() if isinstance(v, dict)}
-    free_keys = [*MAY_CHANGE, f"optimizer.{chosen}.lr", *(f"optimizer.{name}" for name in options - {chosen})]
-    free_keys += ["data"] if config.checkpoint.allow_new_data else []
-    for key in changed_keys(saved, current):
-        if not any(key == free or key.startswith(f"{free}.") for free in free_keys):
-            raise UserError(
-                f"{key}: is {value_at(current, key)!r}, but {checkpoint} was made with {value_at(saved, key)!r}; set it back, "
-                "or choose another --job.name (and checkpoint.load_path to start from these weights)"
-            )
-
-
-def value_at(values: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key; None when there is none."""
-    node: Any = values
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
+def remove(path: Path) -> None:
+    """Deletes a directory and what is in it; of a symbolic link only the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def fsync_file(path: Path) -> None:

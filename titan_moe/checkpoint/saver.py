@@ -4,6 +4,7 @@ A checkpoint is written into `.step-N`: every rank's tensors, then state.json, t
 renamed. The background thread does the same with copies of the tensors and its own process group, one at a time.
 """
 
+import contextlib
 import errno
 import json
 import shutil
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_moe.checkpoint.dcp import tensors, write_tensors
-from titan_moe.checkpoint.manifest import Entry, entry_of, write_manifest
-from titan_moe.checkpoint.run_dir import STATE_FILE, RunDir, fsync_file, fsync_folder
+from titan_moe.checkpoint.manifest import Entry, UnreadableError, entry_of, write_manifest
+from titan_moe.checkpoint.run_dir import RunDir, all_steps, fsync_file, fsync_folder, looks_whole, remove
+from titan_moe.checkpoint.state import STATE_FILE
 from titan_moe.config.tables import Checkpoint
 from titan_moe.errors import TrainingError
 
@@ -64,7 +66,8 @@ class Saver:
         final = self.run_dir.checkpoint(step)
         temporary = final.with_name(f".{final.name}")
         if self.first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if temporary.is_symlink() or temporary.exists():
+                remove(temporary)
             temporary.mkdir()
         self.barrier()
         problem: OSError | None = None
@@ -110,8 +113,8 @@ class Saver:
             self.run_dir.set_aside(final, "it was written again")
         temporary.rename(final)
         fsync_folder(self.run_dir.checkpoints)
-        for old in steps_to_delete(self.run_dir.saved_steps(), self.settings.keep, self.settings.interval):
-            shutil.rmtree(self.run_dir.checkpoint(old))
+        for old in steps_to_delete(readable_steps(self.run_dir), self.settings.keep, self.settings.interval):
+            remove(self.run_dir.checkpoint(old))
 
     def raise_on_every_rank(self, problem: OSError | None) -> None:
         """Raises on every rank when writing failed on any."""
@@ -127,6 +130,16 @@ class Saver:
     def barrier(self) -> None:
         if self.group is not None:
             dist.barrier(self.group)
+
+
+def readable_steps(run_dir: RunDir) -> list[int]:
+    """Steps of the finished checkpoints, oldest first, without those that can't be read now: they are not deleted."""
+    steps = []
+    for step in all_steps(run_dir.checkpoints):
+        with contextlib.suppress(UnreadableError):
+            if looks_whole(run_dir.checkpoint(step)):
+                steps.append(step)
+    return steps
 
 
 def due(step: int, interval: int) -> bool:

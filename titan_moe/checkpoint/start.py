@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from titan_moe.checkpoint.changes import changed_keys
 from titan_moe.checkpoint.dcp import load_checkpoint, read_tensors, tensors
 from titan_moe.checkpoint.expert_order import permute_experts, read_order
 from titan_moe.checkpoint.resume import damage
-from titan_moe.checkpoint.run_dir import changed_keys, read_state, saved_steps
+from titan_moe.checkpoint.run_dir import newest_of
+from titan_moe.checkpoint.state import State, dump, read_state
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
 from titan_moe.model.init import draw, local_part
@@ -20,13 +22,16 @@ from titan_moe.parallel.mesh import Mesh
 log = logging.getLogger("titan_moe")
 
 
-def start_from(model: Transformer, config: Config, mesh: Mesh) -> None:
-    """Loads the weights that `checkpoint.load_path` or `checkpoint.upcycle_path` names, if any. Raises UserError."""
+def start_from(model: Transformer, config: Config, tokenizer: str, mesh: Mesh) -> None:
+    """Loads the weights that `checkpoint.load_path` or `checkpoint.upcycle_path` names, if any. Raises UserError.
+
+    tokenizer: fingerprint of this run's; weights that were trained with another one are refused."""
     checkpoint = config.checkpoint
     if checkpoint.load_path:
         origin = f"checkpoint.load_path = {checkpoint.load_path!r}"
         path, state = open_checkpoint(checkpoint.load_path, origin, mesh)
-        different = changed_keys(state["config"]["model"], config.model_dump(mode="json")["model"], "model.")
+        check_tokenizer(state, tokenizer, origin)
+        different = changed_keys(state.model_table(origin), dump(config)["model"], "model.")
         if different:
             raise UserError(f"{origin}: a checkpoint of another model: {different[0]} differs")
         load_checkpoint(path, model, None)
@@ -37,17 +42,23 @@ def start_from(model: Transformer, config: Config, mesh: Mesh) -> None:
     elif checkpoint.upcycle_path:
         origin = f"checkpoint.upcycle_path = {checkpoint.upcycle_path!r}"
         path, state = open_checkpoint(checkpoint.upcycle_path, origin, mesh)
-        check_dense(state["config"]["model"], config, origin)
+        check_tokenizer(state, tokenizer, origin)
+        check_dense(state.model_table(origin), config, origin)
         upcycle(model, path, checkpoint.upcycle_noise, config.job.seed)
         log.info(f"Starting from the dense weights of {path}, every expert a copy")
 
 
-def open_checkpoint(given: str, origin: str, mesh: Mesh) -> tuple[Path, dict[str, Any]]:
+def check_tokenizer(state: State, tokenizer: str, origin: str) -> None:
+    """Raises UserError when the weights belong to another tokenizer."""
+    if state.tokenizer != tokenizer:
+        raise UserError(
+            f"{origin}: its weights belong to another tokenizer than tokenizer.path names; leave it out to take theirs"
+        )
+
+
+def open_checkpoint(given: str, origin: str, mesh: Mesh) -> tuple[Path, State]:
     """The checkpoint at a path, or the newest one when it is a run directory, and its state.json. Raises UserError."""
-    path = Path(given)
-    steps = saved_steps(path / "checkpoints")
-    if steps:
-        path = path / "checkpoints" / f"step-{steps[-1]:08d}"
+    path = newest_of(given)
     state = read_state(path, origin)
     problem = damage(path, mesh)
     if problem is not None:
@@ -57,7 +68,7 @@ def open_checkpoint(given: str, origin: str, mesh: Mesh) -> tuple[Path, dict[str
 
 def check_dense(saved: dict[str, Any], config: Config, origin: str) -> None:
     """Raises UserError when the layers of the checkpoint can't become this model's experts."""
-    current = config.model_dump(mode="json")["model"]
+    current = dump(config)["model"]
     dense, wanted = saved.pop("moe"), current.pop("moe")
     different = changed_keys(saved, current, "model.")
     if different:

@@ -3,6 +3,7 @@
 Loss terms have their registry in `torchtitan_ext.terms`. Users import all of it from `titan_moe.extend`.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -87,11 +88,22 @@ def load_modules(names: Sequence[str], origin: str) -> None:
     for name in names:
         try:
             if name.endswith(".py"):
-                _load_file(Path(name))
+                _load_file(Path(name).expanduser())
             else:
                 importlib.import_module(name)
         except Exception as error:  # whatever the user's module raises is the user's to see, in one line
             raise UserError(f"{origin}: {name!r} can't be imported: {type(error).__name__}: {error}") from error
+
+
+def module_digests(names: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the source file of every imported module of `extensions.modules` that has one."""
+    digests = {}
+    for name in names:
+        module = None if name.endswith(".py") else sys.modules[name]
+        file = Path(name) if module is None else Path(module.__file__ or "")
+        if file.is_file():
+            digests[Path(name).name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return digests
 
 
 def _load_file(path: Path) -> None:

@@ -14,13 +14,16 @@ import tomli
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from titan_moe.config import trust as trusted
 from titan_moe.config.checks import check_config
 from titan_moe.config.extensions import load_modules
 from titan_moe.config.tables import Config, config_class
 from titan_moe.errors import UserError
+from titan_moe.runtime.files import read_file
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent.parent / "train_configs"
 COMMAND_LINE = "command line"
+CONFIG_BYTES = 16 << 20
 MODULES = "extensions.modules"
 
 
@@ -30,18 +33,29 @@ def load_config(
     *,
     world_size: int = 1,
     settings: Sequence[tuple[str, dict[str, Any]]] = (),
+    trust: bool = False,
+    reads_files: bool = True,
 ) -> Config:
     """Reads, merges and checks a configuration.
 
     name: a file of `train_configs/` with or without `.toml`, or a path; None: no file. settings: (source, table) pairs
     that win over the file, later over earlier. overrides: `--section.key=value` words, which win over all. world_size:
-    the number of processes that the parallelism degrees must fit. Raises UserError.
+    the number of processes that the parallelism degrees must fit. trust: import modules that files name, and read files that
+    a run's stored config.toml names. reads_files: whether the verb reads such files. Raises UserError.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     path = Path("defaults") if name is None else find_config(name)
     if name is not None:
         merge_file(values, origins, path)
+        if trusted.is_stored(path):
+            trust = trust or trusted.is_own(values)
+            # The run directory may have been moved: it is where its config.toml is.
+            folder = path.absolute().parent
+            set_value(values, "job.output_dir", str(folder.parent))
+            set_value(values, "job.name", folder.name)
+            if reads_files and not trust:
+                trusted.check_files(values, [key for key, _ in parse_overrides(overrides)], str(path))
     for source, table in settings:
         merge(values, origins, table, source)
     pairs = parse_overrides(overrides)
@@ -52,6 +66,8 @@ def load_config(
     extensions = values.get("extensions")
     modules = extensions.get("modules") if isinstance(extensions, dict) else None
     if isinstance(modules, list) and all(isinstance(module, str) for module in modules):  # else `build` raises
+        if origins.get(MODULES) != COMMAND_LINE and not trust:
+            trusted.check_modules(modules, f"{origins.get(MODULES, path)}: {MODULES}")
         load_modules(modules, f"{origins.get(MODULES, path)}: {MODULES}")
     for key, raw in pairs:
         set_value(values, key, override_value(key, raw))
@@ -64,11 +80,23 @@ def load_config(
 
 
 def saved_config(
-    values: dict[str, Any], origin: str, overrides: Sequence[str], *, world_size: int, reset: Sequence[str] = ()
+    values: dict[str, Any],
+    origin: str,
+    overrides: Sequence[str],
+    *,
+    world_size: int,
+    reset: Sequence[str] = (),
+    trust: bool = False,
 ) -> Config:
-    """The configuration stored in a checkpoint (origin), overridden and checked. reset: tables to set to defaults."""
+    """The configuration stored in a checkpoint (origin), overridden and checked. reset: tables to set to defaults.
+
+    Without `trust`, keys that name files have their defaults, and modules are refused.
+    """
+    trust = trust or trusted.is_own(values)
     kept = {key: value for key, value in values.items() if key not in reset}
-    return load_config(None, overrides, world_size=world_size, settings=[(origin, kept)])
+    if not trust:
+        kept = trusted.without_files(kept, [key for key, _ in parse_overrides(overrides)])
+    return load_config(None, overrides, world_size=world_size, settings=[(origin, kept)], trust=trust)
 
 
 def find_config(name: str) -> Path:
@@ -91,10 +119,10 @@ def merge_file(values: dict[str, Any], origins: dict[str, str], path: Path, seen
     if path.resolve() in seen:
         raise UserError(f"{path}: extends: the files extend each other in a circle")
     try:
-        own = tomli.loads(path.read_text(encoding="utf-8"))
+        own = tomli.loads(read_file(path.resolve(), CONFIG_BYTES).decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read: {error}") from error
-    except (tomli.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise UserError(f"{path}: not valid TOML: {error}") from error
     bases = own.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases

@@ -260,6 +260,8 @@ class Checkpoint(Table):
     """Write in the background, from a copy in the CPU's memory; training goes on meanwhile."""
     allow_new_data: bool = False
     """Go on with other training text than the checkpoint was made with."""
+    start_over: bool = False
+    """Start again at step 0 when a run that had saved checkpoints has no usable one left. Its metrics are kept aside."""
     load_path: str = ""
     """A checkpoint directory whose weights a new run starts from."""
     expert_order: str = ""

@@ -49,16 +49,18 @@ def cache_root(config: Config) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titan_moe"
 
 
-def prepare(config: Config, text: str = "") -> Prepared:
+def prepare(config: Config, text: str = "", tokenizer: Tokenizer | None = None) -> Prepared:
     """The tokenizer and shards of a configuration, made unless the cache has them. Raises UserError.
 
     text: a corpus to tokenise in place of `data.corpus`, all of it as one split "text", with the same tokenizer.
+    tokenizer: used in place of the one that the configuration names.
     """
     root, data = cache_root(config), config.data
-    corpus = open_corpus(data.corpus, "data.corpus", root)
-    source = open_corpus(text, "--text", root) if text else corpus
+    source = open_corpus(text, "--text", root) if text else open_corpus(data.corpus, "data.corpus", root)
     try:
-        tokenizer = cached_tokenizer(config, corpus, root)
+        if tokenizer is None:
+            corpus = open_corpus(data.corpus, "data.corpus", root) if text else source
+            tokenizer = cached_tokenizer(config, corpus, root)
         check_vocabulary(config, tokenizer.vocab_size)
         key: list[object] = [source.fingerprint, tokenizer.fingerprint]
         key = ["text", *key] if text else [*key, data.tokens, data.validation_fraction]

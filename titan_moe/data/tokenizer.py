@@ -40,6 +40,7 @@ class Tokenizer:
             raise UserError(
                 f"{origin}: the model has neither a begin nor an end symbol, so documents can't be separated"
             )
+        self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
         byte_ids = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._space_ids = byte_ids if all(self.pieces.is_byte(i) for i in byte_ids) else None

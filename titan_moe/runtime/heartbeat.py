@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from titan_moe.errors import LostRanksError
+from titan_moe.runtime.files import open_append
 
 INTERVAL = 2.0  # seconds between two heartbeats
 WINDOW = 3 * INTERVAL  # a rank without a heartbeat for so many seconds is lost
@@ -107,7 +108,7 @@ class Watchdog:
 
     def __init__(self, path: Path, seconds: int) -> None:
         """path: the log. seconds: after which a collective times out; the watchdog waits `GRACE_SECONDS` longer."""
-        self.file = path.open("a")
+        self.file = open_append(path)
         self.seconds = seconds + GRACE_SECONDS
 
     def reset(self) -> None:

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from titan_moe import __version__
+from titan_moe.checkpoint.changes import check_unchanged, consequences, tokens_of_microbatch
 from titan_moe.checkpoint.dcp import load_checkpoint
 from titan_moe.checkpoint.resume import newest_good
-from titan_moe.checkpoint.run_dir import FORMAT_VERSION, RunDir, check_unchanged, read_state
+from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.checkpoint.saver import Saver, due
 from titan_moe.checkpoint.start import start_from
+from titan_moe.checkpoint.state import FORMAT_VERSION, State, dump, read_state
 from titan_moe.config.degrees import micro_batch_size
-from titan_moe.config.extensions import Tracker
+from titan_moe.config.extensions import Tracker, module_digests
 from titan_moe.config.tables import Config
+from titan_moe.config.trust import with_absolute_paths
 from titan_moe.data.loader import Batch, DataRank, StepData, TrainingLoader, Windows
 from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import TokenStream
@@ -59,6 +62,7 @@ class Trainer:
         if config.training.deterministic:
             make_deterministic()
         self.tokenizer = prepared.tokenizer
+        self.modules = module_digests(config.extensions.modules)
         self.data_fingerprint = prepared.manifest.fingerprint
         train, self.validation_windows = (
             Windows(
@@ -236,52 +240,62 @@ class Trainer:
             "format_version": FORMAT_VERSION,
             "titan_moe": __version__,
             "torch": torch.__version__,
-            "config": self.config.model_dump(mode="json"),
+            "config": dump(with_absolute_paths(self.config)),
             "data": self.data_fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
             "scales": self.scales,
             "norms": list(self.steps.spikes.norms),
             "skipped": self.skipped,
+            "modules": self.modules,
+            "step_tokens": tokens_of_microbatch(self.config, self.mesh.degrees),
         }
         self.saver.save(step, facts)
 
     def resume(self) -> int:
         """Loads the newest checkpoint, or the initial weights if there is none. Returns the checkpoint's step, or 0."""
-        newest = newest_good(self.run_dir, self.mesh)
+        newest = newest_good(self.run_dir, self.mesh, self.config.checkpoint.start_over)
         step = 0
         if newest is not None:
             state = read_state(newest, "checkpoint")
-            check_unchanged(state["config"], self.config, newest)
+            both = check_unchanged(state.config, self.config, newest)
             self.check_data(state, newest)
             load_checkpoint(newest, self.model, self.optimizer)
-            self.scales = state["scales"]
-            self.steps.spikes = Spikes(self.config.training.skip_spikes, state["norms"])
-            self.skipped = state["skipped"]
-            step = int(state["step"])
+            self.scales = state.scales
+            self.steps.spikes = Spikes(self.config.training.skip_spikes, state.norms)
+            self.skipped = state.skipped
+            step = state.step
             log.info(f"Going on from {newest}")
+            for line in consequences(both, state, self.config, self.mesh.degrees, self.modules):
+                if self.mesh.first:
+                    log.warning(f"from step {step + 1} on: {line}")
         else:
-            start_from(self.model, self.config, self.mesh)
+            start_from(self.model, self.config, self.tokenizer.fingerprint, self.mesh)
         if self.mesh.first:
             junk = self.run_dir.cut_metrics(step)
             if junk:
                 log.warning(f"{self.run_dir.metrics}: {junk} damaged line{'s' if junk > 1 else ''} left out")
             self.run_dir.cut_tensorboard(step)
-            self.run_dir.write_config(self.config)
+            self.run_dir.write_config(with_absolute_paths(self.config))
+            self.run_dir.write_tokenizer(self.tokenizer.model)
         return step
 
-    def check_data(self, state: dict[str, Any], newest: Path) -> None:
+    def check_data(self, state: State, newest: Path) -> None:
         """Raises UserError when the checkpoint was made with other training text or another tokenizer."""
-        for what, key, now in (
-            ("the tokenizer", "tokenizer", self.tokenizer.fingerprint),
-            ("the training text", "data", self.data_fingerprint),
-        ):
-            if state[key] != now and key == "data" and self.config.checkpoint.allow_new_data:
-                log.warning(f"going on with other text than {newest} was made with, as checkpoint.allow_new_data says")
-            elif state[key] != now:
-                raise UserError(
-                    f"data.corpus: {what} is not the one that {newest} was trained with; give back the same, "
-                    "choose another --job.name, or go on with other text by --checkpoint.allow_new_data=true"
-                )
+        if state.tokenizer != self.tokenizer.fingerprint:
+            raise UserError(
+                f"tokenizer.path: the tokenizer is not the one that {newest} was trained with, so its weights would be read "
+                "under other ids; leave tokenizer.path out (the run directory has the tokenizer), or choose another --job.name"
+            )
+        if state.data == self.data_fingerprint:
+            return
+        if not self.config.checkpoint.allow_new_data:
+            before, now = state.config.get("data", {}), dump(self.config)["data"]
+            keys = [f"data.{key}" for key in now if key in before and before[key] != now[key] and key != "cache_dir"]
+            raise UserError(
+                f"{keys[0] if keys else 'data.corpus'}: the training text is not the one that {newest} was trained with; give "
+                "back the same, choose another --job.name, or go on with other text by --checkpoint.allow_new_data=true"
+            )
+        log.warning(f"going on with other text than {newest} was made with, as checkpoint.allow_new_data says")
 
     def announce(self) -> None:
         if not self.mesh.first:

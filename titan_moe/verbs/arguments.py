@@ -30,7 +30,14 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     """Adds `--config` and overrides: `load_config(arguments.config, arguments.overrides)` reads them."""
     meaning = "a file of train_configs/ by name, or a path (default: %(default)s)"
     parser.add_argument("--config", default="debug", help=meaning)
+    add_trust(parser)
     add_overrides(parser)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds `--trust`."""
+    meaning = "import modules that a file names, and read files that a run's stored configuration names"
+    parser.add_argument("--trust", action="store_true", help=meaning)
 
 
 def add_number(parser: argparse.ArgumentParser, option: str, default: int, meaning: str, least: int = 1) -> None:
@@ -47,6 +54,7 @@ def add_number(parser: argparse.ArgumentParser, option: str, default: int, meani
 def add_runs(parser: argparse.ArgumentParser, count: str | None = "+") -> None:
     """Adds run directories or checkpoints, and the text to run their model on."""
     parser.add_argument("runs", nargs=count, type=Path, metavar="RUN", help="a run directory or one of its checkpoints")
+    add_trust(parser)
     meaning = "text to read, as data.corpus (default: the run's validation text)"
     parser.add_argument("--text", default="", metavar="CORPUS", help=meaning)
     add_number(parser, "--sequences", 0, "sequences of the text to read (0: all)", 0)

@@ -27,7 +27,7 @@ def run(arguments: Namespace) -> int:
 
     options = Options(arguments.text, arguments.sequences, arguments.cluster_tokens, arguments.examples)
     world = world_size_from_environment()
-    checkpoints, config = from_checkpoint(arguments.runs, arguments.all, arguments.overrides, world)
+    checkpoints, config = from_checkpoint(arguments.runs, arguments.all, arguments.overrides, world, arguments.trust)
     with ranks_of(config) as mesh:
         results = inspect(checkpoints, config, mesh, options)
     write_results(checkpoints, results, options.text, arguments.output)

@@ -28,7 +28,8 @@ def run(arguments: Namespace) -> int:
     from titan_moe.analysis.place.place import write_placement
     from titan_moe.analysis.processes import ranks_of
 
-    (checkpoint,), config = from_checkpoint([arguments.runs], False, arguments.overrides, world_size_from_environment())
+    world = world_size_from_environment()
+    (checkpoint,), config = from_checkpoint([arguments.runs], False, arguments.overrides, world, arguments.trust)
     options = Options(arguments.text, arguments.sequences, cluster_tokens=0, examples=0)
     with ranks_of(config) as mesh:
         ranks = None if arguments.by_paths else arguments.ranks

@@ -15,7 +15,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides, world_size=arguments.world)
+    a = arguments
+    config = load_config(a.config, a.overrides, world_size=a.world, trust=a.trust, reads_files=False)
     from titan_moe.estimate.plan import plan_text  # imports torch, so after the checks
 
     print(plan_text(config, arguments.world))

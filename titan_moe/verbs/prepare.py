@@ -14,7 +14,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides, world_size=world_size_from_environment())
+    config = load_config(
+        arguments.config, arguments.overrides, world_size=world_size_from_environment(), trust=arguments.trust
+    )
     from titan_moe.data.prepare import prepare
 
     tokenizer, folder, manifest = prepare(config)

@@ -6,7 +6,7 @@ example: titan-moe sweep --config nano_lr --processes 2 --training.steps=800
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from titan_moe.verbs.arguments import add_number, add_overrides
+from titan_moe.verbs.arguments import add_number, add_overrides, add_trust
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -15,6 +15,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: runs/sweeps/CONFIG)")
     parser.add_argument("--tables", action="store_true", help="only write the tables of finished runs again")
     add_number(parser, "--processes", 1, "runs at the same time")
+    add_trust(parser)
     add_overrides(parser)
 
 
@@ -22,4 +23,4 @@ def run(arguments: Namespace) -> int:
     from titan_moe.analysis.sweep.sweep import run_sweep
 
     a = arguments
-    return run_sweep(a.config, a.base, a.output, a.overrides, a.processes, a.tables)
+    return run_sweep(a.config, a.base, a.output, a.overrides, a.processes, a.tables, a.trust)

@@ -26,17 +26,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     world = world_size_from_environment()
-    config = load_config(arguments.config, arguments.overrides, world_size=world)
+    config = load_config(arguments.config, arguments.overrides, world_size=world, trust=arguments.trust)
     check_packages(config.metrics.trackers)
+    from titan_moe.checkpoint.prepared import prepare_run
     from titan_moe.checkpoint.run_dir import RunDir
-    from titan_moe.data.prepare import prepare
 
     run_dir = RunDir(config, int(os.environ.get("RANK", "0")))
     if finished := run_dir.finished(config.training.steps):
         print(finished)
         return FINISHED if arguments.check else 0
     if arguments.check:
-        prepare(config)
+        prepare_run(config, run_dir)
         return 0
     from titan_moe.parallel.mesh import Mesh, from_first, limit_waiting, start_processes, stop_processes
     from titan_moe.runtime.device import pick_device
@@ -46,7 +46,7 @@ def run(arguments: Namespace) -> int:
     device, timeout = pick_device(), config.parallelism.timeout_seconds
     start_processes(device, timeout)
     from_first(run_dir.open)
-    prepared = from_first(lambda: prepare(config))
+    prepared = from_first(lambda: prepare_run(config, run_dir))
     from titan_moe.train.trainer import Trainer  # takes seconds, so after the checks
 
     start_log(run_dir.log, run_dir.rank)

@@ -29,14 +29,18 @@ from titan_moe.analysis.inspect.tally import (
     unchanged_choices,
 )
 from titan_moe.analysis.processes import print_table
+from titan_moe.checkpoint.changes import changed_keys
 from titan_moe.checkpoint.dcp import load_checkpoint
+from titan_moe.checkpoint.declared import check_size
+from titan_moe.checkpoint.prepared import prepare_inspection
 from titan_moe.checkpoint.resume import damage
-from titan_moe.checkpoint.run_dir import STATE_FILE, changed_keys, read_state, saved_steps
+from titan_moe.checkpoint.run_dir import saved_steps
+from titan_moe.checkpoint.state import STATE_FILE, dump, read_state
 from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.load import saved_config
 from titan_moe.config.tables import Config
 from titan_moe.data.loader import DataRank, Windows, permuted, validation_batches
-from titan_moe.data.prepare import prepare
+from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import TokenStream
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.errors import UserError
@@ -44,6 +48,7 @@ from titan_moe.model.gemm import full
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh, from_first
 from titan_moe.parallel.parallelize import build_runner
+from titan_moe.runtime.files import own_folder, write_file
 from titan_moe.train.build import build_model
 from titan_moe.train.validation import Losses, LossSums, evaluate_batch
 from torchtitan_ext.collectives import all_sum
@@ -101,14 +106,14 @@ def inspect(checkpoints: Sequence[Path], config: Config, mesh: Mesh, options: Op
     """The measures of every checkpoint, on rank 0; an empty list on other ranks. Raises UserError.
 
     config: of the checkpoints' model, with the parallelism and dtype to run it with."""
-    inspected = InspectedModel(config, mesh, options)
+    inspected = model_of(checkpoints[0], config, mesh, options)
     results: list[dict[str, Any]] = []
     before: Tally | None = None
     for checkpoint in checkpoints:
         tally = inspected.tally(kept_routing=ROUTING_TOKENS if len(checkpoints) > 1 else 0)
         inspected.load(checkpoint)
         losses = inspected.run_on_text(tally)
-        result = {"checkpoint": str(checkpoint), "step": int(read_state(checkpoint, "checkpoint")["step"])}
+        result = {"checkpoint": str(checkpoint), "step": read_state(checkpoint, "checkpoint").step}
         result |= {"text": options.text or "validation", **losses._asdict()}
         measures = summary(inspected, tally, before)
         if mesh.first:
@@ -117,13 +122,19 @@ def inspect(checkpoints: Sequence[Path], config: Config, mesh: Mesh, options: Op
     return results
 
 
+def model_of(checkpoint: Path, config: Config, mesh: Mesh, options: Options) -> "InspectedModel":
+    """The model of a checkpoint, whose weights are not loaded yet, with its tokenizer and text. Raises UserError."""
+    state = read_state(checkpoint, "checkpoint")
+    prepared = from_first(lambda: prepare_inspection(config, state, checkpoint, options.text))
+    return InspectedModel(config, prepared, mesh, options)
+
+
 class InspectedModel:
     """A model whose MoE layers report to a tally, and the text to run it on."""
 
-    def __init__(self, config: Config, mesh: Mesh, options: Options) -> None:
+    def __init__(self, config: Config, prepared: Prepared, mesh: Mesh, options: Options) -> None:
         """Raises UserError."""
-        self.config, self.mesh, self.options = config, mesh, options
-        self.prepared = from_first(lambda: prepare(config, options.text))
+        self.config, self.prepared, self.mesh, self.options = config, prepared, mesh, options
         split = "text" if options.text else "validation"
         self.stream = TokenStream(self.prepared.folder, self.prepared.manifest, split)
         seq_len, end = config.training.seq_len, self.prepared.tokenizer.eos
@@ -154,9 +165,13 @@ class InspectedModel:
     def load(self, checkpoint: Path) -> None:
         """Loads a checkpoint's weights. Raises UserError when it is damaged or of another model."""
         state = read_state(checkpoint, "checkpoint")
-        different = changed_keys(state["config"]["model"], self.config.model_dump(mode="json")["model"], "model.")
+        different = changed_keys(state.model_table(str(checkpoint)), dump(self.config)["model"], "model.")
         if different:
             raise UserError(f"{checkpoint}: a checkpoint of another model: {different[0]} differs")
+        if state.tokenizer != self.prepared.tokenizer.fingerprint:
+            raise UserError(
+                f"{checkpoint}: a checkpoint with another tokenizer; its weights would be read under other ids"
+            )
         problem = damage(checkpoint, self.mesh)
         if problem is not None:
             raise UserError(f"{checkpoint} is damaged: {problem}")
@@ -341,10 +356,11 @@ def write_results(checkpoints: Sequence[Path], results: list[dict[str, Any]], te
         path = place_of(checkpoint, text)
         if output:
             path = output / path.name if len(checkpoints) > 1 else output
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
-        temporary.replace(path)
+        if output:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            own_folder(path.parent.parent, path.parent.name)
+        write_file(path, json.dumps(result, allow_nan=False))
         print_table(table(result))
         print(path)
 
@@ -385,10 +401,14 @@ def chosen_checkpoints(paths: Sequence[Path], every: bool) -> list[Path]:
     return checkpoints
 
 
-def from_checkpoint(paths: Sequence[Path], every: bool, words: Sequence[str], world: int) -> tuple[list[Path], Config]:
+def from_checkpoint(
+    paths: Sequence[Path], every: bool, words: Sequence[str], world: int, trust: bool = False
+) -> tuple[list[Path], Config]:
     """The checkpoints of `chosen_checkpoints`, and their configuration without the parallelism that they were trained
-    with. words: overrides, `--section.key=value`."""
+    with. words: overrides, `--section.key=value`. trust: let the configuration name files and modules."""
     checkpoints = chosen_checkpoints(paths, every)
     state = read_state(checkpoints[0], "checkpoint")
     reset = ("parallelism", "compile", "activation_checkpoint")
-    return checkpoints, saved_config(state["config"], str(checkpoints[0]), words, world_size=world, reset=reset)
+    config = saved_config(state.config, str(checkpoints[0]), words, world_size=world, reset=reset, trust=trust)
+    check_size(config.model, checkpoints[0])
+    return checkpoints, config

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from titan_moe.analysis.inspect.inspection import InspectedModel, Options
+from titan_moe.analysis.inspect.inspection import Options, model_of
 from titan_moe.analysis.place.placement import (
     Counts,
     Ranks,
@@ -40,7 +40,7 @@ class Placement(NamedTuple):
 
 def for_ranks(checkpoint: Path, config: Config, mesh: Mesh, options: Options, ranks: int) -> Placement:
     """Fits a placement to every second sequence of the text and measures it on both halves. Raises UserError."""
-    inspected = InspectedModel(config, mesh, options)
+    inspected = model_of(checkpoint, config, mesh, options)
     tally = inspected.tally(sequences=inspected.sequences)
     inspected.load(checkpoint)
     inspected.run_on_text(tally)
@@ -72,7 +72,7 @@ def compare(fitted: Counts, other: Counts, rank_of: Ranks, by_router: bool, rank
 def by_paths(checkpoint: Path, config: Config, mesh: Mesh, options: Options) -> Ranks:
     """The order (L, E) in which an expert has the same index as its match in the layer before, by the best one-to-one
     matching of consecutive layers."""
-    inspected = InspectedModel(config, mesh, options)
+    inspected = model_of(checkpoint, config, mesh, options)
     tally = inspected.tally()
     inspected.load(checkpoint)
     inspected.run_on_text(tally)

@@ -14,6 +14,7 @@ from titan_moe.analysis.report.figures import plots
 from titan_moe.analysis.report.runs import Run, read_runs
 from titan_moe.analysis.sweep.statistics import paired
 from titan_moe.analysis.sweep.tables import write_csv
+from titan_moe.runtime.files import own_folder, write_file
 
 BLOCKS = 10  # of paired steps; their means are treated as independent samples
 SUMMARY = {
@@ -42,11 +43,13 @@ Row = dict[str, Any]
 def write_report(paths: Sequence[Path], folder: Path) -> Path:
     """Reads run directories and writes the page and its files into `folder`; returns the page. Raises UserError."""
     runs = read_runs(paths)
+    if folder.parent in paths:
+        own_folder(folder.parent, folder.name)
     folder.mkdir(parents=True, exist_ok=True)
     sections = []
     for title, drawn in plots(runs):
         for plot in drawn:
-            (folder / f"{plot.name}.png").write_bytes(plot.png)
+            write_file(folder / f"{plot.name}.png", plot.png)
             write_csv(folder / f"{plot.name}.csv", plot.rows)
         shown = [plot._replace(svg=Markup(plot.svg)) for plot in drawn if plot.rows]
         if shown:
@@ -71,32 +74,24 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
         version=__version__,
     )
     path = folder / "index.html"
-    path.write_text(page, encoding="utf-8")
+    write_file(path, page)
     return path
 
 
 def facts(run: Run) -> dict[str, str]:
     """The table at the top of the page: a run's settings and results."""
     config, last = run.config, run.rows("train")[-1]
-    moe, model, training = config["model"]["moe"], config["model"], config["training"]
-    weights = {
-        name: table["weight"]
-        for name, table in config["regularizers"].items()
-        if isinstance(table, dict) and "weight" in table
-    }
-    weights |= config["regularizers"].get("custom", {})
+    moe, model = config.model.moe, config.model
     validations = run.rows("validation")
     result = {
         "run": run.name,
-        "model": f"{model['layers']} layers, width {model['dim']}",
-        "experts": f"{moe['experts']} of width {moe['hidden_dim']}, {moe['top_k']} per token",
-        "weights": ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight) or "none",
-        "balancing bias": f"rate {config['balancer']['rate']:g}" if config["balancer"]["rate"] else "off",
-        "text": ", ".join(
-            [config["data"]["corpus"]] if isinstance(config["data"]["corpus"], str) else config["data"]["corpus"]
-        ),
-        "seed": str(config["job"]["seed"]),
-        "steps": f"{last['step']:,} of {training['steps']:,}",
+        "model": f"{model.layers} layers, width {model.dim}",
+        "experts": f"{moe.experts} of width {moe.hidden_dim}, {moe.top_k} per token",
+        "weights": ", ".join(f"{name} {weight:g}" for name, weight in config.weights.items() if weight) or "none",
+        "balancing bias": f"rate {config.balancer.rate:g}" if config.balancer.rate else "off",
+        "text": ", ".join([config.data.corpus] if isinstance(config.data.corpus, str) else config.data.corpus),
+        "seed": str(config.job.seed),
+        "steps": f"{last['step']:,} of {config.training.steps:,}",
         "tokens": f"{last['tokens']:,}",
         "training loss": f"{last['ce']:.4f}",
     }

@@ -1,15 +1,76 @@
 """Reads run directories for a report."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tomli
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from titan_moe.checkpoint.run_dir import read_rows
+from titan_moe.checkpoint.state import Finite, Natural, first_mistake, one_line, read_json
+from titan_moe.config.tables import Model
 from titan_moe.errors import UserError
+from titan_moe.runtime.files import read_file
+
+
+class _Job(BaseModel):
+    seed: int = 0
+
+
+class _Weighted(BaseModel):
+    weight: Finite = 0.0
+
+
+class _Rate(BaseModel):
+    rate: Finite = 0.0
+
+
+class _Text(BaseModel):
+    corpus: str | list[str] = "stdlib"
+
+
+class _Steps(BaseModel):
+    steps: int
+
+
+class RunConfig(BaseModel):
+    """What a report shows of a run's config.toml. Terms that a module registered are in it too."""
+
+    job: _Job = _Job()
+    model: Model
+    regularizers: dict[str, Any] = {}
+    balancer: _Rate = _Rate()
+    data: _Text = _Text()
+    training: _Steps
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the terms that have one."""
+        tables = {
+            name: table for name, table in self.regularizers.items() if isinstance(table, dict) and "weight" in table
+        }
+        custom = self.regularizers.get("custom", {})
+        tables |= {name: {"weight": weight} for name, weight in custom.items()} if isinstance(custom, dict) else {}
+        return {name: _Weighted.model_validate(table).weight for name, table in tables.items()}
+
+    @model_validator(mode="after")
+    def _weights_are_numbers(self) -> "RunConfig":
+        self.weights  # noqa: B018 - raises for what is no number
+        return self
+
+
+class Inspection(BaseModel):
+    """What a report reads of a result of `titan-moe inspect`. The measures of a layer or pair are numbers, lists or texts."""
+
+    model_config = ConfigDict(extra="allow")
+
+    checkpoint: str
+    step: Natural
+    summary: dict[str, Finite]
+    layers: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
 
 
 class Run:
@@ -19,10 +80,13 @@ class Run:
         """Raises UserError when `path` is not a run directory or has no training step."""
         self.path, self.name = path, name
         try:
-            self.config: dict[str, Any] = tomli.loads((path / "config.toml").read_text(encoding="utf-8"))
-            self.all_rows = read_rows(path / "metrics.jsonl")
-        except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
-            raise UserError(f"{path}: not a run directory: {error}") from error
+            values = tomli.loads(read_file(path / "config.toml").decode("utf-8"))
+            self.config = RunConfig.model_validate(values)
+        except ValidationError as error:
+            raise UserError(f"{path / 'config.toml'}: not a run's configuration: {first_mistake(error)}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not a run directory: {one_line(error)}") from error
+        self.all_rows = read_rows(path / "metrics.jsonl")
         if not self.rows("train"):
             raise UserError(f"{path}: has no training step yet")
 
@@ -36,9 +100,15 @@ class Run:
         results = []
         for path in sorted((self.path / "inspect").glob("step-????????.json")):
             try:
-                results.append(json.loads(path.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise UserError(f"{path}: can't be read: {error}; delete it and inspect the run again") from error
+                results.append(Inspection.model_validate(read_json(path)).model_dump())
+            except ValidationError as error:
+                raise UserError(
+                    f"{path}: damaged: {first_mistake(error)}; delete it and inspect the run again"
+                ) from error
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"{path}: can't be read: {one_line(error)}; delete it and inspect the run again"
+                ) from error
         return sorted(results, key=lambda one: int(one["step"]))
 
     @property

@@ -189,9 +189,11 @@ def filled(values: Any, folders: dict[str, str]) -> Any:
     return values
 
 
-def cell_config(cell: Cell, sweep: Sweep, runs: Path, words: list[str], world: int) -> Config:
-    """The validated configuration of a cell. runs: the directory that holds the run directories. Raises UserError."""
+def cell_config(cell: Cell, sweep: Sweep, runs: Path, words: list[str], world: int, trust: bool = False) -> Config:
+    """The validated configuration of a cell. Raises UserError.
+
+    runs: the directory that holds the run directories. trust: import modules that files name."""
     folders = {name: str(runs / cell_name(name, cell.grid_point, cell.seed)) for name in sweep.before}
     settings = [(where, filled(table, folders)) for where, table in cell.settings]
     settings.append(("the sweep", {"job": {"name": cell.name, "output_dir": str(runs)}}))
-    return load_config(cell.config, words, world_size=world, settings=settings)
+    return load_config(cell.config, words, world_size=world, settings=settings, trust=trust)

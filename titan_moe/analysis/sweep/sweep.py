@@ -8,7 +8,6 @@ started again ends with the same tables as one that was not.
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -16,20 +15,25 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table as RichTable
 
 from titan_moe.analysis.sweep.grid import Cell, cell_config, cells_of, read_sweep
 from titan_moe.analysis.sweep.tables import Group, differences, grouped, inspected, result_of, spread, write_tables
-from titan_moe.checkpoint.run_dir import RunDir, changed_keys, read_row
+from titan_moe.checkpoint.changes import changed_keys
+from titan_moe.checkpoint.run_dir import RunDir, read_row
+from titan_moe.checkpoint.state import dump
 from titan_moe.config.describe import to_toml
-from titan_moe.config.load import load_config
+from titan_moe.config.load import merge_file
 from titan_moe.config.tables import Config
 from titan_moe.data.prepare import prepare
 from titan_moe.errors import TrainingError, UserError
+from titan_moe.runtime.files import own_folder, write_file
+from titan_moe.runtime.lock import FileLock, wait_for
 
 POLL_SECONDS = 0.2
 LOCK_SECONDS = 120  # to wait for a process of a killed sweep to save and exit
@@ -46,14 +50,17 @@ class Running(NamedTuple):
 class SweepState:
     """A sweep's cells: which are finished, running, failed or waiting."""
 
-    def __init__(self, name: str, base: str, folder: Path | None, words: list[str], processes: int) -> None:
+    def __init__(
+        self, name: str, base: str, folder: Path | None, words: list[str], processes: int, trust: bool = False
+    ) -> None:
         path, self.sweep = read_sweep(name, base)
         stem = f"{path.stem}-{Path(base).stem}" if base else path.stem
         self.folder = folder or Path("runs") / "sweeps" / stem
         self.cells = cells_of(path, self.sweep)
         self.world = int(os.environ.get("NPROC", "1"))
         self.configs = {
-            cell.name: cell_config(cell, self.sweep, self.folder / "runs", words, self.world) for cell in self.cells
+            cell.name: cell_config(cell, self.sweep, self.folder / "runs", words, self.world, trust)
+            for cell in self.cells
         }
         self.processes = processes
         self.running: list[Running] = []
@@ -71,30 +78,49 @@ class SweepState:
         if not steps or steps[-1] < config.training.steps:
             launcher = ["titan_moe.runtime.launch", "--nproc-per-node", str(self.world), "-m"] if self.world > 1 else []
             module = [*launcher, "titan_moe.cli", "train"]
-            return [sys.executable, "-m", *module, "--config", str(self.folder / "configs" / f"{cell.name}.toml")]
+            # The cell's file was written by this sweep, from files that the user named or trusts.
+            return [
+                sys.executable,
+                "-m",
+                *module,
+                "--trust",
+                "--config",
+                str(self.folder / "configs" / f"{cell.name}.toml"),
+            ]
         run = self.folder / "runs" / cell.name
         sparse = config.model.layers > config.model.moe.first_dense_layers
         if self.sweep.inspect and sparse and any(not inspected(run, step).exists() for step in steps):
-            return [sys.executable, "-m", "titan_moe.cli", "inspect", str(run), "--all", *self.sweep.inspect_options]
+            # Without --trust, since the run may be someone else's; its text is in the cache.
+            modules = (
+                [f"--extensions.modules={','.join(config.extensions.modules)}"] if config.extensions.modules else []
+            )
+            words = [str(run), "--all", *self.sweep.inspect_options, *modules]
+            return [sys.executable, "-m", "titan_moe.cli", "inspect", *words]
         return None
 
     def open(self) -> None:
         """Makes the directories, writes the cells' configurations and reads the results of finished cells. Raises
         UserError when a cell was run with other settings."""
         for name in ("runs", "configs", "logs"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+            own_folder(self.folder, name)
         for cell in self.cells:
             config = self.configs[cell.name]
             file = self.folder / "configs" / f"{cell.name}.toml"
             if file.exists():
-                self.check_same(cell, load_config(str(file), world_size=self.world), config)
-            file.write_text(to_toml(config), encoding="utf-8")
+                self.check_same(cell, file, config)
+            write_file(file, to_toml(config))
         for cell in self.cells:
             if self.complete(cell):
                 self.gather(cell)
 
-    def check_same(self, cell: Cell, before: Config, now: Config) -> None:
-        changed = changed_keys(before.model_dump(mode="json"), now.model_dump(mode="json"))
+    def check_same(self, cell: Cell, file: Path, now: Config) -> None:
+        """Raises UserError when a cell was run with other settings. file: its configuration, which is only compared: it may be
+        someone else's."""
+        values: dict[str, Any] = {}
+        merge_file(values, {}, file)
+        with contextlib.suppress(ValidationError):  # then the comparison names what differs
+            values = dump(type(now).model_validate(values))
+        changed = changed_keys(values, dump(now))
         if changed and (self.folder / "runs" / cell.name / "metrics.jsonl").exists():
             raise UserError(
                 f"{changed[0]}: has changed since {cell.name} was run; take another --output, or delete that run"
@@ -123,7 +149,9 @@ class SweepState:
     def launch(self, cell: Cell) -> None:
         command = self.command(cell)
         assert command is not None
-        wait_for_lock(self.folder / "runs" / cell.name / ".lock")
+        run = self.folder / "runs" / cell.name
+        if not wait_for(run / ".lock", LOCK_SECONDS, POLL_SECONDS):
+            raise TrainingError(f"{run}: another process is training there")
         threads = max(1, (os.cpu_count() or 1) // (self.processes * self.world))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         with (self.folder / "logs" / f"{cell.name}.log").open("ab") as log:
@@ -194,18 +222,24 @@ class SweepState:
 
 
 def run_sweep(
-    name: str, base: str, folder: Path | None, words: list[str], processes: int, only_tables: bool = False
+    name: str,
+    base: str,
+    folder: Path | None,
+    words: list[str],
+    processes: int,
+    only_tables: bool = False,
+    trust: bool = False,
 ) -> int:
     """Runs the unfinished cells and writes the tables. Returns the exit status, 1 when a cell failed. Raises UserError.
 
-    base: replaces the sweep's `config`. only_tables: run nothing."""
-    state = SweepState(name, base, folder, words, processes)
+    base: replaces the sweep's `config`. only_tables: run nothing. trust: import modules that the sweep's files name."""
+    state = SweepState(name, base, folder, words, processes, trust)
     state.folder.mkdir(parents=True, exist_ok=True)
-    with (state.folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--output: another sweep is running in {state.folder}") from error
+    lock = FileLock(state.folder / ".lock")
+    if not lock.acquire():
+        raise UserError(f"--output: another sweep is running in {state.folder}")
+    with contextlib.ExitStack() as stack:
+        stack.callback(lock.release)
         state.open()
         if not only_tables:
             prepare_once(state.configs.values())
@@ -246,21 +280,6 @@ def prepare_once(configs: Iterable[Config]) -> None:
     distinct = {(config.data.model_dump_json(), config.tokenizer.model_dump_json()): config for config in configs}
     for config in distinct.values():
         prepare(config)
-
-
-def wait_for_lock(path: Path) -> None:
-    """Waits until no process holds the lock of a run directory. Raises TrainingError after LOCK_SECONDS."""
-    end = time.monotonic() + LOCK_SECONDS
-    while path.exists():
-        with path.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise TrainingError(f"{path.parent}: another process is training there") from None
-            else:
-                return
-        time.sleep(POLL_SECONDS)
 
 
 def last_line(path: Path) -> str:

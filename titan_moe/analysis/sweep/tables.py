@@ -1,6 +1,7 @@
 """A sweep's results as CSV and Markdown: a row per cell, means over seeds, paired differences to the baseline."""
 
 import csv
+import io
 import json
 import math
 import statistics
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from titan_moe.analysis.sweep.grid import Cell, Sweep
 from titan_moe.analysis.sweep.statistics import Paired, holm, paired
 from titan_moe.checkpoint.run_dir import read_rows
+from titan_moe.runtime.files import write_file
 
 TAIL = 0.1  # fraction of a run's steps, at its end, over which training measures are averaged
 SHOWN = (
@@ -27,6 +29,7 @@ SHOWN = (
     "inspect/persistence_top1",
 )
 SIGNIFICANT = 0.05
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 Row = dict[str, Any]
 
@@ -125,19 +128,21 @@ def write_tables(folder: Path, sweep: Sweep, cells: Sequence[Cell], results: dic
     write_csv(folder / "results.csv", rows)
     compared = comparisons({g: v for g, v in groups.items() if g.arm not in sweep.before}, sweep)
     write_csv(folder / "comparisons.csv", compared)
-    temporary = folder / ".results.md"
-    temporary.write_text(markdown(sweep, groups, compared), encoding="utf-8")
-    temporary.replace(folder / "results.md")
+    write_file(folder / "results.md", markdown(sweep, groups, compared))
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Writes rows as CSV atomically, with columns in the order in which they first appear."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    """Writes rows as CSV, completely or not at all, with columns in the order in which they first appear."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: inert(cell) for key, cell in row.items()} for row in rows)
+    write_file(path, text.getvalue())
+
+
+def inert(cell: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: text that begins like one gets a quotation mark in front."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
 
 
 def markdown(sweep: Sweep, groups: dict[Group, dict[int, dict[str, float]]], compared: Sequence[Row]) -> str:

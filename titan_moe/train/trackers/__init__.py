@@ -8,6 +8,7 @@ from typing import IO, Any
 
 from titan_moe.config import extensions
 from titan_moe.config.tables import Config
+from titan_moe.runtime.files import open_append
 from titan_moe.train.trackers.console import Console
 from titan_moe.train.trackers.dashboards import TensorBoard, Trackio, WandB
 
@@ -16,7 +17,7 @@ class JsonLines:
     """metrics.jsonl: one JSON object a line, flushed as it is written."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:  # noqa: ARG002 - every tracker's arguments
-        self.file: IO[str] = (run_dir / "metrics.jsonl").open("a")
+        self.file: IO[str] = open_append(run_dir / "metrics.jsonl")
 
     def log(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row, allow_nan=False) + "\n")

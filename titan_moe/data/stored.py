@@ -1,0 +1,50 @@
+"""Tokenizers and token shards that are there already, known by their fingerprints: what a run needs when its text is gone."""
+
+import hashlib
+from pathlib import Path
+
+from titan_moe.data.prepare import Prepared
+from titan_moe.data.shards import read_manifest
+from titan_moe.data.tokenizer import Tokenizer
+from titan_moe.errors import UserError
+from titan_moe.runtime.files import read_file
+
+TOKENIZER_FILE = "tokenizer.model"
+TOKENIZER_BYTES = 64 << 20
+
+
+def stored_tokenizer(run: Path, fingerprint: str, cache: Path) -> Tokenizer | None:
+    """The tokenizer with this fingerprint, from a run directory or else from the cache; None if neither has it.
+
+    Raises UserError when the run directory has another one, or one that can't be read."""
+    path = run / TOKENIZER_FILE
+    if path.is_symlink() or path.exists():
+        try:
+            model = read_file(path, TOKENIZER_BYTES)
+        except OSError as error:
+            raise UserError(f"{path}: can't be read: {error.strerror}") from error
+        if hashlib.sha256(model).hexdigest() != fingerprint:
+            raise UserError(
+                f"{path}: not the tokenizer that the run's checkpoints were trained with; bring that one back"
+            )
+        return Tokenizer(model, str(path))
+    for path in sorted((cache / "tokenizers").glob("*.model")):
+        try:
+            model = read_file(path, TOKENIZER_BYTES)
+        except OSError:  # another user's, perhaps; the next one may be the one
+            continue
+        if hashlib.sha256(model).hexdigest() == fingerprint:
+            return Tokenizer(model, str(path))
+    return None
+
+
+def stored_text(data: str, tokenizer: Tokenizer, cache: Path) -> Prepared | None:
+    """The token shards with this fingerprint, made with this tokenizer, if the cache has them."""
+    for path in sorted((cache / "tokens").glob("[!.]*/manifest.json")):
+        try:
+            manifest = read_manifest(path.parent)
+        except UserError:  # damaged, or of another version: not these
+            continue
+        if (manifest.fingerprint, manifest.tokenizer) == (data, tokenizer.fingerprint):
+            return Prepared(tokenizer, path.parent, manifest)
+    return None
