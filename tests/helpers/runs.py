@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from titan_moe.checkpoint.prepared import prepare_run
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.config.tables import Config
-from titan_moe.data.prepare import prepare
 from titan_moe.parallel.mesh import single
 from titan_moe.runtime.log import start_log
 from titan_moe.train.trainer import Trainer
@@ -28,7 +28,7 @@ def train(config: Config) -> list[dict[str, Any]]:
     run_dir.open()
     start_log(run_dir.log, 0)
     try:
-        Trainer(config, prepare(config), run_dir, single(torch.device("cpu"))).run()
+        Trainer(config, prepare_run(config, run_dir), run_dir, single(torch.device("cpu"))).run()
     finally:
         run_dir.close()
     return rows(run_dir)

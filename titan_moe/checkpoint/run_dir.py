@@ -26,7 +26,18 @@ from titan_moe.errors import UserError
 from titan_moe.runtime.files import METRICS_BYTES, own_folder, read_file, refuse_link, write_file
 from titan_moe.runtime.lock import FileLock
 
-FOLDERS = ("checkpoints", "logs", "tensorboard", "profile", "wandb", "trackio")
+WRITTEN = (
+    "checkpoints",
+    "logs",
+    "tensorboard",
+    "profile",
+    "wandb",
+    "trackio",
+    "config.toml",
+    "metrics.jsonl",
+    "tokenizer.model",
+)
+"""What a run writes into its directory, and what trackers write."""
 NUMBERS = {  # fields that a row of metrics.jsonl must have
     "train": ("tokens", "loss", "ce", "lr"),
     "validation": ("loss", "perplexity", "bits_per_byte"),
@@ -50,7 +61,7 @@ class RunDir:
 
         The operating system releases the lock when the process dies."""
         try:
-            for name in FOLDERS:
+            for name in WRITTEN:
                 refuse_link(self.path / name)
             refuse_link(self.log)
             for name in ("checkpoints", "logs"):
