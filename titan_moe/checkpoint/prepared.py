@@ -25,11 +25,12 @@ def prepare_run(config: Config, run_dir: RunDir) -> Prepared:
     `tokenizer.path` is given, whose fingerprint is then compared with the checkpoint's. A run whose text is gone goes on with
     the token shards in the cache."""
     newest = run_dir.newest()
-    start = config.checkpoint.load_path or config.checkpoint.upcycle_path
+    key = "load_path" if config.checkpoint.load_path else "upcycle_path"
+    start = getattr(config.checkpoint, key)
     if newest is None and not start:
         return prepare(config)
     checkpoint = newest or newest_of(start)
-    state = read_state(checkpoint, "checkpoint" if newest else "checkpoint.load_path")
+    state = read_state(checkpoint, "checkpoint" if newest else f"checkpoint.{key} = {start!r}")
     tokenizer = (
         None if config.tokenizer.path else stored_tokenizer(run_of(checkpoint), state.tokenizer, cache_root(config))
     )

@@ -39,7 +39,7 @@ WRITTEN = (
 )
 """What a run writes into its directory, and what trackers write."""
 NUMBERS = {  # fields that a row of metrics.jsonl must have
-    "train": ("tokens", "loss", "ce", "lr"),
+    "train": ("tokens", "ce"),
     "validation": ("loss", "perplexity", "bits_per_byte"),
 }
 

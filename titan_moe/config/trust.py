@@ -20,6 +20,7 @@ from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
 
 BUILT_IN_CORPORA = ("stdlib", "wikitext2", "domains", "c4")
+OWN_PACKAGES = ("titan_moe", "torchtitan_ext")
 FILE_KEYS = (
     "data.corpus",
     "data.cache_dir",
@@ -61,7 +62,8 @@ def is_own(values: Mapping[str, Any]) -> bool:
 
 
 def check_modules(modules: Sequence[str], origin: str) -> None:
-    """Raises UserError if there are modules: the file that names them is not trusted."""
+    """Raises UserError if there are modules beside those of titan_moe itself: the file that names them is not trusted."""
+    modules = [name for name in modules if name.endswith(".py") or name.split(".")[0] not in OWN_PACKAGES]
     if modules:
         raise UserError(
             f"{origin} names {', '.join(map(repr, modules))}, and importing runs their code; if you trust them, give --trust, "

@@ -28,7 +28,7 @@ def read_file(path: Path, limit: int = TEXT_BYTES) -> bytes:
             raise OSError(errno.EINVAL, "Not a regular file", str(path))
         if facts.st_size > limit:
             raise OSError(errno.EFBIG, f"More than {limit:,} bytes", str(path))
-        return file.read(limit)
+        return file.read(facts.st_size)
 
 
 def write_file(path: Path, content: bytes | str) -> None:

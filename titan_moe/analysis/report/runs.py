@@ -66,7 +66,7 @@ class Inspection(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    checkpoint: str
+    checkpoint: str = ""
     step: Natural
     summary: dict[str, Finite]
     layers: list[dict[str, Any]]
