@@ -263,7 +263,13 @@ def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) 
         raise UserError(f"{origin}: unknown key {key}{hint}")
     value = mistake["input"]
     wanted = mistake["msg"][0].lower() + mistake["msg"][1:]
-    raise UserError(f"{origin}: {key} = {value!r}: {wanted}")
+    raise UserError(f"{origin}: {key} = {shortened(value)}: {wanted}")
+
+
+def shortened(value: Any, length: int = 100) -> str:
+    """A value as Python writes it, cut in the middle if it is long."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 4 :]}"
 
 
 def world_size_from_environment() -> int:

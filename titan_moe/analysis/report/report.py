@@ -125,7 +125,7 @@ def differences(first: Run, other: Run) -> list[Row]:
     steps = steps[len(steps) // 2 :]
     names = [key for key in a[steps[-1]] if key == "ce" or key.startswith(("reg/", "moe/"))] if steps else []
     for key in names:
-        if not all(key in row[steps[-1]] for row in (a, b)):
+        if not all(key in rows_of_run[step] for rows_of_run in (a, b) for step in steps):
             continue
         gaps = [b[step][key] - a[step][key] for step in steps]
         blocks = [float(block.mean()) for block in np.array_split(np.array(gaps), min(BLOCKS, len(gaps)))]

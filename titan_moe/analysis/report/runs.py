@@ -6,71 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import tomli
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError
 
+from titan_moe.analysis.report.schema import Inspection, RunConfig
 from titan_moe.checkpoint.run_dir import read_rows
-from titan_moe.checkpoint.state import Finite, Natural, first_mistake, one_line, read_json
-from titan_moe.config.tables import Model
+from titan_moe.checkpoint.state import first_mistake, one_line, read_json
 from titan_moe.errors import UserError
 from titan_moe.runtime.files import read_file
-
-
-class _Job(BaseModel):
-    seed: int = 0
-
-
-class _Weighted(BaseModel):
-    weight: Finite = 0.0
-
-
-class _Rate(BaseModel):
-    rate: Finite = 0.0
-
-
-class _Text(BaseModel):
-    corpus: str | list[str] = "stdlib"
-
-
-class _Steps(BaseModel):
-    steps: int
-
-
-class RunConfig(BaseModel):
-    """What a report shows of a run's config.toml. Terms that a module registered are in it too."""
-
-    job: _Job = _Job()
-    model: Model
-    regularizers: dict[str, Any] = {}
-    balancer: _Rate = _Rate()
-    data: _Text = _Text()
-    training: _Steps
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Weights of the terms that have one."""
-        tables = {
-            name: table for name, table in self.regularizers.items() if isinstance(table, dict) and "weight" in table
-        }
-        custom = self.regularizers.get("custom", {})
-        tables |= {name: {"weight": weight} for name, weight in custom.items()} if isinstance(custom, dict) else {}
-        return {name: _Weighted.model_validate(table).weight for name, table in tables.items()}
-
-    @model_validator(mode="after")
-    def _weights_are_numbers(self) -> "RunConfig":
-        self.weights  # noqa: B018 - raises for what is no number
-        return self
-
-
-class Inspection(BaseModel):
-    """What a report reads of a result of `titan-moe inspect`. The measures of a layer or pair are numbers, lists or texts."""
-
-    model_config = ConfigDict(extra="allow")
-
-    checkpoint: str = ""
-    step: Natural
-    summary: dict[str, Finite]
-    layers: list[dict[str, Any]]
-    pairs: list[dict[str, Any]]
 
 
 class Run:
