@@ -47,7 +47,7 @@ def open_corpus(source: str | list[str], origin: str, cache_dir: Path, text_colu
         source = [source]
     names = ", ".join(sorted({*BUILT_IN, *extensions.corpora}))
     text = identified(find_files(source, origin, f"; corpora by name: {names}"), text_column, origin, cache_dir)
-    return reported(",".join(source), text.read, f"files:{text.fingerprint}", origin, text.total_bytes())
+    return reported(",".join(source), text.read, f"files:{text.fingerprint}", text)
 
 
 def registered(name: str) -> Corpus:
@@ -68,13 +68,13 @@ def library_text(cache_dir: Path) -> Text:
         folders[:] = sorted(set(folders) - STDLIB_EXCLUDED)
         paths = [Path(folder, name) for name in sorted(fnmatch.filter(names, "*.py"))]
         files += [TextFile(path, str(path.relative_to(root)), "python") for path in paths]
-    return identified(Found(files, []), "text", "data.corpus", cache_dir)
+    return identified(Found([root], files, []), "text", "data.corpus", cache_dir)
 
 
 def stdlib(cache_dir: Path) -> Corpus:
     """The source of Python's standard library."""
     text = library_text(cache_dir)
-    return reported("stdlib", text.read, f"stdlib:{text.fingerprint}", total_bytes=text.total_bytes())
+    return reported("stdlib", text.read, f"stdlib:{text.fingerprint}", text)
 
 
 def wikitext2(cache_dir: Path) -> Corpus:

@@ -15,8 +15,10 @@ from typing import Any
 
 from titan_moe.runtime.owner import remove_abandoned, replacing
 
-SETTLED_SECONDS = 2  # a file changed so recently may change again within one tick of the file system's clock
 LARGE_BYTES = 1 << 30
+SETTLED_NANOSECONDS = (
+    2_000_000_000  # a file changed so recently may change again within one tick of a file system's clock
+)
 
 Identity = list[int]
 """Size, time of the last change of content and of any change (nanoseconds), inode number."""
@@ -53,54 +55,58 @@ def identity(path: Path) -> Identity:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def file_digests(paths: Sequence[Path], cache_dir: Path) -> dict[Path, tuple[Identity, str] | OSError]:
-    """Identity and SHA-256 sum of each file, or why it can't be read."""
-    names = {path: os.path.abspath(path) for path in paths}
-    key = hashlib.sha256(json.dumps(sorted(names.values())).encode()).hexdigest()[:20]
-    index = cache_dir / "digests" / f"{key}.json"
-    try:
-        known = read_checked(index)["files"]
-    except (OSError, ValueError, KeyError):  # missing or damaged: it can be made again
-        known = {}
-    found: dict[Path, tuple[Identity, str] | OSError] = {}
-    unknown: list[Path] = []
-    for path, name in names.items():
+class FileDigests:
+    """Identity and SHA-256 sum of each file, or the error that says why it can't be read.
+
+    Only files that are not in the index of the cache are read.
+    """
+
+    def __init__(self, paths: Sequence[Path], roots: Sequence[Path], cache_dir: Path) -> None:
+        """roots: what the user named, files or the folders that they are in. There is an index for each such list."""
+        self.names = {path: os.path.abspath(path) for path in paths}
+        key = hashlib.sha256(json.dumps([os.path.abspath(root) for root in roots]).encode()).hexdigest()[:20]
+        self.index = cache_dir / "digests" / f"{key}.json"
         try:
-            now = identity(path)
-        except OSError as error:
-            found[path] = error
-            continue
-        if name in known and known[name][0] == now:
-            found[path] = (now, known[name][1])
-        else:
-            unknown.append(path)
-            found[path] = (now, "")
-    size = sum(entry[0][0] for path in unknown if isinstance(entry := found[path], tuple))
-    if size > LARGE_BYTES:
-        print(f"Reading {size / 1e9:.1f} GB of text for its checksums, once", file=sys.stderr)
-    with ThreadPoolExecutor() as pool:
-        found.update(zip(unknown, pool.map(identify, unknown), strict=True))
-    settled = (time.time() - SETTLED_SECONDS) * 1e9
-    keep = {
-        names[path]: list(entry)
-        for path, entry in found.items()
-        if isinstance(entry, tuple) and max(entry[0][1:3]) < settled
-    }
-    if keep != known:
-        try:
-            index.parent.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(index.parent)
-            with replacing(index) as fresh:
-                write_checked(fresh, {"files": keep})
-        except OSError as error:
-            print(
-                f"Note: {index} can't be written ({error.strerror}); every start reads all text for its checksums",
-                file=sys.stderr,
-            )
-    return found
+            self.known: dict[str, list[Any]] = read_checked(self.index)["files"]
+        except (OSError, ValueError, KeyError):  # missing or damaged: the sums can be computed again
+            self.known = {}
+        self.found: dict[Path, tuple[Identity, str] | OSError] = {}
+        self.read_at = time.time_ns()
+        unknown: list[Path] = []
+        size = 0
+        for path, name in self.names.items():
+            try:
+                now = identity(path)
+            except OSError as error:
+                self.found[path] = error
+                continue
+            before, digest = self.known.get(name, ([], ""))
+            if now == before:
+                self.found[path] = (now, digest)
+            else:
+                unknown.append(path)
+                size += now[0]
+        if size > LARGE_BYTES:
+            print(f"Reading {size / 1e9:.1f} GB of text for its checksums (once)", file=sys.stderr)
+        with ThreadPoolExecutor() as pool:
+            self.found.update(zip(unknown, pool.map(identified, unknown), strict=True))
+
+    def save(self) -> None:
+        """Writes the index. Raises OSError."""
+        settled = self.read_at - SETTLED_NANOSECONDS
+        known = {
+            self.names[path]: list(entry)
+            for path, entry in self.found.items()
+            if isinstance(entry, tuple) and max(entry[0][1:3]) < settled
+        }
+        if known != self.known:
+            with replacing(self.index) as fresh:
+                write_checked(fresh, {"files": known})
+            remove_abandoned(self.index.parent)
+            self.known = known
 
 
-def identify(path: Path) -> tuple[Identity, str] | OSError:
+def identified(path: Path) -> tuple[Identity, str] | OSError:
     """A file's identity before it was read, and its sum."""
     try:
         return identity(path), sha256(path)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from titan_moe.config.extensions import Document
 from titan_moe.data.compression import UnreadableFile
-from titan_moe.data.digests import Identity, file_digests, identity
+from titan_moe.data.digests import FileDigests, Identity, identity
 from titan_moe.data.formats import TextFile, format_by_name, read_file
 from titan_moe.data.report import Report, printable
 from titan_moe.errors import UserError
@@ -31,27 +31,30 @@ class Corpus(NamedTuple):
     """Of the latest pass over the documents; filled while iterating."""
     total_bytes: int | None = None
     """Size of the text for the progress bar; None when unknown."""
+    save_digests: Callable[[], None] = lambda: None
+    """Writes what identifies the text into the cache, so that the next start does not read all of it. Raises OSError."""
 
 
 NO_PERMISSION = "file can't be read: no permission"
 
 
 class Found(NamedTuple):
-    """Files to read, and what was left out, as (reason, name) pairs."""
+    """Files to read below some roots, and what was left out, as (reason, name) pairs."""
 
+    roots: list[Path]
     files: list[TextFile]
     left_out: list[tuple[str, str]]
 
 
 def reported(
-    name: str,
-    raw: Callable[[Report], Iterator[Document]],
-    fingerprint: str,
-    origin: str = "data.corpus",
-    total_bytes: int | None = None,
+    name: str, raw: Callable[[Report], Iterator[Document]], fingerprint: str, text: "Text | None" = None
 ) -> Corpus:
-    """A corpus of the documents of `raw(report)`, without those that have no text. Iterating raises UserError when none has."""
+    """A corpus of the documents of `raw(report)` that have text; iterating raises UserError when none has.
+
+    text: the files that they come from, if they do.
+    """
     report = Report()
+    origin = text.origin if text else "data.corpus"
 
     def documents() -> Iterator[Document]:
         report.clear()
@@ -59,7 +62,9 @@ def reported(
         if not report.documents and report.left_out:
             raise UserError(f"{origin}: no text in {name}: {report.first_problem()}")
 
-    return Corpus(name, documents, fingerprint, report, total_bytes)
+    if text is None:
+        return Corpus(name, documents, fingerprint, report)
+    return Corpus(name, documents, fingerprint, report, text.total_bytes(), text.digests.save)
 
 
 class Text(NamedTuple):
@@ -70,6 +75,7 @@ class Text(NamedTuple):
     column: str
     origin: str
     fingerprint: str
+    digests: FileDigests
 
     def read(self, report: Report) -> Iterator[Document]:
         """The documents of all files. Raises UserError when a file can't be read any more or has changed."""
@@ -101,12 +107,12 @@ def identified(found: Found, column: str, origin: str, cache_dir: Path) -> Text:
 
     Raises UserError for a file that the user named and that can't be read, and for errors other than a lack of permission.
     """
-    known = file_digests([file.path for file in found.files], cache_dir)
+    digests = FileDigests([file.path for file in found.files], found.roots, cache_dir)
     files: list[tuple[TextFile, Identity]] = []
     left_out = list(found.left_out)
     content: list[tuple[str, str, str]] = []
     for file in found.files:
-        entry = known[file.path]
+        entry = digests.found[file.path]
         if isinstance(entry, tuple):
             files.append((file, entry[0]))
             content.append((format_by_name(file.path.name), printable(file.domain), entry[1]))
@@ -115,7 +121,7 @@ def identified(found: Found, column: str, origin: str, cache_dir: Path) -> Text:
         else:
             raise cannot_be_read(origin, file.path, entry)
     fingerprint = hashlib.sha256(json.dumps([column, content]).encode()).hexdigest()
-    return Text(files, left_out, column, origin, fingerprint)
+    return Text(files, left_out, column, origin, fingerprint, digests)
 
 
 def cannot_be_read(origin: str, path: Path, error: OSError) -> UserError:
@@ -127,9 +133,10 @@ def find_files(sources: Sequence[str], origin: str, hint: str = "") -> Found:
 
     hint: ends the message about a path that does not exist.
     """
-    found = Found([], [])
+    found = Found([], [], [])
     for source in sources:
         path = expanded(source, origin)
+        found.roots.append(path)
         try:
             mode = mode_of(path)
         except OSError as error:

@@ -72,17 +72,22 @@ def prepare(config: Config, text: str = "", tokenizer: Tokenizer | None = None, 
     root, data = cache_root(config), config.data
     try:
         source = open_corpus(text or data.corpus, "--text" if text else "data.corpus", root, data.text_column)
+        opened = [source]
         if tokenizer is None and config.tokenizer.path:
             tokenizer = read_tokenizer(config.tokenizer.path, "tokenizer.path")
         if tokenizer is None:
-            corpus = open_corpus(data.corpus, "data.corpus", root, data.text_column) if text else source
-            tokenizer = trained_tokenizer(config, corpus, root)
+            if text:
+                opened.append(open_corpus(data.corpus, "data.corpus", root, data.text_column))
+            tokenizer = trained_tokenizer(config, opened[-1], root)
         check_vocabulary(config, tokenizer.vocab_size)
         key: list[object] = [source.fingerprint, tokenizer.fingerprint]
         key = ["text", *key] if text else [*key, data.tokens, data.validation_fraction]
         folder = root / "tokens" / digest(*key, FORMAT_VERSION)
         if usable(folder):
+            remember(opened)
             return Prepared(tokenizer, folder, read_manifest(folder))
+        for corpus in opened:
+            corpus.save_digests()
         splits, budget = (("text",), 0) if text else (SPLITS, data.tokens)
         documents = (
             ((document, "text") for document in source.documents())
@@ -98,6 +103,18 @@ def prepare(config: Config, text: str = "", tokenizer: Tokenizer | None = None, 
     if not quiet:
         print("\n  ".join([f"Read {manifest.report[0]}", *manifest.report[1:]]), file=sys.stderr)
     return Prepared(tokenizer, folder, manifest)
+
+
+def remember(corpora: list[Corpus]) -> None:
+    """Writes what identifies the text into the cache. A cache that can't be written may still be read."""
+    try:
+        for corpus in corpora:
+            corpus.save_digests()
+    except OSError as error:
+        print(
+            f"Note: {error.filename}: {error.strerror}; so every start reads all text for its checksums",
+            file=sys.stderr,
+        )
 
 
 def usable(folder: Path) -> bool:
@@ -197,6 +214,7 @@ def write_splits(
 ) -> Manifest:
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     writers = {split: ShardWriter(folder, split, dtype) for split in names}
+    counted_bytes = dict.fromkeys(names, 0)
     domains: list[str] = []
     bytes_read = 0
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -211,6 +229,7 @@ def write_splits(
                 bytes_read += size
                 if writers[names[0]].tokens < budget:
                     with_ends = np.array([tokenizer.bos, *document_ids, tokenizer.eos], dtype=np.int64)
+                    counted_bytes[split] += int(tokenizer.byte_lengths[with_ends].sum())
                     writers[split].add(with_ends, domains.index(document.domain), size)
             bar.update(task, completed=bytes_read)
             touch(folder)
@@ -219,6 +238,11 @@ def write_splits(
                 break
     splits = {name: writer.finish() for name, writer in writers.items()}
     check_size(corpus, splits)
+    for name, size in counted_bytes.items():
+        if not size:
+            raise UserError(
+                f"tokenizer.path: the tokenizer has no piece for any character of {corpus.name}, split {name}"
+            )
     fingerprint = digest(*(shard.sha256 for split in splits.values() for shard in split.shards))
     report = corpus.report.lines()
     return Manifest(FORMAT_VERSION, corpus.name, tokenizer.fingerprint, dtype, domains, splits, fingerprint, report)
