@@ -140,7 +140,7 @@ class Tokenizer(Table):
 
     path: str = ""
     """A sentencepiece .model (LLaMA-2's, Mistral's); empty: train one on the corpus, once."""
-    vocab_size: Annotated[int, Field(ge=300, lt=2**31)] = 4096
+    vocab_size: Annotated[int, Field(ge=300, lt=2**24)] = 4096
     """Pieces of the tokenizer that is trained when `path` is empty."""
 
 

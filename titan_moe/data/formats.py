@@ -229,7 +229,7 @@ def array_elements(text: str) -> Iterator[str]:
             depth += 1
         elif depth and sign.group() in "]}":
             depth -= 1
-        elif sign.group() in ",]":
+        elif not depth and sign.group() in ",]":
             if sign.group() == "," or text[start : sign.start()].strip():
                 yield text[start : sign.start()]
             start = at

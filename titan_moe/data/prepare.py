@@ -229,7 +229,7 @@ def write_splits(
                 bytes_read += size
                 if writers[names[0]].tokens < budget:
                     with_ends = np.array([tokenizer.bos, *document_ids, tokenizer.eos], dtype=np.int64)
-                    counted_bytes[split] += int(tokenizer.byte_lengths[with_ends].sum())
+                    counted_bytes[split] += int(tokenizer.count_bytes(with_ends[:-1], with_ends[1:]).sum())
                     writers[split].add(with_ends, domains.index(document.domain), size)
             bar.update(task, completed=bytes_read)
             touch(folder)
