@@ -183,12 +183,12 @@ def test_prepare_reports_what_was_read_and_left_out_also_from_the_cache(tmp_path
     assert (first.returncode, first.stdout) == (0, again.stdout), first.stderr
     assert again.stderr == ""
     for words in (
-        "1 files, 63 rows, 61 documents, ",
+        "1 file, 63 rows, 61 documents, ",
         "left out: row is not JSON, 1 in all: a/a.jsonl:6 (",
         "left out: row has an empty text, 1 in all: a/a.jsonl:62",
         "left out: file is hidden, 1 in all: a/.hidden",
         "left out: not a regular file, 1 in all: a/fifo",
-        "replaced: 1 lone surrogates, by U+FFFD",
+        "replaced by U+FFFD: 1 lone surrogate",
     ):
         assert words in first.stdout
 

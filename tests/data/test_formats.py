@@ -75,6 +75,16 @@ def test_json_rows_are_read_whatever_the_name_and_compression(tmp_path: Path, na
     assert texts(tmp_path) == TEXTS
 
 
+def test_an_empty_file_is_left_out_and_counted(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.json", "c.txt", "d.jsonl.gz", "e"):
+        (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "f.parquet")
+    (tmp_path / "g.txt").write_text("good")
+    corpus = opened(tmp_path)
+    assert [document.text for document in corpus.documents()] == ["good"]
+    assert corpus.report.left_out == {"file is empty": 6}
+
+
 def test_one_object_is_one_row(tmp_path: Path) -> None:
     for number, indent in enumerate((None, 2)):
         (tmp_path / f"{number}.json").write_text(json.dumps(ROWS[0], indent=indent))

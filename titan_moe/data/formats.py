@@ -29,6 +29,7 @@ LARGEST_FILE = 1 << 32  # bytes of a file that is one document
 LARGEST_UNPACKED = 1 << 30  # the same for what a compressed file holds, and for a JSON array
 
 HEAD_BYTES = 8192
+SNIFFED_ROWS = 5
 PARQUET_ROWS = 128  # read at a time
 BYTE_ORDER_MARKS = {  # the longer ones first
     b"\xff\xfe\0\0": "utf-32",
@@ -107,7 +108,7 @@ def read_file(file: TextFile, column: str, report: Report) -> Iterator[Document]
 
 def documents_of(rows: Rows, file: TextFile, report: Report) -> Iterator[Document]:
     """The documents of rows. Raises UnreadableFile at the end if no row could be used."""
-    usable = 0
+    usable = number = 0
     bad: list[tuple[int, BadRow]] = []  # the first one of each reason
     for number, text in rows:
         report.rows += 1
@@ -121,6 +122,8 @@ def documents_of(rows: Rows, file: TextFile, report: Report) -> Iterator[Documen
             yield Document(text, file.domain)
         else:
             report.leave_out("row has an empty text", f"{file.name}:{number}")
+    if not number:
+        report.leave_out("file is empty", file.name)
     if bad and not usable:
         number, (reason, details) = bad[0]
         why = "file is not JSON" if reason == NOT_JSON and len(bad) == 1 else "file has no usable row"
@@ -173,11 +176,11 @@ def whole_text(path: Path, head: bytes, compressed: bool) -> str:
 
 
 def starts_with_row(path: Path, head: bytes, column: str) -> bool:
-    """Whether the first line of a file is a JSON object with text. head: the start of the file."""
+    """Whether one of the first lines of a file is a JSON object with text. head: the start of the file."""
     if not head.decode(encoding_of(head)[0], "ignore").lstrip("\ufeff \t\r\n").startswith("{"):
         return False
     with opened_text(path) as stream:
-        return isinstance(text_of(stream.readline(LARGEST_ROW), column), str)
+        return any(isinstance(text_of(stream.readline(LARGEST_ROW), column), str) for _ in range(SNIFFED_ROWS))
 
 
 def json_lines(path: Path, column: str) -> Rows:

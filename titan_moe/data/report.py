@@ -62,18 +62,21 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report in words, one line for each reason."""
-        files = f"{self.files:,} files, " if self.files else ""
-        rows = f"{self.rows:,} rows, " if self.rows else ""
-        lines = [f"{files}{rows}{self.documents:,} documents, {self.bytes:,} bytes of text"]
+        counts = [counted(self.files, "file"), counted(self.rows, "row")] if self.files else []
+        lines = [", ".join([*counts, counted(self.documents, "document"), f"{self.bytes:,} bytes of text"])]
         for reason, count in self.left_out.items():
             examples = self.examples[reason]
             more = ", ..." if count > len(examples) > 0 else ""
             lines.append(f"left out: {reason}, {count:,} in all{': ' if examples else ''}{', '.join(examples)}{more}")
         if self.replaced:
-            lines.append(f"replaced: {self.replaced:,} lone surrogates, by U+FFFD")
+            lines.append(f"replaced by U+FFFD: {counted(self.replaced, 'lone surrogate')}")
         if self.nul:
-            lines.append(f"kept: {self.nul:,} NUL characters (a tokenizer is trained without them)")
+            lines.append(f"kept: {counted(self.nul, 'NUL character')} (a tokenizer is trained without them)")
         return lines + self.notes
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 @functools.lru_cache
