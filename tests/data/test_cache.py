@@ -23,7 +23,7 @@ from titan_moe.errors import UserError
 from titan_moe.runtime.owner import machine
 
 
-def config_of(corpus: Path | str, cache: Path, path: str = "", pieces: int = 512, **data: Any) -> Config:
+def config_of(corpus: Path | str, cache: Path | str, path: str = "", pieces: int = 512, **data: Any) -> Config:
     table = Data(corpus=str(corpus), cache_dir=str(cache), **data)
     return Config(data=table, tokenizer=TokenizerTable(vocab_size=pieces, path=path))
 
@@ -214,3 +214,9 @@ def test_text_that_the_tokenizer_has_no_piece_for_is_refused(tmp_path: Path) -> 
     (tmp_path / "a.txt").write_text("中文" * 5000)
     with pytest.raises(UserError, match=r"tokenizer\.path: the tokenizer has no piece for any character"):
         prepare(config_of(tmp_path / "a.txt", tmp_path / "cache", path=str(tmp_path / "t.model")))
+
+
+@pytest.mark.parametrize("folder", ["a\0b", "~nobody-of-this-name/cache", "/dev/null", "/proc/nowhere"])
+def test_a_cache_that_cannot_be_is_one_line(folder: str, corpus_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"^data\.cache_dir[^\n]*$"):
+        prepare(config_of(corpus_dir, folder))
