@@ -35,7 +35,7 @@ class Corpus(NamedTuple):
     """Writes what identifies the text into the cache, so that the next start does not read all of it. Raises OSError."""
 
 
-NO_PERMISSION = "file can't be read: no permission"
+NO_PERMISSION = "{} can't be read: no permission"
 
 
 class Found(NamedTuple):
@@ -117,7 +117,7 @@ def identified(found: Found, column: str, origin: str, cache_dir: Path) -> Text:
             files.append((file, entry[0]))
             content.append((format_by_name(file.path.name), printable(file.domain), entry[1]))
         elif isinstance(entry, PermissionError) and not file.named:
-            left_out.append((NO_PERMISSION, file.name))
+            left_out.append((NO_PERMISSION.format("file"), file.name))
         else:
             raise cannot_be_read(origin, file.path, entry)
     fingerprint = hashlib.sha256(json.dumps([column, content]).encode()).hexdigest()
@@ -162,10 +162,11 @@ def files_below(root: Path, origin: str, left_out: list[tuple[str, str]]) -> lis
     def place(path: Path) -> str:
         return str(Path(root.name) / path.relative_to(root))
 
-    def unreadable(error: OSError) -> None:
-        if not isinstance(error, PermissionError) or Path(error.filename) == root:
-            raise cannot_be_read(origin, Path(error.filename), error)
-        left_out.append(("folder can't be read: no permission", place(Path(error.filename))))
+    def unreadable(error: OSError, what: str = "folder") -> None:
+        path = Path(error.filename)
+        if not isinstance(error, PermissionError) or path == root:
+            raise cannot_be_read(origin, path, error)
+        left_out.append((NO_PERMISSION.format(what), place(path)))
 
     for folder, folders, names in os.walk(root, onerror=unreadable):
         for path in (Path(folder, name) for name in sorted(folders)):
@@ -175,14 +176,15 @@ def files_below(root: Path, origin: str, left_out: list[tuple[str, str]]) -> lis
                 left_out.append(("folder is a link", place(path)))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(folder, name) for name in sorted(names)):
-            try:
-                mode = mode_of(path)
-            except PermissionError:
-                left_out.append((NO_PERMISSION, place(path)))
-                continue
             if path.name.startswith("."):
                 left_out.append(("file is hidden", place(path)))
-            elif mode is None:
+                continue
+            try:
+                mode = mode_of(path)
+            except OSError as error:
+                unreadable(error, "file")
+                continue
+            if mode is None:
                 left_out.append(("link leads nowhere", place(path)))
             elif not stat.S_ISREG(mode):
                 left_out.append(("not a regular file", place(path)))

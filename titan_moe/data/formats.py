@@ -191,7 +191,7 @@ def json_lines(path: Path, column: str) -> Rows:
             number += 1
             if len(line) > LARGEST_ROW and line[-1:] not in ends:
                 while line and line[-1:] not in ends:
-                    line = stream.readline(LARGEST_ROW)
+                    line = stream.readline(1 << 20)
                 yield number, TOO_LONG
             elif line.strip():
                 yield number, text_of(line, column)

@@ -148,7 +148,10 @@ def trained_tokenizer(config: Config, corpus: Corpus, root: Path) -> Tokenizer:
         return folder / f"{key}-{hashlib.sha256(model).hexdigest()[:20]}.model"
 
     for path in sorted(folder.glob(f"{key}-*.model")):
-        model = path.read_bytes()
+        try:
+            model = path.read_bytes()
+        except FileNotFoundError:  # another process has found it damaged
+            continue
         if path == file_of(model):
             return Tokenizer(model, str(path))
         print(f"{path}: damaged (its checksum differs); training it again", file=sys.stderr)

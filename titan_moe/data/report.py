@@ -37,7 +37,8 @@ class Report:
 
     def clean(self, documents: Iterator[Document]) -> Iterator[Document]:
         """The documents that have text, counted. Lone surrogates, which UTF-8 can't encode, become U+FFFD."""
-        for text, domain in documents:
+        for document in documents:
+            text = document.text
             if not isinstance(text, str) or not text:
                 self.leave_out("document without text")
                 continue
@@ -51,7 +52,7 @@ class Report:
             self.nul += text.count("\0")
             self.documents += 1
             self.bytes += size
-            yield Document(text, printable(domain))
+            yield Document(text, printable(document.domain or ""))
 
     def first_problem(self) -> str:
         """The first thing that was left out, and why; empty if there is none."""
