@@ -1,6 +1,8 @@
 """The tokenizer is lossless and counts the bytes of source text of every token."""
 
 import io
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,11 +39,12 @@ def model_with_leading_space() -> bytes:
 
 OURS = Tokenizer(train_tokenizer(TEXTS, 380), "test")
 LLAMA_LIKE = Tokenizer(model_with_leading_space(), "test")
+WITHOUT_SPACES = Tokenizer(train_tokenizer(["中文字典" * 50, "字中" * 70], 270), "test")  # no piece for a space
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text("ab \n\t▁<s>0x41é", max_size=40)
 
 
-@pytest.mark.parametrize("tokenizer", [OURS, LLAMA_LIKE], ids=["ours", "llama-like"])
+@pytest.mark.parametrize("tokenizer", [OURS, LLAMA_LIKE, WITHOUT_SPACES], ids=["ours", "llama-like", "without spaces"])
 @settings(max_examples=400, deadline=None)
 @given(text=text)
 def test_decoding_gives_any_text_back_and_bytes_are_counted(tokenizer: Tokenizer, text: str) -> None:
@@ -76,6 +79,42 @@ def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path) -> None:  # type: i
         read_tokenizer(str(tmp_path / "missing.model"), "tokenizer.path")
 
 
-def test_too_little_text_for_the_vocabulary_is_refused() -> None:
-    with pytest.raises(UserError, match=r"tokenizer\.vocab_size = 4096"):
-        train_tokenizer(["abc abc"], 4096)
+def test_a_vocabulary_of_the_wrong_size_is_refused_with_the_nearest_possible_one() -> None:
+    for size in (4096, 2**24 - 1):
+        with pytest.raises(UserError, match=rf"tokenizer\.vocab_size = {size}: .*at most 270 pieces; lower it"):
+            train_tokenizer(["abc abc"], size)
+    assert Tokenizer(train_tokenizer(["abc abc"], 270), "test").vocab_size == 270
+    many = ["".join(map(chr, range(0x4E00, 0x4E00 + 200))) * 5]
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size = 320: .*at least 460 pieces.*raise it"):
+        train_tokenizer(many, 320)
+    assert Tokenizer(train_tokenizer(many, 460), "test").vocab_size == 460
+
+
+def test_text_with_any_character_trains() -> None:
+    """sentencepiece skips sentences with U+2585; a text that has it everywhere must train as one with another sign does."""
+    sign, other = ([f"one {c} two {c} three"] * 50 for c in "\u2585\u2586")
+    tokenizer = Tokenizer(train_tokenizer(sign, 280), "test")
+    assert tokenizer.decode(tokenizer.encode(sign[0])) == sign[0]
+    assert len(tokenizer.encode("three")) == len(Tokenizer(train_tokenizer(other, 280), "test").encode("three"))
+    everything = ["".join(map(chr, range(start, start + 256))) for start in range(0, 0x3000, 256)]
+    assert Tokenizer(train_tokenizer(everything, 14_000), "test").lossless
+
+
+def test_an_error_of_the_text_is_raised_as_it_is() -> None:
+    def texts() -> Iterator[str]:
+        yield "some text"
+        raise UserError("the reason")
+
+    with pytest.raises(UserError, match=r"^the reason$"):
+        train_tokenizer(texts(), 300)
+    with pytest.raises(UserError, match="no text to train a tokenizer on"):
+        train_tokenizer(["", "\0"], 300)
+
+
+def test_a_tilde_in_the_path_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.model").write_bytes(OURS.model)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_tokenizer("~/t.model", "tokenizer.path").fingerprint == OURS.fingerprint
+    for path in ("a\0b", "~nobody-of-this-name/t.model"):
+        with pytest.raises(UserError, match=r"tokenizer\.path"):
+            read_tokenizer(path, "tokenizer.path")

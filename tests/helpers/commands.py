@@ -64,8 +64,9 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def complaints(stderr: str) -> list[str]:
-    """The lines on stderr, without the note that a tokenizer is being trained (the first run with a new cache)."""
-    return [line for line in stderr.splitlines() if not line.startswith("Training a tokenizer")]
+    """The lines on stderr, without those about the preparation of text (the first run with a new cache): that a tokenizer is
+    being trained, and what was read."""
+    return [line for line in stderr.splitlines() if not line.startswith(("Training a tokenizer", "Read ", "  "))]
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:

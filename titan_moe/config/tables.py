@@ -124,7 +124,9 @@ class Data(Table):
 
     corpus: str | list[str] = "stdlib"
     """"stdlib", "wikitext2", "domains", "c4", a registered name, or a path or list of paths: files and directories of text,
-    JSONL(.gz) or Parquet."""
+    JSON lines or Parquet, also compressed."""
+    text_column: str = "text"
+    """The key of JSON rows, or the column of Parquet files, that holds the text."""
     tokens: NaturalInt = 0
     """Budget of training tokens to prepare; 0: all of the corpus."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
@@ -138,7 +140,7 @@ class Tokenizer(Table):
 
     path: str = ""
     """A sentencepiece .model (LLaMA-2's, Mistral's); empty: train one on the corpus, once."""
-    vocab_size: Annotated[int, Field(ge=300)] = 4096
+    vocab_size: Annotated[int, Field(ge=300, lt=2**24)] = 4096
     """Pieces of the tokenizer that is trained when `path` is empty."""
 
 

@@ -6,10 +6,8 @@ A hash of a document's text decides whether it is for training or validation, so
 A corpus of fewer than 20 documents (one long file, for example) is first cut into pieces at line ends.
 """
 
-import contextlib
 import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -22,10 +20,21 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from titan_moe.config.checks import check_vocabulary
 from titan_moe.config.tables import Config
-from titan_moe.data.corpora import Corpus, Document, open_corpus
-from titan_moe.data.shards import FORMAT_VERSION, SPLITS, Manifest, ShardWriter, Split, read_manifest, write_manifest
+from titan_moe.data.corpora import Document, open_corpus
+from titan_moe.data.files import Corpus, expanded
+from titan_moe.data.shards import (
+    FORMAT_VERSION,
+    SPLITS,
+    DamagedShards,
+    Manifest,
+    ShardWriter,
+    Split,
+    read_manifest,
+    write_manifest,
+)
 from titan_moe.data.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
 from titan_moe.errors import UserError
+from titan_moe.runtime.owner import fresh_path, making_folder, remove, remove_abandoned, replacing, touch
 
 FEW_DOCUMENTS = 20
 CUT_CHARACTERS = 4096
@@ -42,62 +51,118 @@ class Prepared(NamedTuple):
 
 
 def cache_root(config: Config) -> Path:
-    """The directory of cached tokenizers, shards and downloaded packages."""
-    chosen = config.data.cache_dir or os.environ.get("TITAN_MOE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titan_moe"
+    """The directory of cached tokenizers, shards and downloaded packages. Raises UserError."""
+    for origin, chosen in (
+        ("data.cache_dir", config.data.cache_dir),
+        ("TITAN_MOE_CACHE", os.environ.get("TITAN_MOE_CACHE")),
+    ):
+        if chosen:
+            if "\0" in chosen:
+                raise UserError(f"{origin} = {chosen!r}: a path can't have a NUL character")
+            return expanded(chosen, origin)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "data.cache_dir") / "titan_moe"
 
 
-def prepare(config: Config, text: str = "", tokenizer: Tokenizer | None = None) -> Prepared:
+def prepare(config: Config, text: str = "", tokenizer: Tokenizer | None = None, quiet: bool = False) -> Prepared:
     """The tokenizer and shards of a configuration, made unless the cache has them. Raises UserError.
 
     text: a corpus to tokenise in place of `data.corpus`, all of it as one split "text", with the same tokenizer.
-    tokenizer: used in place of the one that the configuration names.
+    tokenizer: used in place of the configuration's. quiet: when shards are made, do not print what was left out of them.
     """
     root, data = cache_root(config), config.data
-    source = open_corpus(text, "--text", root) if text else open_corpus(data.corpus, "data.corpus", root)
     try:
+        source = open_corpus(text or data.corpus, "--text" if text else "data.corpus", root, data.text_column)
+        opened = [source]
+        if tokenizer is None and config.tokenizer.path:
+            tokenizer = read_tokenizer(config.tokenizer.path, "tokenizer.path")
         if tokenizer is None:
-            corpus = open_corpus(data.corpus, "data.corpus", root) if text else source
-            tokenizer = cached_tokenizer(config, corpus, root)
+            if text:
+                opened.append(open_corpus(data.corpus, "data.corpus", root, data.text_column))
+            tokenizer = trained_tokenizer(config, opened[-1], root)
         check_vocabulary(config, tokenizer.vocab_size)
         key: list[object] = [source.fingerprint, tokenizer.fingerprint]
         key = ["text", *key] if text else [*key, data.tokens, data.validation_fraction]
         folder = root / "tokens" / digest(*key, FORMAT_VERSION)
-        if not (folder / "manifest.json").exists():
-            documents = (
-                ((document, "text") for document in source.documents())
-                if text
-                else split_documents(source, data.validation_fraction)
-            )
-            splits, budget = (("text",), 0) if text else (SPLITS, data.tokens)
-            make_shards(source, tokenizer, folder, documents, splits, budget or sys.maxsize)
+        if usable(folder):
+            remember(opened)
+            return Prepared(tokenizer, folder, read_manifest(folder))
+        for corpus in opened:
+            corpus.save_digests()
+        splits, budget = (("text",), 0) if text else (SPLITS, data.tokens)
+        documents = (
+            ((document, "text") for document in source.documents())
+            if text
+            else split_documents(source, data.validation_fraction)
+        )
+        make_shards(source, tokenizer, folder, documents, splits, budget or sys.maxsize)
+        manifest = read_manifest(folder)
     except OSError as error:
-        raise UserError(f"data.cache_dir: {error.filename or root}: can't be written: {error.strerror}") from error
-    return Prepared(tokenizer, folder, read_manifest(folder))
+        raise UserError(
+            f"data.cache_dir: {error.filename or root}: {error.strerror}; make room, or choose another with data.cache_dir"
+        ) from error
+    if not quiet:
+        print("\n  ".join([f"Read {manifest.report[0]}", *manifest.report[1:]]), file=sys.stderr)
+    return Prepared(tokenizer, folder, manifest)
+
+
+def remember(corpora: list[Corpus]) -> None:
+    """Writes what identifies the text into the cache. A cache that can't be written may still be read."""
+    try:
+        for corpus in corpora:
+            corpus.save_digests()
+    except OSError as error:
+        print(
+            f"Note: {error.filename}: {error.strerror}; so every start reads all text for its checksums",
+            file=sys.stderr,
+        )
+
+
+def usable(folder: Path) -> bool:
+    """Whether a folder has complete shards. Damaged ones are named and deleted, so that they can be made again."""
+    if not folder.exists():
+        return False
+    try:
+        read_manifest(folder)
+    except DamagedShards as error:
+        print(f"{error.what}; preparing it again", file=sys.stderr)
+        aside = fresh_path(folder)
+        try:
+            folder.rename(aside)  # at once: no other process sees a part of them
+        except FileNotFoundError:
+            return False  # another process was faster
+        remove(aside)
+        return False
+    return True
 
 
 def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
-def cached_tokenizer(config: Config, corpus: Corpus, root: Path) -> Tokenizer:
-    if config.tokenizer.path:
-        return read_tokenizer(config.tokenizer.path, "tokenizer.path")
-    size = config.tokenizer.vocab_size
-    path = root / "tokenizers" / f"{digest(corpus.fingerprint, size)}.model"
-    if not path.exists():
-        print(f"Training a tokenizer of {size} pieces on {corpus.name}", file=sys.stderr)
-        documents = split_documents(corpus, config.data.validation_fraction)
-        model = train_tokenizer((document.text for document, split in documents if split == "train"), size)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(
-            f"{path.name}.{os.getpid()}"
-        )  # renamed when complete, so that no other process reads a part
+def trained_tokenizer(config: Config, corpus: Corpus, root: Path) -> Tokenizer:
+    """The tokenizer trained on a corpus, from the cache if it is there. The file's name holds a digest of its content."""
+    size, fraction, folder = config.tokenizer.vocab_size, config.data.validation_fraction, root / "tokenizers"
+    key = digest(corpus.fingerprint, size, fraction)
+
+    def file_of(model: bytes) -> Path:
+        return folder / f"{key}-{hashlib.sha256(model).hexdigest()[:20]}.model"
+
+    for path in sorted(folder.glob(f"{key}-*.model")):
+        try:
+            model = path.read_bytes()
+        except FileNotFoundError:  # another process has found it damaged
+            continue
+        if path == file_of(model):
+            return Tokenizer(model, str(path))
+        print(f"{path}: damaged (its checksum differs); training it again", file=sys.stderr)
+        path.unlink(missing_ok=True)
+    print(f"Training a tokenizer of {size} pieces on {corpus.name}", file=sys.stderr)
+    texts = (document.text for document, split in split_documents(corpus, fraction) if split == "train")
+    model = train_tokenizer(texts, size)
+    with replacing(file_of(model)) as fresh:
         fresh.write_bytes(model)
-        fresh.replace(path)
-    return read_tokenizer(str(path), "data.cache_dir: the cached tokenizer")
+    remove_abandoned(folder)
+    return Tokenizer(model, str(file_of(model)))
 
 
 def split_documents(corpus: Corpus, validation_fraction: float) -> Documents:
@@ -106,6 +171,7 @@ def split_documents(corpus: Corpus, validation_fraction: float) -> Documents:
     first = list(islice(documents, FEW_DOCUMENTS))
     everything: Iterator[Document] = chain(first, documents)
     if len(first) < FEW_DOCUMENTS:
+        corpus.report.note(f"fewer than {FEW_DOCUMENTS} documents, so they were cut at line ends")
         everything = (piece for document in first for piece in cut(document))
     first_text: str | None = None
     for document in everything:
@@ -138,29 +204,12 @@ def make_shards(
     budget: stop when the first split has this many tokens. Raises UserError for too little text.
     """
     if not tokenizer.lossless:
-        print("Note: this tokenizer can't restore every text; bits per byte count bytes of the source", file=sys.stderr)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(folder.parent)
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-    fresh.mkdir(exist_ok=True)
-    try:
+        print(
+            "Note: this tokenizer can't restore every text; bits per byte count the bytes that its pieces stand for",
+            file=sys.stderr,
+        )
+    with making_folder(folder) as fresh:
         write_manifest(fresh, write_splits(corpus, tokenizer, fresh, documents, splits, budget))
-        with contextlib.suppress(OSError):  # another process may have made the same shards first
-            fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    for reason in corpus.skipped[:3]:
-        print(f"Skipped {reason}", file=sys.stderr)
-    if corpus.skipped:
-        print(f"Skipped {len(corpus.skipped)} unreadable file(s) in all", file=sys.stderr)
-
-
-def remove_abandoned(parent: Path) -> None:
-    """Deletes the incomplete shards of killed processes, whose ids end the directory names."""
-    for path in parent.glob(".*.*"):
-        owner = path.name.rsplit(".", 1)[-1]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc").exists():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_splits(
@@ -168,6 +217,7 @@ def write_splits(
 ) -> Manifest:
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     writers = {split: ShardWriter(folder, split, dtype) for split in names}
+    counted_bytes = dict.fromkeys(names, 0)
     domains: list[str] = []
     bytes_read = 0
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -182,14 +232,23 @@ def write_splits(
                 bytes_read += size
                 if writers[names[0]].tokens < budget:
                     with_ends = np.array([tokenizer.bos, *document_ids, tokenizer.eos], dtype=np.int64)
+                    counted_bytes[split] += int(tokenizer.count_bytes(with_ends[:-1], with_ends[1:]).sum())
                     writers[split].add(with_ends, domains.index(document.domain), size)
             bar.update(task, completed=bytes_read)
+            touch(folder)
             if writers[names[0]].tokens >= budget:
+                corpus.report.note(f"reading stopped at data.tokens = {budget:,}")
                 break
     splits = {name: writer.finish() for name, writer in writers.items()}
     check_size(corpus, splits)
+    for name, size in counted_bytes.items():
+        if not size:
+            raise UserError(
+                f"tokenizer.path: the tokenizer has no piece for any character of {corpus.name}, split {name}"
+            )
     fingerprint = digest(*(shard.sha256 for split in splits.values() for shard in split.shards))
-    return Manifest(FORMAT_VERSION, corpus.name, tokenizer.fingerprint, dtype, domains, splits, fingerprint)
+    report = corpus.report.lines()
+    return Manifest(FORMAT_VERSION, corpus.name, tokenizer.fingerprint, dtype, domains, splits, fingerprint, report)
 
 
 def check_size(corpus: Corpus, splits: dict[str, Split]) -> None:

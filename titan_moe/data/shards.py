@@ -5,9 +5,8 @@ manifest holds sizes and SHA-256 sums. It is written last, so a directory with a
 """
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
+from titan_moe.data.digests import read_checked, sha256, write_checked
 from titan_moe.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SHARD_TOKENS = 1 << 26
 SPLITS = ("train", "validation")
 
@@ -52,6 +52,16 @@ class Manifest:
     splits: dict[str, Split]
     fingerprint: str
     """SHA-256 over the checksums of all shards. It identifies the data set."""
+    report: list[str] = field(default_factory=list)
+    """What was read and what was left out, a line each."""
+
+
+class DamagedShards(UserError):
+    """A file of the shards is missing, truncated or altered. what: which file, and why."""
+
+    def __init__(self, what: str, folder: Path) -> None:
+        self.what = what
+        super().__init__(f"{what}; delete {folder} to prepare it again")
 
 
 class ShardWriter:
@@ -95,25 +105,41 @@ class ShardWriter:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
+    write_checked(folder / "manifest.json", asdict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a directory. Raises UserError when it is damaged or of another version."""
+    """The manifest of a directory, whose files have the sizes that it says; `TokenStream` compares their checksums.
+
+    Raises DamagedShards; OSError when a file can't be read now.
+    """
     path = folder / "manifest.json"
     try:
-        raw = json.loads(path.read_text())
-        if raw["version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: version {raw['version']}, not {FORMAT_VERSION}; delete {folder} to prepare it again"
-            )
+        body = read_checked(path)
+        if body["version"] != FORMAT_VERSION:
+            raise DamagedShards(f"{path}: version {body['version']}, not {FORMAT_VERSION}", folder)
         splits = {
             name: Split(**(split | {"shards": [Shard(**shard) for shard in split["shards"]]}))
-            for name, split in raw["splits"].items()
+            for name, split in body["splits"].items()
         }
-        return Manifest(**(raw | {"splits": splits}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete {folder} to prepare it again") from error
+        manifest = Manifest(**(body | {"splits": splits}))
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedShards(f"{path}: damaged ({error})", folder) from error
+    for split in splits.values():
+        for shard in split.shards:
+            check_file_size(folder, shard.file, shard.tokens * np.dtype(manifest.dtype).itemsize)
+    for name, split in splits.items():
+        check_file_size(folder, f"{name}-documents.npy", 128 + 16 * split.documents)
+    return manifest
+
+
+def check_file_size(folder: Path, name: str, size: int) -> None:
+    try:
+        actual = (folder / name).stat().st_size
+    except FileNotFoundError as error:
+        raise DamagedShards(f"{folder / name}: missing", folder) from error
+    if actual != size:
+        raise DamagedShards(f"{folder / name}: damaged ({actual:,} bytes, not {size:,})", folder)
 
 
 class TokenStream:
@@ -164,19 +190,13 @@ class TokenStream:
         return np.searchsorted(self.starts, positions, side="right") - 1
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 22), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def verify(path: Path, wanted: str, folder: Path) -> None:
-    """Raises UserError for a file that is missing, truncated or altered."""
+    """Raises DamagedShards for a file that is missing, truncated or altered, UserError for one that can't be read now."""
     try:
         actual = sha256(path)
+    except FileNotFoundError as error:
+        raise DamagedShards(f"{path}: missing", folder) from error
     except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}; delete {folder} to prepare it again") from error
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
     if actual != wanted:
-        raise UserError(f"{path}: damaged (its checksum differs); delete {folder} to prepare it again")
+        raise DamagedShards(f"{path}: damaged (its checksum differs)", folder)

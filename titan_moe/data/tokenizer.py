@@ -1,7 +1,8 @@
 """A lossless sentencepiece tokenizer: `decode(encode(x)) == x` for any UTF-8 text.
 
 With its default options sentencepiece loses newlines, indentation and repeated spaces, and decodes U+2581 as a space.
-The models trained here keep all of them; `encode` encodes U+2581 as its three bytes.
+The models trained here keep all of them; `encode` encodes U+2581 as its three bytes, and a space as a space where the model
+has no piece for it and would write U+2581 in its place.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import sentencepiece
 
 from titan_moe.errors import UserError
 
+SKIPPED = "\u2585"  # sentencepiece does not train on a sentence with this character
 SPACE = "\u2581"  # sentencepiece's character for a space inside a piece
 TRAINING_BYTES = 20 << 20  # of text, at most, that a tokenizer is trained on
 SAMPLE = "def f(x):\n\treturn  x +  1\n\n  \u00e9\u4e2d\U0001f600 \u2581 end \r\n"
@@ -42,8 +44,13 @@ class Tokenizer:
             )
         self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        byte_ids = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self._space_ids = byte_ids if all(self.pieces.is_byte(i) for i in byte_ids) else None
+        byte_ids = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in (*SPACE.encode(), *b" ")]
+        has_bytes = all(self.pieces.is_byte(i) for i in byte_ids)
+        self._space_ids = byte_ids[:-1] if has_bytes else None
+        # A model trained on text without spaces has no piece for U+2581, its sign for a space, and spells that in bytes.
+        no_piece = self.pieces.piece_to_id(SPACE) == self.pieces.unk_id()
+        self._blank = byte_ids[-1] if has_bytes and no_piece else None
+        self._spells_prefix = self._blank is not None and self.pieces.encode("x")[:3] == self._space_ids
         # Models like LLaMA-2's put a space before the text, which must not count as a byte of the text.
         self.adds_space = (
             bool(self.pieces.encode("x")) and self.pieces.id_to_piece(self.pieces.encode("x")[0])[0] == SPACE
@@ -61,14 +68,14 @@ class Tokenizer:
         return len(self.pieces.id_to_piece(token).replace(SPACE, " ").encode("utf-8"))
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a text without `bos` and `eos`. text: no lone surrogates."""
         if SPACE not in text or self._space_ids is None:
-            ids: list[int] = self.pieces.encode(text)
-            return ids
-        ids = []
+            return self._blanks_restored(self.pieces.encode(text))
+        ids: list[int] = []
         for index, part in enumerate(text.split(SPACE)):
             if index:
                 ids += self._space_ids
-            encoded = self.pieces.encode(part)
+            encoded = self._blanks_restored(self.pieces.encode(part))
             # Such models add a space to the start of the text only, not to the parts that it is split into here.
             if index and self.adds_space and encoded:
                 encoded = self._encode_inside(part)
@@ -78,7 +85,19 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
         """`encode` of every text, on several threads."""
         plain: list[list[int]] = self.pieces.encode(texts, num_threads=threads)
-        return [self.encode(text) if SPACE in text else ids for text, ids in zip(texts, plain, strict=True)]
+        pairs = zip(texts, plain, strict=True)
+        return [self.encode(text) if SPACE in text else self._blanks_restored(ids) for text, ids in pairs]
+
+    def _blanks_restored(self, ids: list[int]) -> list[int]:
+        """The ids of a text without U+2581, with a space in place of each U+2581 that the model has spelt in bytes."""
+        if self._blank is None or self._space_ids is None:
+            return ids
+        restored: list[int] = []
+        for token in ids:
+            restored.append(token)
+            if restored[-3:] == self._space_ids:
+                restored[-3:] = [self._blank]
+        return restored[1:] if self._spells_prefix else restored
 
     def _encode_inside(self, part: str) -> list[int]:
         """Ids of a part that is not at the start of the text, for models that add a space to what they encode."""
@@ -97,11 +116,18 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """A .model file of byte pairs with byte fallback, deterministic. Raises UserError for too little text."""
+    """A .model file of byte pairs with byte fallback, deterministic. Raises UserError for too little text.
+
+    Errors of `texts` are raised as they are.
+    """
     model = io.BytesIO()
+    # A list, since sentencepiece would report any error of an iterator as one of its own.
+    sentences = list(_sentences(texts))
+    if not sentences:
+        raise UserError("data.corpus: no text to train a tokenizer on; give more, or set tokenizer.path")
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -121,12 +147,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        maximum = re.search(r"value <= (\d+)", str(error))
-        reason = f"gives at most {maximum.group(1)} pieces" if maximum else "has no text to train a tokenizer on"
-        raise UserError(
-            f"tokenizer.vocab_size = {vocab_size}: this corpus {reason}; lower it, give more text, or set tokenizer.path"
-        ) from error
+        raise UserError(f"tokenizer.vocab_size = {vocab_size}: {training_problem(str(error))}") from error
     return model.getvalue()
+
+
+def training_problem(message: str) -> str:
+    """What sentencepiece says, and what to do about it."""
+    if maximum := re.search(r"value <= (\d+)", message):
+        return f"this corpus gives at most {maximum.group(1)} pieces; lower it, give more text, or set tokenizer.path"
+    if minimum := re.search(r"\d+ vs (\d+)", message):
+        return f"this corpus needs at least {minimum.group(1)} pieces, for its characters; raise it"
+    return f"no tokenizer can be trained on this corpus ({message.splitlines()[0]}); set tokenizer.path"
 
 
 def _sentences(texts: Iterable[str], length: int = 2000) -> Iterator[str]:
@@ -138,14 +169,15 @@ def _sentences(texts: Iterable[str], length: int = 2000) -> Iterator[str]:
             remaining -= len(part.encode("utf-8"))
             if remaining < 0:
                 return
-            if part:
-                yield part
+            yield from filter(None, part.split(SKIPPED))
 
 
 def read_tokenizer(path: str, origin: str) -> Tokenizer:
-    """A tokenizer from a .model file. Raises UserError."""
+    """A tokenizer from a .model file; `~` is the home directory. Raises UserError."""
     try:
-        model = Path(path).read_bytes()
+        model = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise UserError(f"{origin} = {path!r}: can't be read: {error.strerror}") from error
+    except (ValueError, RuntimeError) as error:  # a NUL character; no home directory
+        raise UserError(f"{origin} = {path!r}: {error}") from error
     return Tokenizer(model, f"{origin} = {path!r}")

@@ -104,7 +104,8 @@ class LossSums:
         sums = torch.tensor([nats, self.tokens, self.source_bytes], dtype=torch.float64, device=mesh.device)
         nats, tokens, source_bytes = all_sum(sums, mesh.ranks.data).tolist()
         loss = nats / tokens
-        return Losses(int(tokens), loss, math.exp(min(loss, 700.0)), nats / math.log(2) / source_bytes)
+        bits_per_byte = nats / math.log(2) / source_bytes if source_bytes else math.nan  # of unknown tokens only
+        return Losses(int(tokens), loss, math.exp(min(loss, 700.0)), bits_per_byte)
 
 
 def evaluate_batch(runner: Runner, batch: Batch, mesh: Mesh) -> Evaluated:

@@ -19,7 +19,7 @@ def run(arguments: Namespace) -> int:
     )
     from titan_moe.data.prepare import prepare
 
-    tokenizer, folder, manifest = prepare(config)
+    tokenizer, folder, manifest = prepare(config, quiet=True)
     for name, split in manifest.splits.items():
         print(
             f"{name:<12} {split.tokens:,} tokens in {split.documents:,} documents, {split.source_bytes:,} bytes of text "
@@ -27,5 +27,7 @@ def run(arguments: Namespace) -> int:
         )
     print(f"{'domains':<12} {', '.join(domain or 'none' for domain in manifest.domains)}")
     print(f"{'tokenizer':<12} {tokenizer.vocab_size:,} pieces{'' if tokenizer.lossless else ', not lossless'}")
+    for name, line in zip(("read", *[""] * len(manifest.report)), manifest.report, strict=False):
+        print(f"{name:<12} {line}")
     print(f"{'shards':<12} {folder}")
     return 0
