@@ -6,6 +6,7 @@ wins over files. Every error is one line that names the source of the value, its
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,7 @@ def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) 
 
 def world_size_from_environment() -> int:
     """The number of processes of this run: WORLD_SIZE, set by torchrun and run_train.sh, else 1. Raises UserError."""
-    raw = os.environ.get("WORLD_SIZE", "1")
-    if not raw.isdigit() or int(raw) < 1:
+    raw = os.environ.get("WORLD_SIZE") or "1"
+    if not re.fullmatch("[0-9]{1,9}", raw.strip()) or int(raw) < 1:
         raise UserError(f"environment: WORLD_SIZE={raw!r} is not a positive number of processes")
     return int(raw)

@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from titan_moe.config.load import world_size_from_environment
+from titan_moe.runtime.ranks import check_ranks
 from titan_moe.verbs.arguments import add_number, add_overrides, add_runs
 
 
@@ -22,6 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    check_ranks()
     from titan_moe.analysis.inspect.inspection import Options, from_checkpoint, inspect, write_results
     from titan_moe.analysis.processes import ranks_of
 
