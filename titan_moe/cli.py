@@ -15,6 +15,7 @@ from argparse import Namespace
 from titan_moe.errors import LostRanksError, TrainingError, UserError
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.cpus import limit_threads
+from titan_moe.runtime.home import provide_cache
 from titan_moe.runtime.log import log_file
 from titan_moe.verbs.arguments import Parser
 
@@ -37,6 +38,7 @@ def main() -> None:
     keep_freed_memory()
     limit_threads()
     try:
+        provide_cache()
         arguments = parse(sys.argv[1:])
         status: int = arguments.run(arguments)
         sys.stdout.flush()
