@@ -17,7 +17,8 @@ REQUIREMENTS, TORCH = ROOT / "requirements.txt", ROOT / "requirements-torch.txt"
 # torch comes in builds with other files (for CPUs, for other versions of CUDA), so set-up may take it from elsewhere.
 WITH_TORCH = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)==")
 HEADERS = {
-    REQUIREMENTS: "# The tested set, with hashes, but for torch. Made by scripts/lock.py; ranges that should work: pyproject.toml.\n"
+    REQUIREMENTS: "# The tested set without torch, with hashes. Made by scripts/lock.py; ranges that should work: "
+    "pyproject.toml.\n"
     "#   pip install --require-hashes --no-deps -r requirements.txt -r requirements-torch.txt\n",
     TORCH: "# torch and its CUDA libraries, with hashes: the build that package registries have. Made by scripts/lock.py.\n",
 }
