@@ -1,6 +1,7 @@
 """What run_train.sh starts: ranks by visible GPUs, threads by CPUs, nodes by SLURM; and where its ranks listen."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -189,3 +190,23 @@ def test_run_train_behind_a_link(tmp_path: Path) -> None:
         done = subprocess.run([str(tmp_path / link), "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("usage: titan-moe train")
+
+
+@pytest.mark.slow
+def test_two_tasks_of_srun_start_two_ranks_each(tiny_options: list[str], tmp_path: Path) -> None:
+    """One task per node, as in scripts/multinode.slurm; here both nodes are this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    words = [*tiny_options, "--training.steps=2", "--validation.interval=0", "--metrics.tensorboard=false"]
+    assert subprocess.run([str(ROOT / "run_train.sh"), "--check", *words], check=False).returncode == 0
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    variables = {**os.environ, "NPROC": "2", "OMP_NUM_THREADS": "1", "RDZV_ENDPOINT": endpoint}
+    tasks = [
+        subprocess.Popen([str(ROOT / "run_train.sh"), *words], env=variables | slurm(n, 2, 2), text=True, **pipes)
+        for n in range(2)
+    ]
+    for task in tasks:
+        _, errors = task.communicate(timeout=120)
+        assert task.returncode == 0, errors
+    assert (tmp_path / "runs" / "debug" / "logs" / "rank-3.log").exists()
