@@ -10,18 +10,14 @@
 #   MAX_RESTARTS   how often all ranks start again from the newest checkpoint when one fails (0)
 # Under srun and mpirun nothing of this is needed: a task is a rank, or, with one task per node, starts NPROC ranks.
 set -u
-script="${BASH_SOURCE[0]}"
-while [ -L "$script" ]; do # it may be linked into a folder on PATH
-    target="$(readlink "$script")"
-    case "$target" in
-    /*) script="$target" ;;
-    *) script="$(dirname "$script")/$target" ;;
-    esac
-done
-source "$(dirname "$script")/scripts/setup.sh"
+# This file may be linked into a folder on PATH.
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/scripts/setup.sh"
 _setup || exit 1
 export PYTHONPATH="$_root${PYTHONPATH:+:$PYTHONPATH}"
 
+for word in "$@"; do # else every rank would print the help
+    case "$word" in -h | --help) exec "$PYTHON" -m titan_moe.cli train --help ;; esac
+done
 settings="$("$PYTHON" -m titan_moe.runtime.processes)" || exit $?
 eval "$settings" # sets NPROC, NNODES, NODE_RANK, RDZV_ENDPOINT, RDZV_TIMEOUT, MAX_RESTARTS and OMP_NUM_THREADS
 if [ "${NPROC:-1}" = 1 ] && [ "${NNODES:-1}" = 1 ]; then

@@ -147,6 +147,7 @@ WORLDS = [
     (10, ["ep=2"], r"an expert can't be sharded evenly over 5 ranks"),
     (3, ["cp=3"], r"training\.seq_len = 256 must be a multiple of 2 \* parallelism\.cp = 6"),
     (5, [], r"training\.batch_size = 8 is not a multiple of 5"),
+    (10**9 - 1, ["tp=2"], r"999999999 processes are not a multiple of .* = 2; 1, 3, 9, 27, .* would be"),
     (16, [], r"training\.batch_size = 8 is not a multiple of 16"),
 ]
 

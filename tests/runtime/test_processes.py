@@ -187,9 +187,12 @@ def test_run_train_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "absolute").symlink_to(ROOT / "run_train.sh")
     (tmp_path / "folder" / "relative").symlink_to("../absolute")
     for link in ("absolute", "folder/relative"):
-        done = subprocess.run([str(tmp_path / link), "--help"], capture_output=True, text=True, check=False)
+        environment = {**os.environ, "NPROC": "2"}
+        done = subprocess.run(
+            [str(tmp_path / link), "--help"], capture_output=True, text=True, env=environment, check=False
+        )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("usage: titan-moe train")
+        assert done.stdout.count("usage: titan-moe train") == 1
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def add_number(parser: argparse.ArgumentParser, option: str, default: int, meani
     """Adds an option for an integer of at least `least`. UserError names the option, the value and the meaning."""
 
     def number(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
             raise UserError(f"{option} = {text[:80]!r}: {meaning}, {least} or more")
         return int(text)
 
