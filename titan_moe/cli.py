@@ -12,6 +12,7 @@ import signal
 import sys
 from argparse import Namespace
 
+from titan_moe import __version__
 from titan_moe.errors import LostRanksError, TrainingError, UserError
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.cpus import limit_threads
@@ -41,9 +42,8 @@ def main() -> None:
         provide_cache()
         arguments = parse(sys.argv[1:])
         status: int = arguments.run(arguments)
-        sys.stdout.flush()
     except BrokenPipeError:
-        status = close_stdout()
+        status = 128 + signal.SIGPIPE
     except UserError as error:
         status = fail(error, str(error), 2)
     except TrainingError as error:
@@ -69,7 +69,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; nothing is lost, the same command starts again", file=sys.stderr)
         status = 130
-    sys.exit(status)
+    sys.exit(close_stdout(status))
 
 
 def use_utf8() -> None:
@@ -90,10 +90,14 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def close_stdout() -> int:
-    """Ends the output whose reader has gone, so that Python does not complain at exit. Returns the exit status."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
+def close_stdout(status: int) -> int:
+    """Writes what is left to stdout. Returns the exit status, 141 in place of 0 when its reader has gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would complain at exit
+        return status or 128 + signal.SIGPIPE
+    return status
 
 
 def parse(words: list[str]) -> Namespace:
@@ -102,9 +106,10 @@ def parse(words: list[str]) -> Namespace:
     Prints help and exits for `--help`. Raises UserError.
     """
     parser = Parser(prog="titan-moe", epilog="`titan-moe VERB --help` describes a verb and its options.")
+    parser.add_argument("--version", action="version", version=f"titan-moe {__version__}")
     parsers = parser.add_subparsers(title="verbs", metavar="VERB")
     verbs = {verb: parsers.add_parser(verb, help=line) for verb, (_, line) in VERBS.items()}
-    if words[:1] in (["-h"], ["--help"]):
+    if words[:1] in (["-h"], ["--help"], ["--version"]):
         parser.parse_args(words[:1])
     verb, *words = words or [""]
     from titan_moe.config.load import all_keys, nearest, split_overrides, unknown_word  # slow, so not for `--help`

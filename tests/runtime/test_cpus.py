@@ -54,3 +54,34 @@ def test_affinity_limits_cpus() -> None:
 
 def test_there_is_always_a_cpu() -> None:
     assert 1 <= available_cpus() <= affinity()
+
+
+@pytest.fixture
+def small_group():
+    """A control group of version 1 with the time of one CPU; yields its directory."""
+    group = Path("/sys/fs/cgroup/cpu") / f"titan-moe-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "cpu.cfs_quota_us").write_text("100000")
+    except OSError:
+        pytest.skip("needs root and control groups of version 1, to make one")
+    yield group
+    group.rmdir()
+
+
+def test_threads_in_a_container_with_one_cpu(small_group: Path) -> None:
+    """torch would take a thread per CPU of the machine."""
+    code = "from titan_moe.runtime.cpus import limit_threads; limit_threads(); import os; print(os.environ['OMP_NUM_THREADS'])"
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for given, threads in (({}, "1" if affinity() > 1 else None), ({"OMP_NUM_THREADS": "3"}, "3")):
+        if threads is None:
+            continue
+        done = subprocess.run(
+            ["sh", "-c", f'echo $$ > {small_group}/cgroup.procs; exec "$@"', "-", sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=variables | given,
+            check=True,
+        )
+        assert done.stdout == f"{threads}\n"

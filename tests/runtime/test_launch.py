@@ -65,6 +65,15 @@ def test_nothing_is_reported_when_ranks_saved_after_a_signal(failed, capsys: pyt
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("ended", [0, 1])
+def test_a_rank_that_torchrun_ends_after_another_stopped_is_not_reported(
+    failed, capsys: pytest.CaptureFixture[str], ended: int
+) -> None:
+    """Rank 0's stdout had no reader any more; both ranks agreed to stop, and one was faster."""
+    assert report_failure({ended: failed(ended, -signal.SIGTERM), 1 - ended: failed(1 - ended, 129)}) == 129
+    assert capsys.readouterr().err == ""
+
+
 def test_the_launcher_forwards_the_signals_that_stop_a_run() -> None:
     assert launch.STOPPING == stopping.STOPPING
 

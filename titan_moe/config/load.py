@@ -178,7 +178,8 @@ def unknown_word(word: str, valid: Sequence[str]) -> UserError:
     """The error for a command-line word that nothing reads. valid: names of options, without dashes."""
     name = word.partition("=")[0]
     if not name.startswith("-"):
-        return UserError(f"{COMMAND_LINE}: {word!r} is not an option; options look like --section.key=value")
+        example = word if "=" in word and name in all_keys() else "section.key=value"
+        return UserError(f"{COMMAND_LINE}: {word!r} is not an option; options look like --{example}")
     near = nearest(name.lstrip("-"), valid)
     return UserError(f"{COMMAND_LINE}: unknown option {name}{f'; did you mean --{near}?' if near else ''}")
 

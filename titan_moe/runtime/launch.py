@@ -76,7 +76,7 @@ def report_failure(failures: dict[int, ProcessFailure]) -> int:
     """Prints which rank of this node failed first and why, and returns its exit status: 128 + n for signal n.
 
     failures: by global rank."""
-    rank, failure = min(failures.items(), key=lambda item: failure_time(item[1]))
+    rank, failure = min(failures.items(), key=lambda item: (failure_time(item[1]), was_ended(item[1])))
     record = error_record(failure)
     # A rank that wrote its error was about to exit; torchrun's SIGTERM may have ended it before it did.
     code = int(record.get("status", failure.exitcode))
@@ -96,7 +96,12 @@ def failure_time(failure: ProcessFailure) -> float:
     if record:
         return float(record["time"])
     # Killed from outside, or later by torchrun. A rank that exits without a record does so because another one failed.
-    return failure.timestamp if failure.exitcode < 0 else math.inf
+    return failure.timestamp if failure.exitcode < 0 and not was_ended(failure) else math.inf
+
+
+def was_ended(failure: ProcessFailure) -> bool:
+    """Whether torchrun's SIGTERM ended a rank after another one had exited. A rank catches it but while it starts or ends."""
+    return failure.exitcode == -signal.SIGTERM
 
 
 def error_record(failure: ProcessFailure) -> dict[str, Any]:
