@@ -74,7 +74,7 @@ _make_venv() {
         ! "$_venv/bin/python" -c 'import pip' 2>/dev/null; then
         rm -rf "$_venv"
     fi
-    echo "One-time set-up: installing requirements.txt into .venv (a minute or two)" >&2
+    echo "One-time set-up: installing requirements.txt into .venv (some minutes)" >&2
     mkdir -p "$_venv" && echo unfinished >"$_venv/set-up" || return 1
     [ -x "$_venv/bin/python" ] || "$base" -m venv "$_venv" || return 1
     _install || { echo "error: the set-up failed (see above)" >&2; return 1; }

@@ -152,3 +152,13 @@ def test_a_sweeps_number_of_processes(value: str) -> None:
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: environment: NPROC = ")
+
+
+def test_weights_that_a_step_has_destroyed_are_one_line(tiny_options: list[str]) -> None:
+    """The step itself is finite, and the validation after it is not."""
+    done = titan_moe(
+        "train", *tiny_options, "--training.steps=1", "--optimizer.lr=1e300", "--lr_scheduler.warmup_steps=0"
+    )
+    assert done.returncode == 1
+    (line,) = complaints(done.stderr)
+    assert re.match(r"error: validation at step 1: \w+ is not finite; lower optimizer\.lr", line)
