@@ -38,9 +38,13 @@ def satisfied(requirement: str) -> bool:
     name = re.split(r"[<>=!~ ]", requirement, maxsplit=1)[0]
     if importlib.util.find_spec(MODULE_OF.get(name, name)) is None:
         return False
-    installed = release(importlib.metadata.version(name))
+    return in_range(requirement, importlib.metadata.version(name))
+
+
+def in_range(requirement: str, version: str) -> bool:
+    """Whether a version is one that a requirement such as "numpy>=1.26,<3" allows."""
     bounds = re.findall(r"(>=|<)([\d.]+)", requirement)
-    return all((installed >= release(bound)) == (sign == ">=") for sign, bound in bounds)
+    return all((release(version) >= release(bound)) == (sign == ">=") for sign, bound in bounds)
 
 
 def main() -> int:
@@ -52,4 +56,5 @@ def main() -> int:
         return 1
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,11 @@
 # Sourced by run_train.sh and scripts/test.sh: sets $PYTHON to an interpreter that has all requirements.
 #
-# Tried in this order: the active environment, if it has the packages that pyproject.toml requires; `.venv`, if
-# complete; a new `.venv`, installed from requirements.txt (an incomplete or broken one is deleted first).
+# Tried in this order: the active environment, if it has the packages that pyproject.toml requires; `.venv`, if its
+# set-up was finished and asked for the same, or if somebody else made it and it is complete; a set-up of `.venv`.
+# `.venv/set-up` is "unfinished" from the first command of a set-up to the last, then a checksum of what was asked. An
+# unfinished or broken `.venv` is deleted; one that was finished and asked for something else is updated in place.
 
-_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 _venv="$_root/.venv"
 
 _has_requirements() { "$1" "$_root/scripts/check_environment.py" "${@:2}" 2>/dev/null; }
@@ -21,15 +23,62 @@ _base_python() {
     return 1
 }
 
+# A checksum of what a set-up installs: the locked packages, this checkout and its folder, and how.
+_asked() {
+    {
+        echo "$_root"
+        cat "$_root/requirements.txt" "$_root/requirements-torch.txt" "$_root/pyproject.toml" "$_root/scripts/setup.sh"
+    } | cksum
+}
+
+_recorded() { cat "$_venv/set-up" 2>/dev/null; }
+
+_usable() {
+    local recorded
+    recorded="$(_recorded)"
+    if [ -n "$recorded" ]; then
+        [ "$recorded" = "$(_asked)" ] || return 1
+    else # not made here
+        [ -x "$_venv/bin/titan-moe" ] || return 1
+    fi
+    _has_requirements "$_venv/bin/python" "$@"
+}
+
+_pip() { "$_venv/bin/python" -m pip "$1" --quiet --disable-pip-version-check "${@:2}" >&2; }
+
+# torch comes in several builds. The registries' build has the hashes of requirements-torch.txt. pip may also be set up to
+# take another one (for CPUs only, or for another CUDA), which has a label: 2.13.0+cpu. Its files have other hashes.
+_install_torch() {
+    local pin wheels="$_venv/wheels" wheel
+    pin="$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' "$_root/requirements-torch.txt")"
+    rm -rf "$wheels"
+    _pip download --no-deps --dest "$wheels" "$pin" || return 1
+    wheel="$(echo "$wheels"/torch-*)"
+    case "$wheel" in
+    *+* | *%2B*) _pip install "$wheel" ;;
+    *) _pip install --require-hashes --no-deps --find-links "$wheels" -r "$_root/requirements-torch.txt" ;;
+    esac && rm -rf "$wheels"
+}
+
+_install() {
+    _pip install --require-hashes --no-deps -r "$_root/requirements.txt" && _install_torch &&
+        _pip install --no-deps --no-build-isolation -e "$_root"
+}
+
 _make_venv() {
-    local base fresh
+    local base recorded asked
     base="$(_base_python)" || return 1
-    rm -rf "$_venv"
-    echo "One-time set-up: installing requirements.txt into .venv (a minute or two)" >&2
-    "$base" -m venv "$_venv" || { rm -rf "$_venv"; return 1; }
-    "$_venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$_root/requirements.txt" >&2 &&
-        "$_venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-            -e "$_root" >&2 || { rm -rf "$_venv"; echo "error: the set-up failed (see above)" >&2; return 1; }
+    recorded="$(_recorded)"
+    asked="$(_asked)"
+    if [ -z "$recorded" ] || [ "$recorded" = unfinished ] || [ "$recorded" = "$asked" ] ||
+        ! "$_venv/bin/python" -c 'import pip' 2>/dev/null; then
+        rm -rf "$_venv"
+    fi
+    echo "One-time set-up: installing requirements.txt into .venv (some minutes)" >&2
+    mkdir -p "$_venv" && echo unfinished >"$_venv/set-up" || return 1
+    [ -x "$_venv/bin/python" ] || "$base" -m venv "$_venv" || return 1
+    _install || { echo "error: the set-up failed (see above)" >&2; return 1; }
+    echo "$asked" >"$_venv/set-up.new" && mv "$_venv/set-up.new" "$_venv/set-up" || return 1
     echo "Set-up done." >&2
 }
 
@@ -41,11 +90,13 @@ _setup() {
         return 0
     fi
     PYTHON="$_venv/bin/python"
-    if _has_requirements "$PYTHON" "$@"; then return 0; fi
-    # Of two commands started at once, the second must wait until the first has installed `.venv`.
+    if _usable "$@"; then return 0; fi
+    # Of two commands started at once, the second must wait until the first has installed `.venv`. Python locks, as macOS
+    # has no flock command; the lock belongs to the open file, and so lasts until this subshell ends.
     (
-        if command -v flock >/dev/null 2>&1; then flock 9; fi
-        _has_requirements "$PYTHON" "$@" || _make_venv
+        [ -z "$active" ] || "$active" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null ||
+            echo "warning: no locks on this file system; start no second set-up before this one ends" >&2
+        _usable "$@" || _make_venv
     ) 9>"$_root/.venv.lock" || return 1
     _has_requirements "$PYTHON" "$@" || { echo "error: .venv still lacks a requirement; delete it and try again" >&2; return 1; }
 }

@@ -4,7 +4,7 @@
 #   ./scripts/test.sh -m "not slow"        the everyday part
 #   ./scripts/test.sh -n 0 --pdb           one at a time
 set -u
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 _setup --dev || exit 1
 cd "$_root" || exit 1
 export PYTHONPATH="$_root${PYTHONPATH:+:$PYTHONPATH}"

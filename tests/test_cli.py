@@ -168,6 +168,13 @@ def test_a_verbs_help_has_usage_defaults_and_examples_that_parse(verb: str, caps
         assert parse(shlex.split(example)).run
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["--version"])
+    assert not end.value.code
+    assert re.fullmatch(r"titan-moe \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
 def test_overview_imports_no_verb() -> None:
     code = "import sys, titan_moe.cli as cli\ntry:\n cli.parse(['-h'])\nexcept SystemExit:\n print(sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
@@ -211,6 +218,7 @@ MISTAKES = {
     "train --steps=3": "command line: unknown option --steps; did you mean --training.steps?",
     "train --steps 3": "command line: unknown option --steps; did you mean --training.steps?",
     "train runs/debug": "command line: 'runs/debug' is not an option; options look like --section.key=value",
+    "train training.steps=3": "command line: 'training.steps=3' is not an option; options look like --training.steps=3",
     "train --config": "argument --config: expected one argument; see `titan-moe train --help`",
     "train --training.steps": "command line: --training.steps needs a value: --training.steps=...",
     "train --training.steps --check": "command line: --training.steps needs a value: --training.steps=...",

@@ -1,6 +1,7 @@
 """The command line, `titan-moe VERB ...`: parses the words, runs the verb, and turns errors into exit statuses.
 
-Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after SIGINT and SIGTERM, 1 anything else.
+Exit status: 0 done, 2 the user's mistake (one line on stderr), 130 and 143 after SIGINT and SIGTERM, 141 when the reader
+of stdout has gone (`titan-moe plan | head -1`), 1 anything else.
 """
 
 import errno
@@ -11,8 +12,11 @@ import signal
 import sys
 from argparse import Namespace
 
+from titan_moe import __version__
 from titan_moe.errors import LostRanksError, TrainingError, UserError
 from titan_moe.runtime.allocator import keep_freed_memory
+from titan_moe.runtime.cpus import limit_threads
+from titan_moe.runtime.home import provide_cache
 from titan_moe.runtime.log import log_file
 from titan_moe.verbs.arguments import Parser
 
@@ -30,11 +34,16 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 def main() -> None:
     """Entry point of the console script."""
+    use_utf8()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     keep_freed_memory()
+    limit_threads()
     try:
+        provide_cache()
         arguments = parse(sys.argv[1:])
         status: int = arguments.run(arguments)
+    except BrokenPipeError:
+        status = 128 + signal.SIGPIPE
     except UserError as error:
         status = fail(error, str(error), 2)
     except TrainingError as error:
@@ -52,12 +61,43 @@ def main() -> None:
         advice = "make room or choose another --job.output_dir, then run the same command again"
         status = fail(error, f"{what}; {advice}", 2)
     except Exception as error:
-        fail(error, None, 1)
-        raise
+        if not is_out_of_memory(error):
+            fail(error, None, 1)
+            raise
+        advice = "lower training.microbatch_size, training.seq_len or the model's size, or take more ranks"
+        status = fail(error, f"out of memory ({str(error).strip().partition(chr(10))[0][:200]}); {advice}", 2)
     except KeyboardInterrupt:
         print("interrupted; nothing is lost, the same command starts again", file=sys.stderr)
         status = 130
-    sys.exit(status)
+    sys.exit(close_stdout(status))
+
+
+def use_utf8() -> None:
+    """Starts Python again in its UTF-8 mode where the locale has another encoding: names and texts are UTF-8 everywhere."""
+    if sys.getfilesystemencoding() == "utf-8":
+        return
+    # A byte that the locale's encoding does not know stays as it is.
+    words = [word.encode("utf-8", "surrogateescape") for word in sys.orig_argv[1:]]
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [os.fsencode(sys.executable), b"-X", b"utf8", *words])
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out in Python, numpy or torch, whose error for a CPU is a plain RuntimeError."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error))
+    )
+
+
+def close_stdout(status: int) -> int:
+    """Writes what is left to stdout. Returns the exit status, 141 in place of 0 when its reader has gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would complain at exit
+        return status or 128 + signal.SIGPIPE
+    return status
 
 
 def parse(words: list[str]) -> Namespace:
@@ -66,10 +106,11 @@ def parse(words: list[str]) -> Namespace:
     Prints help and exits for `--help`. Raises UserError.
     """
     parser = Parser(prog="titan-moe", epilog="`titan-moe VERB --help` describes a verb and its options.")
+    parser.add_argument("--version", action="version", version=f"titan-moe {__version__}")
     parsers = parser.add_subparsers(title="verbs", metavar="VERB")
     verbs = {verb: parsers.add_parser(verb, help=line) for verb, (_, line) in VERBS.items()}
-    if words[:1] in (["-h"], ["--help"]):
-        parser.parse_args(words)
+    if words[:1] in (["-h"], ["--help"], ["--version"]):
+        parser.parse_args(words[:1])
     verb, *words = words or [""]
     from titan_moe.config.load import all_keys, nearest, split_overrides, unknown_word  # slow, so not for `--help`
 
@@ -102,7 +143,8 @@ def fail(error: Exception, line: str | None, status: int) -> int:
         record_error(error, status)
     if line is not None:
         print(f"error: {line}", file=sys.stderr)
-    log_file.error(line or "unexpected", exc_info=None if line else error)
+    expected = isinstance(error, UserError | TrainingError | OSError)
+    log_file.error(line or "unexpected", exc_info=None if expected and line else error)
     return status
 
 

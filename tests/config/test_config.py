@@ -147,6 +147,7 @@ WORLDS = [
     (10, ["ep=2"], r"an expert can't be sharded evenly over 5 ranks"),
     (3, ["cp=3"], r"training\.seq_len = 256 must be a multiple of 2 \* parallelism\.cp = 6"),
     (5, [], r"training\.batch_size = 8 is not a multiple of 5"),
+    (10**9 - 1, ["tp=2"], r"999999999 processes are not a multiple of .* = 2; 1, 3, 9, 27, .* would be"),
     (16, [], r"training\.batch_size = 8 is not a multiple of 16"),
 ]
 
@@ -228,3 +229,106 @@ def test_the_base_configuration_enables_only_global_load_balancing() -> None:
     assert not any(weights.values())
     assert config.regularizers.lb.scope == "global"
     assert config.balancer.rate == 0.0
+
+
+SPELLINGS = {
+    "--optimizer.lr=.001": 0.001,
+    "--optimizer.lr=1.e-4": 1e-4,
+    "--optimizer.lr=+1E-4": 1e-4,
+    "--optimizer.lr= 1 ": 1.0,
+    "--metrics.tensorboard=True": True,
+    "--metrics.tensorboard=FALSE": False,
+    "--training.steps=1e3": 1000,
+    "--training.steps=1_000": 1000,
+    "--training.steps=20.": 20,
+    "--parallelism.pp_layers=1,1": [1, 1],
+    "--parallelism.pp_layers=[2, 2]": [2, 2],
+    "--regularizers.measure=o, v": ["o", "v"],
+    "--regularizers.measure=": [],
+    "--training.dtype=float32": "float32",
+    "--job.name=1e3": "1e3",
+    "--job.name=True": "True",
+}
+
+
+@pytest.mark.parametrize("word", SPELLINGS)
+def test_values_as_people_type_them(word: str) -> None:
+    config = load_config("debug", [word])
+    section, key = word[2:].partition("=")[0].split(".")
+    value = getattr(getattr(config, section), key)
+    assert value == SPELLINGS[word]
+    assert type(value) is type(SPELLINGS[word])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optimizer]\nlr = .001", r"not valid TOML: .*line 2.*; write lr = 0\.001$"),
+        ("[optimizer]\nlr = 1.e-4  # low", r"; write lr = 0\.0001$"),
+        ("[metrics]\ntensorboard = True", r"; write tensorboard = true$"),
+        ("[job]\nname = mine", r"; text needs quotes: name = \"mine\"$"),
+        ("[training]\nsteps = 1e3", r"training\.steps = 1000\.0: .*; write 1000$"),
+        ("[regularizers]\nlb = 0.1", r"regularizers\.lb = 0\.1: .* is a table; set a key in it: .*regularizers\.lb\.weight"),
+        ('[training]\nextends = "base.toml"', r"\[training\] extends: must stand at the top of the file"),
+        ("a = " + "9" * 5000, r"not valid TOML: .*4300 digits"),
+        ("[training]\nsteps = " + "9" * 30, r"training\.steps = 9{30}: is too large"),
+        ('[job]\nname = "a\\u0000b"', r"job\.name = 'a\\x00b': contains a NUL"),
+        ('[data]\ncorpus = ["a", "b\\u0000"]', r"data\.corpus = 'b\\x00': contains a NUL"),
+        ('[job]\nname = "a\\nb"', r"job\.name = 'a\\nb' must be a plain name, without '/' and line ends"),
+        ("[model]\ndim = 1_000_000_000_000", r"model\.dim = 1,000,000,000,000 is too large"),
+        ("[model]\nlayers = 1_000_000_000_000", r"model\.layers = .*less than or equal to 10000"),
+        ("[model]\nvocab_size = 100_000_000_000", r"model\.vocab_size = 100,000,000,000 is too large"),
+        ("[training]\nseq_len = 1_000_000_000_000", r"training\.seq_len = 1,000,000,000,000 is too large"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_wrong_is_one_short_line_with_the_right_spelling(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(write(tmp_path / "bad.toml", text))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_table_without_its_key_on_the_command_line_names_the_keys() -> None:
+    with pytest.raises(UserError, match=r"command line: regularizers\.lb = 0\.1: .*regularizers\.lb\.weight"):
+        load_config("debug", ["--regularizers.lb=0.1"])
+
+
+def test_names_that_no_directory_can_have() -> None:
+    load_config("debug", ["--job.name=" + "é" * 127])
+    for name, message in (("é" * 128, "longer than the 255 bytes"), ("\udcff", "not UTF-8"), ("a\tb", "plain name")):
+        with pytest.raises(UserError, match=message):
+            load_config("debug", [f"--job.name={name}"])
+    with pytest.raises(UserError, match="no configuration"):
+        load_config("x" * 1000)
+
+
+PATHS = ["job.output_dir", "data.cache_dir", "checkpoint.load_path", "checkpoint.upcycle_path"]
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_home_directory_is_expanded_in(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    section, name = key.split(".")
+    file = write(tmp_path / "mine.toml", f'extends = "debug.toml"\n[{section}]\n{name} = "~/x"')
+    for config in (load_config("debug", [f"--{key}=~/x"]), load_config("~/mine.toml"), load_config(file)):
+        assert getattr(getattr(config, section), name) == str(tmp_path / "x")
+    assert load_config("debug", [f"--{key}=a~b"]).model_dump()[section][name] == "a~b"
+
+
+def test_extensions_and_extended_files_in_a_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("")
+    config = load_config("debug", ["--extensions.modules=~/mine.py"])
+    assert config.extensions.modules == [str(tmp_path / "mine.py")]
+    write(tmp_path / "mine.toml", "[model]\ndim = 64")
+    (tmp_path / "below").mkdir()
+    assert load_config(write(tmp_path / "below" / "x.toml", 'extends = "~/mine.toml"')).model.dim == 64
+
+
+def test_a_home_directory_that_is_not_known() -> None:
+    with pytest.raises(
+        UserError, match=r"command line: job\.output_dir = '~nobody-has-this-name/x': no home directory"
+    ):
+        load_config("debug", ["--job.output_dir=~nobody-has-this-name/x"])

@@ -169,6 +169,22 @@ def test_both_nodes_restart_when_a_rank_of_either_is_killed(
     assert_same_run(metrics.parent, tmp_path / "runs" / "one-node")
 
 
+def test_a_lost_node_0_is_a_failure_of_the_run_and_no_mistake(
+    nodes: dict[str, str], tiny_options: list[str], tmp_path: Path
+) -> None:
+    """Node 0 hosts the store, by which the other node would meet it again for the restart."""
+    words = [*tiny_options, *WORDS, "--training.steps=100000", "--job.name=lost"]
+    words += [f"--parallelism.timeout_seconds={SECONDS}"]
+    with started(nodes, words, MAX_RESTARTS="1") as processes:
+        wait_for_rows(tmp_path / "runs" / "lost" / "metrics.jsonl", 5, processes)
+        found = subprocess.run(["ip", "netns", "pids", nodes["node-a"]], capture_output=True, text=True, check=True)
+        for pid in map(int, found.stdout.split()):
+            os.kill(pid, 9)
+        output, errors = processes["node-b"].communicate(timeout=150)
+        assert processes["node-b"].returncode == 1, output + errors
+        assert "start the same command on each" not in errors
+
+
 @pytest.mark.parametrize("host", ADDRESSES)
 def test_a_node_that_never_comes(nodes: dict[str, str], tiny_options: list[str], host: str) -> None:
     process = start(host, nodes[host], [*tiny_options, *WORDS, "--job.name=alone"], RDZV_TIMEOUT="4")

@@ -2,13 +2,14 @@
 
 import signal
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from titan_moe.errors import LostRanksError, TrainingError
-from titan_moe.runtime import launch, stopping
+from titan_moe.runtime import launch, rendezvous, stopping
 from titan_moe.runtime.launch import record_error, report_failure
 
 
@@ -64,5 +65,28 @@ def test_nothing_is_reported_when_ranks_saved_after_a_signal(failed, capsys: pyt
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("ended", [0, 1])
+def test_a_rank_that_torchrun_ends_after_another_stopped_is_not_reported(
+    failed, capsys: pytest.CaptureFixture[str], ended: int
+) -> None:
+    """Rank 0's stdout had no reader any more; both ranks agreed to stop, and one was faster."""
+    assert report_failure({ended: failed(ended, -signal.SIGTERM), 1 - ended: failed(1 - ended, 129)}) == 129
+    assert capsys.readouterr().err == ""
+
+
 def test_the_launcher_forwards_the_signals_that_stop_a_run() -> None:
     assert launch.STOPPING == stopping.STOPPING
+
+
+@pytest.mark.parametrize(
+    ("met", "status", "advice"), [(False, 2, "start the same command on each"), (True, 1, "is gone")]
+)
+def test_a_lost_store_is_a_mistake_only_before_the_nodes_have_met(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], met: bool, status: int, advice: str
+) -> None:
+    monkeypatch.setattr(rendezvous.SeveralNodes, "met", met)
+    options = Namespace(rdzv_endpoint="node0:29500", nnodes="2")
+    assert launch.report_lost_store("Broken pipe", options) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: RDZV_ENDPOINT = node0:29500: Broken pipe; ")
+    assert advice in line

@@ -1,5 +1,7 @@
 """Checks that need more than one key. They run before anything is built."""
 
+import math
+
 from titan_moe.config import extensions
 from titan_moe.config.degrees import Origin, check_degrees, resolve
 from titan_moe.config.tables import Config
@@ -7,11 +9,14 @@ from titan_moe.errors import UserError
 from torchtitan_ext.terms import REGISTRY, ModelFacts
 
 FLOAT8_MULTIPLE = 16
+NAME_BYTES = 255  # of a directory, on most file systems
+LARGEST_TENSOR = 2**41  # numbers, 8 terabytes in float32
 
 
 def check_config(config: Config, origin: Origin, world_size: int) -> None:
     """Raises UserError for a combination that can't work."""
     check_model(config, origin)
+    check_sizes(config, origin)
     check_degrees(config, resolve(config.parallelism, world_size, origin), origin)
     check_regularizers(config, origin)
     check_float8(config, origin)
@@ -39,6 +44,25 @@ def check_model(config: Config, origin: Origin) -> None:
             f"{origin('model.moe.first_dense_layers')} = {moe.first_dense_layers} "
             f"is more than model.layers = {model.layers}"
         )
+
+
+def check_sizes(config: Config, origin: Origin) -> None:
+    """Raises UserError for a tensor that no machine can hold; torch's errors for it would not name the key."""
+    model, moe, training = config.model, config.model.moe, config.training
+    vocabulary = {"model.vocab_size": model.vocab_size or config.tokenizer.vocab_size}
+    width = {"model.dim": model.dim}
+    tokens = {"training.batch_size": training.batch_size, "training.seq_len": training.seq_len}
+    heads = {"model.heads": model.heads, "model.head_dim": model.head_width}
+    experts = {"model.moe.experts": moe.experts, "model.moe.hidden_dim": moe.hidden_dim}
+    dense = {"model.moe.hidden_dim": moe.hidden_dim, "model.moe.shared_experts": moe.shared_experts + moe.top_k}
+    for other in (vocabulary, tokens, heads, experts, dense):
+        sizes = other | width
+        if math.prod(sizes.values()) > LARGEST_TENSOR:
+            largest = max(sizes, key=lambda key: sizes[key])
+            product = " * ".join(sizes)
+            raise UserError(
+                f"{origin(largest)} = {sizes[largest]:,} is too large: {product} would be more than 2^41 numbers"
+            )
 
 
 def check_regularizers(config: Config, origin: Origin) -> None:
@@ -123,5 +147,10 @@ def check_names(config: Config, origin: Origin) -> None:
                 f"{origin('metrics.trackers')}: no module of extensions.modules registers a tracker {name!r}; "
                 f"there are {', '.join(known)}"
             )
-    if "/" in config.job.name or config.job.name in (".", ".."):
-        raise UserError(f"{origin('job.name')} = {config.job.name!r} must be a plain name, without '/'")
+    name = config.job.name
+    if "/" in name or name in (".", "..") or not name.isprintable():
+        raise UserError(f"{origin('job.name')} = {name!r} must be a plain name, without '/' and line ends")
+    if len(name.encode()) > NAME_BYTES:
+        raise UserError(
+            f"{origin('job.name')} = '{name[:20]}...' is longer than the {NAME_BYTES} bytes of a file's name"
+        )

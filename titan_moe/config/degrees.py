@@ -181,4 +181,7 @@ def check_pipeline(config: Config, degrees: Degrees, origin: Origin) -> None:
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    """The first divisors of a number, for an error that says which values are possible."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    divisors = sorted({*small, *(number // n for n in small)})
+    return ", ".join(map(str, divisors[:24])) + (", ..." if len(divisors) > 24 else "")

@@ -35,7 +35,10 @@ def type_name(field: FieldInfo) -> str:
         return " | ".join(json.dumps(choice) for choice in get_args(annotation))
     if isinstance(annotation, UnionType):
         return " | ".join(getattr(part, "__name__", str(part)) for part in get_args(annotation))
-    name = str(annotation) if get_args(annotation) else annotation.__name__
+    name = annotation.__name__
+    if get_origin(annotation) is list:
+        (item,) = get_args(annotation)  # Annotated[int, ...] for a bounded number
+        name = f"list[{getattr(item, '__origin__', item).__name__}]"
     bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [f"{bounds[k]} {getattr(m, k)}" for m in field.metadata for k in bounds if hasattr(m, k)]
     return ", ".join([name, *limits])

@@ -6,9 +6,10 @@ wins over files. Every error is one line that names the source of the value, its
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import tomli
 from pydantic import BaseModel, ValidationError
@@ -17,7 +18,7 @@ from pydantic.fields import FieldInfo
 from titan_moe.config import trust as trusted
 from titan_moe.config.checks import check_config
 from titan_moe.config.extensions import load_modules
-from titan_moe.config.tables import Config, config_class
+from titan_moe.config.tables import Config, config_class, expand_user
 from titan_moe.errors import UserError
 from titan_moe.runtime.files import read_file
 
@@ -25,6 +26,7 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent.parent / "train_configs"
 COMMAND_LINE = "command line"
 CONFIG_BYTES = 16 << 20
 MODULES = "extensions.modules"
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def load_config(
@@ -66,12 +68,14 @@ def load_config(
     extensions = values.get("extensions")
     modules = extensions.get("modules") if isinstance(extensions, dict) else None
     if isinstance(modules, list) and all(isinstance(module, str) for module in modules):  # else `build` raises
+        origin = f"{origins.get(MODULES, path)}: {MODULES}"
         if origins.get(MODULES) != COMMAND_LINE and not trust:
-            trusted.check_modules(modules, f"{origins.get(MODULES, path)}: {MODULES}")
-        load_modules(modules, f"{origins.get(MODULES, path)}: {MODULES}")
+            trusted.check_modules(modules, origin)
+        load_modules([user_path(module, origin) for module in modules], origin)
     for key, raw in pairs:
         set_value(values, key, override_value(key, raw))
         origins[key] = COMMAND_LINE
+    check_values(values, lambda key: origins.get(key, str(path)))
     config = build(values, origins, default_origin=str(path))
     if not config.job.name:
         config = config.model_copy(update={"job": config.job.model_copy(update={"name": path.stem})})
@@ -101,14 +105,30 @@ def saved_config(
 
 def find_config(name: str) -> Path:
     """The file that `name` means: a path, or a file of `train_configs/` with or without `.toml`. Raises UserError."""
-    candidates = [Path(name), CONFIG_DIR / name, CONFIG_DIR / f"{name}.toml"]
+    candidates = [Path(user_path(name, "--config")), CONFIG_DIR / name, CONFIG_DIR / f"{name}.toml"]
     for candidate in candidates:
-        if candidate.is_file():
+        if is_file(candidate):
             return candidate
     known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
     near = nearest(Path(name).stem, known)
     hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}, or give a path"
     raise UserError(f"--config: no configuration {name!r}: {hint}")
+
+
+def user_path(path: str, origin: str) -> str:
+    """`expand_user`, with a UserError that names where the path is written."""
+    try:
+        return expand_user(path)
+    except ValueError as error:
+        raise UserError(f"{origin}: {path!r}: {error}") from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file has this path; False for a text that no path can be, such as one of a thousand letters."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def merge_file(values: dict[str, Any], origins: dict[str, str], path: Path, seen: tuple[Path, ...] = ()) -> None:
@@ -122,16 +142,20 @@ def merge_file(values: dict[str, Any], origins: dict[str, str], path: Path, seen
         own = tomli.loads(read_file(path.resolve(), CONFIG_BYTES).decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read: {error}") from error
-    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
-        raise UserError(f"{path}: not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise UserError(f"{path}: not valid TOML: {error}{spelling_hint(path, error)}") from error
     bases = own.pop("extends", [])
+    for table, inner in own.items():
+        if isinstance(inner, dict) and "extends" in inner:
+            raise UserError(f"{path}: [{table}] extends: must stand at the top of the file, before the first [table]")
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: extends: must be a path or a list of paths, relative to this file")
     for base in bases:
         # A file anywhere may extend a shipped one by its name.
-        base_path = path.parent / base if (path.parent / base).is_file() else CONFIG_DIR / base
-        if not base_path.is_file():
+        base_path = path.parent / user_path(base, f"{path}: extends")
+        base_path = base_path if is_file(base_path) else CONFIG_DIR / base
+        if not is_file(base_path):
             raise UserError(f"{path}: extends: no file {str(base_path)!r}")
         merge_file(values, origins, base_path, (*seen, path.resolve()))
     merge(values, origins, own, str(path))
@@ -182,22 +206,81 @@ def unknown_word(word: str, valid: Sequence[str]) -> UserError:
     """The error for a command-line word that nothing reads. valid: names of options, without dashes."""
     name = word.partition("=")[0]
     if not name.startswith("-"):
-        return UserError(f"{COMMAND_LINE}: {word!r} is not an option; options look like --section.key=value")
+        example = word if "=" in word and name in all_keys() else "section.key=value"
+        return UserError(f"{COMMAND_LINE}: {word!r} is not an option; options look like --{example}")
     near = nearest(name.lstrip("-"), valid)
     return UserError(f"{COMMAND_LINE}: unknown option {name}{f'; did you mean --{near}?' if near else ''}")
 
 
 def override_value(key: str, raw: str) -> Any:
-    """Converts the text of an override to its key's type: string keys keep the text, others are read as TOML."""
+    """Converts the text of an override to its key's type: string keys keep the text, others are read as TOML.
+
+    As people write them, `True`, `.5`, `1.e-4`, `1e3` for an integer, and `1, 2` for a list are taken too.
+    """
     field = dict(fields()).get(key)
-    if field and field.annotation is str:
+    kind, text = field.annotation if field else None, raw.strip()
+    if kind is str:
         return raw
-    if field and field.annotation == list[str] and not raw.lstrip().startswith("["):
-        return [part for part in raw.split(",") if part]
+    if get_origin(kind) is list and not text.startswith("["):
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        return parts if kind == list[str] else [toml_value(part) for part in parts]
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if kind in (int, float) and NUMBER.fullmatch(text):
+        value = float(text)
+        if kind is int and abs(value) < 2**53 and value.is_integer():
+            return int(value)
+        if kind is float:
+            return value
+    return toml_value(raw)
+
+
+def toml_value(raw: str) -> Any:
+    """The value of a TOML literal; other text as it is."""
     try:
         return tomli.loads(f"value = {raw}")["value"]
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return raw
+
+
+def spelling_hint(path: Path, error: Exception) -> str:
+    """How to write the value in the line of a TOML file that a parser's error names; empty where that is not clear."""
+    line = re.search(r"at line (\d+)", str(error))
+    if line is None:
+        return ""
+    key, _, value = path.read_text(encoding="utf-8").splitlines()[int(line.group(1)) - 1].partition("=")
+    value = value.split("#")[0].strip()
+    if value.lower() in ("true", "false"):
+        return f"; write {key.strip()} = {value.lower()}"
+    if NUMBER.fullmatch(value):
+        return f"; write {key.strip()} = {float(value)!r}"
+    if re.fullmatch(r"[^\W\d][\w./~-]*", value):
+        return f'; text needs quotes: {key.strip()} = "{value}"'
+    return ""
+
+
+def check_values(values: dict[str, Any], origin: Callable[[str], str], prefix: str = "") -> None:
+    """Raises UserError for a text that can't be written to config.toml or be part of a path, and for too large integers."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            check_values(value, origin, f"{key}.")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, int) and text.bit_length() > 63:
+                raise UserError(f"{origin(key)}: {key} = {shortened(text)}: is too large, with more than 63 bits")
+            if isinstance(text, str) and re.search("[\0\ud800-\udfff]", text):
+                raise UserError(
+                    f"{origin(key)}: {key} = {shortened(text)}: contains a NUL or bytes that are not UTF-8 text"
+                )
+
+
+def shortened(value: Any) -> str:
+    """A value as an error shows it, at most 80 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def set_value(values: dict[str, Any], key: str, value: Any) -> None:
@@ -261,20 +344,20 @@ def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) 
         if key.startswith("regularizers."):
             hint += "; a term of your own needs its module in extensions.modules"
         raise UserError(f"{origin}: unknown key {key}{hint}")
+    wanted = mistake["msg"].removeprefix("Value error, ")
+    wanted = wanted[0].lower() + wanted[1:]
+    inner = [name for name in all_keys() if name.startswith(f"{key}.")]
+    if inner:
+        wanted = f"{key} is a table; set a key in it: {', '.join(inner)}"
     value = mistake["input"]
-    wanted = mistake["msg"][0].lower() + mistake["msg"][1:]
+    if mistake["type"] in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
+        wanted = f"{wanted}; write {int(value)}"
     raise UserError(f"{origin}: {key} = {shortened(value)}: {wanted}")
-
-
-def shortened(value: Any, length: int = 100) -> str:
-    """A value as Python writes it, cut in the middle if it is long."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 4 :]}"
 
 
 def world_size_from_environment() -> int:
     """The number of processes of this run: WORLD_SIZE, set by torchrun and run_train.sh, else 1. Raises UserError."""
-    raw = os.environ.get("WORLD_SIZE", "1")
-    if not raw.isdigit() or int(raw) < 1:
+    raw = os.environ.get("WORLD_SIZE") or "1"
+    if not re.fullmatch("[0-9]{1,9}", raw.strip()) or int(raw) < 1:
         raise UserError(f"environment: WORLD_SIZE={raw!r} is not a positive number of processes")
     return int(raw)

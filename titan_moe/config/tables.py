@@ -4,9 +4,10 @@ Checks of one table on its own are constraints on its fields. Checks that need t
 """
 
 import functools
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 from titan_moe.config.extensions import optimizers
 from torchtitan_ext.terms import REGISTRY, Term, TermOptions, Weight
@@ -16,6 +17,21 @@ NaturalInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def expand_user(path: str) -> str:
+    """A path with the home directory in place of a leading `~` or `~name`. Raises ValueError where there is none.
+
+    No shell expands it after `--key=`, and none does in a file.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.lexists(path):
+        raise ValueError("no home directory is known for '~'; set HOME, or write the whole path")
+    return expanded
+
+
+PathText = Annotated[str, AfterValidator(expand_user)]
+Modules = Annotated[list[str], AfterValidator(lambda names: [expand_user(name) for name in names])]
 
 
 class Table(BaseModel):
@@ -29,7 +45,7 @@ class Job(Table):
 
     name: str = ""
     """Name of the run and of its directory; empty: the name of the configuration file."""
-    output_dir: str = "runs"
+    output_dir: PathText = "runs"
     """Directory that holds the run directories."""
     seed: NaturalInt = 0
     """Seed of the initial weights, the order of the data and every other draw."""
@@ -61,7 +77,7 @@ class Model(Table):
 
     dim: PositiveInt = 256
     """Width of the residual stream (D)."""
-    layers: PositiveInt = 4
+    layers: Annotated[int, Field(ge=1, le=10_000)] = 4
     """Transformer blocks."""
     heads: PositiveInt = 4
     """Query heads."""
@@ -131,7 +147,7 @@ class Data(Table):
     """Budget of training tokens to prepare; 0: all of the corpus."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Share of the documents kept for validation and never trained on."""
-    cache_dir: str = ""
+    cache_dir: PathText = ""
     """Where tokenizers and token shards are kept; empty: $TITAN_MOE_CACHE or the user's cache directory."""
 
 
@@ -264,11 +280,11 @@ class Checkpoint(Table):
     """Go on with other training text than the checkpoint was made with."""
     start_over: bool = False
     """Start again at step 0 when a run that had saved checkpoints has no usable one left. Its metrics are kept aside."""
-    load_path: str = ""
+    load_path: PathText = ""
     """A checkpoint directory whose weights a new run starts from."""
-    expert_order: str = ""
+    expert_order: PathText = ""
     """A file of `titan-moe place`: the experts of `load_path` get other numbers, and so other ranks."""
-    upcycle_path: str = ""
+    upcycle_path: PathText = ""
     """A checkpoint of a dense model (model.moe.first_dense_layers = model.layers): a new run's experts start as copies of its
     feed-forward layers, which must be model.moe.hidden_dim wide."""
     upcycle_noise: Weight = 0.01
@@ -310,7 +326,7 @@ class Profiling(Table):
 class Extensions(Table):
     """The user's own code."""
 
-    modules: list[str] = []
+    modules: Modules = []
     """Importable modules or .py files that register loss terms, optimizers, corpora and trackers; see docs/extending.md."""
 
 

@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
 from titan_moe.config.degrees import Degrees
 from titan_moe.errors import LostRanksError
+from titan_moe.runtime.rendezvous import join
 from torchtitan_ext.collectives import Group, Ranks
 
 T = TypeVar("T")
@@ -71,14 +71,14 @@ def single(device: torch.device) -> Mesh:
 
 
 def start_processes(device: torch.device, timeout_seconds: int) -> None:
-    """Initialises the process group if the environment names more than one rank."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    """Initialises the process group if the environment names more than one rank. Raises UserError, LostRanksError."""
+    if int(os.environ.get("WORLD_SIZE") or "1") == 1 or dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        store, rank, ranks = next(rendezvous("env://", timeout=timeout))
+        store, rank, ranks = join(timeout)
         # torchrun's store outlives a restart, and still has the addresses of the ranks that ran before.
         store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)

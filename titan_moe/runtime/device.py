@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from titan_moe.errors import UserError
+
 GIB = 1024**3
 
 # Dense bfloat16 peak in FLOP/s, from the vendors' data sheets.
@@ -22,10 +24,15 @@ PEAK_BFLOAT16 = {
 
 
 def pick_device() -> torch.device:
-    """The GPU of this process's local rank, or the CPU if there is no GPU."""
+    """The GPU of this process's local rank, or the CPU if there is no GPU. Raises UserError."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    number, gpus = int(os.environ.get("LOCAL_RANK") or "0"), torch.cuda.device_count()
+    if gpus == 1:  # a scheduler may show each rank only its own
+        number = 0
+    if number >= gpus:
+        raise UserError(f"environment: LOCAL_RANK = {number}, but this process sees {gpus} GPUs; start {gpus} ranks")
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 

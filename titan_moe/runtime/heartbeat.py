@@ -49,23 +49,35 @@ class Heartbeat:
     def stop(self) -> None:
         self.stopped.set()
 
+    def tell(self, error: Exception) -> None:
+        """Tells the other ranks why this one fails, so that their errors name the cause."""
+        with contextlib.suppress(dist.DistError):
+            self.store.set(f"failed/{self.rank}", f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
+
     def explain(self, error: Exception) -> LostRanksError:
-        """An error that names the ranks without a heartbeat. error: what the failed collective raised."""
+        """An error that names the ranks that failed or have no heartbeat. error: what the failed collective raised."""
         reason = re.sub(r"\[\S*gloo/\S*\] ", "", str(error).strip().splitlines()[0]).partition(". ")[0][:300]
         found: list[list[int]] = []
+        told: list[str] = []
 
         def ask() -> None:
             with contextlib.suppress(dist.DistError):
                 found.append(self.silent_ranks())
+                told.extend(self.failures())
+                self.wait_for_questions(found[0])
 
         # In a daemon thread, so that this process can exit: a store on a lost node may block for a quarter of an hour.
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(STORE_SECONDS + WINDOW)
+        if told:
+            return LostRanksError(f"a collective failed because {told[0]}")
         if found:
             silent = found[0]
         elif self.hosts[0] == self.hosts[self.rank]:
-            silent = [0]  # the store is gone, and with it rank 0
+            return LostRanksError(
+                f"a collective failed, and rank 0, whose store says which ranks are alive, has ended; see its log ({reason})"
+            )
         else:
             silent = [rank for rank in range(self.ranks) if self.hosts[rank] == self.hosts[0]]
         if silent:
@@ -84,6 +96,18 @@ class Heartbeat:
         lost = [rank for rank in silent if not self.store.check([f"exiting/{rank}"])]
         self.store.set(f"exiting/{self.rank}", "1")
         return lost
+
+    def failures(self) -> list[str]:
+        """What ranks have told about their failures."""
+        keys = [(rank, f"failed/{rank}") for rank in range(self.ranks)]
+        return [f"rank {rank} failed: {self.store.get(key).decode()}" for rank, key in keys if self.store.check([key])]
+
+    def wait_for_questions(self, silent: Iterable[int]) -> None:
+        """On rank 0, which may host the store: waits until the other ranks have asked it too, or `WINDOW` seconds."""
+        others = [f"exiting/{rank}" for rank in range(self.ranks) if rank not in silent]
+        end = time.monotonic() + WINDOW
+        while self.rank == 0 and time.monotonic() < end and not self.store.check(others):
+            time.sleep(0.1)
 
     def in_words(self, ranks: Iterable[int]) -> str:
         """ "node b (ranks 2, 3) is" for all ranks of another node, "rank 3 on b is" for some of them."""
@@ -136,6 +160,7 @@ def watched(log: Path, timeout_seconds: int) -> Iterator[Callable[[], None]]:
     except Exception as error:
         if is_collective_failure(error):
             raise heartbeat.explain(error) from error
+        heartbeat.tell(error)
         raise
     finally:
         watchdog.stop()

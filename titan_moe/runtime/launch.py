@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 import traceback
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.run import parse_args, run
 
 from titan_moe.errors import TrainingError, UserError
+from titan_moe.runtime import rendezvous
 
 # As in stopping.py, whose imports would take this process more than a second.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -38,7 +40,11 @@ def main() -> None:
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by `nohup`
     handled = [number.name for number in STOPPING if number not in ignored]
     defaults = ["--signals-to-handle", ",".join(handled), "--shutdown-timeout", str(SAVE_SECONDS)]
-    options = parse_args([*defaults, *sys.argv[1:]])
+    rendezvous.register()
+    options = parse_args([*defaults, "--rdzv-backend", rendezvous.ONE_NODE, *sys.argv[1:]])
+    if options.nnodes not in ("1", "1:1"):
+        options.rdzv_backend = rendezvous.SEVERAL_NODES
+        options.rdzv_conf = f"{options.rdzv_conf},node_rank={options.node_rank}".lstrip(",")
     try:
         run(options)
     except ChildFailedError as error:
@@ -46,19 +52,31 @@ def main() -> None:
     except SignalException as error:
         sys.exit(128 + error.sigval)
     except DistError as error:
-        print(
-            f"error: RDZV_ENDPOINT = {options.rdzv_endpoint}: {str(error).splitlines()[0].rstrip('.')}; start the same"
-            f" command on each of the {options.nnodes} nodes, NODE_RANK counting from 0, or raise RDZV_TIMEOUT",
-            file=sys.stderr,
+        sys.exit(report_lost_store(str(error).splitlines()[0].rstrip("."), options))
+
+
+def report_lost_store(reason: str, options: Namespace) -> int:
+    """Prints why the launcher can't reach node 0's store, and returns the exit status."""
+    where = f"RDZV_ENDPOINT = {options.rdzv_endpoint}: {reason}"
+    if rendezvous.SeveralNodes.met:
+        print(f"error: {where}; node 0 is gone, and with it the run; start it again on all nodes", file=sys.stderr)
+        return 1
+    if "EADDRINUSE" in reason:
+        advice = "another program on this node uses the port; choose another, the same on every node"
+    else:
+        advice = (
+            f"start the same command on each of the {options.nnodes} nodes, NODE_RANK counting from 0, or raise "
+            "RDZV_TIMEOUT"
         )
-        sys.exit(2)
+    print(f"error: {where}; {advice}", file=sys.stderr)
+    return 2
 
 
 def report_failure(failures: dict[int, ProcessFailure]) -> int:
     """Prints which rank of this node failed first and why, and returns its exit status: 128 + n for signal n.
 
     failures: by global rank."""
-    rank, failure = min(failures.items(), key=lambda item: failure_time(item[1]))
+    rank, failure = min(failures.items(), key=lambda item: (failure_time(item[1]), was_ended(item[1])))
     record = error_record(failure)
     # A rank that wrote its error was about to exit; torchrun's SIGTERM may have ended it before it did.
     code = int(record.get("status", failure.exitcode))
@@ -78,7 +96,12 @@ def failure_time(failure: ProcessFailure) -> float:
     if record:
         return float(record["time"])
     # Killed from outside, or later by torchrun. A rank that exits without a record does so because another one failed.
-    return failure.timestamp if failure.exitcode < 0 else math.inf
+    return failure.timestamp if failure.exitcode < 0 and not was_ended(failure) else math.inf
+
+
+def was_ended(failure: ProcessFailure) -> bool:
+    """Whether torchrun's SIGTERM ended a rank after another one had exited. A rank catches it but while it starts or ends."""
+    return failure.exitcode == -signal.SIGTERM
 
 
 def error_record(failure: ProcessFailure) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Command-line options that several verbs share, and the argument parser of all verbs."""
 
 import argparse
+import os
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,16 +46,42 @@ def add_number(parser: argparse.ArgumentParser, option: str, default: int, meani
     """Adds an option for an integer of at least `least`. UserError names the option, the value and the meaning."""
 
     def number(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise UserError(f"{option} = {text!r}: {meaning}, {least} or more")
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+            raise UserError(f"{option} = {text[:80]!r}: {meaning}, {least} or more")
         return int(text)
 
     parser.add_argument(option, type=number, default=default, metavar="N", help=f"{meaning} (default: {default})")
 
 
+def path_argument(text: str) -> Path:
+    """The path that a user typed; no shell expands the `~` of `--output=~/page`. Raises UserError."""
+    if "\0" in text or not text:
+        raise UserError(f"{text!r} is not a path")
+    return Path(os.path.expanduser(text))
+
+
+def file_argument(text: str) -> Path:
+    """A path to write a file to. Raises UserError when there is a directory."""
+    path = path_argument(text)
+    if path.is_dir():
+        raise UserError(f"--output = {text!r} is a directory; name a file in it")
+    return path
+
+
+def directory_argument(text: str) -> Path:
+    """A path to write files below. Raises UserError when there, or above it, is a file."""
+    path = path_argument(text)
+    above = next((part for part in (path, *path.parents) if part.exists()), path)
+    if above.is_file():
+        raise UserError(f"--output = {text!r}: {str(above)!r} is a file; name a directory")
+    return path
+
+
 def add_runs(parser: argparse.ArgumentParser, count: str | None = "+") -> None:
     """Adds run directories or checkpoints, and the text to run their model on."""
-    parser.add_argument("runs", nargs=count, type=Path, metavar="RUN", help="a run directory or one of its checkpoints")
+    parser.add_argument(
+        "runs", nargs=count, type=path_argument, metavar="RUN", help="a run directory or one of its checkpoints"
+    )
     add_trust(parser)
     meaning = "text to read, as data.corpus (default: the run's validation text)"
     parser.add_argument("--text", default="", metavar="CORPUS", help=meaning)

@@ -6,10 +6,10 @@ example: titan-moe place runs/debug --ranks 4
 """
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from titan_moe.config.load import world_size_from_environment
-from titan_moe.verbs.arguments import add_number, add_overrides, add_runs
+from titan_moe.runtime.ranks import check_ranks
+from titan_moe.verbs.arguments import add_number, add_overrides, add_runs, file_argument
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -19,11 +19,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--by-paths", action="store_true", help="number experts by the tokens' paths through the layers"
     )
     meaning = "where to write (default: order-N-ranks.json or order-by-paths.json in RUN)"
-    parser.add_argument("--output", type=Path, metavar="FILE", help=meaning)
+    parser.add_argument("--output", type=file_argument, metavar="FILE", help=meaning)
     add_overrides(parser)
 
 
 def run(arguments: Namespace) -> int:
+    check_ranks()
     from titan_moe.analysis.inspect.inspection import Options, from_checkpoint
     from titan_moe.analysis.place.place import write_placement
     from titan_moe.analysis.processes import ranks_of

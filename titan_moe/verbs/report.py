@@ -4,12 +4,15 @@ example: titan-moe report runs/debug runs/without --output runs/comparison
 """
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
+
+from titan_moe.verbs.arguments import directory_argument, path_argument
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: report/ in the first RUN)")
+    parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="a run directory")
+    parser.add_argument(
+        "--output", type=directory_argument, metavar="DIR", help="where to write (default: report/ in the first RUN)"
+    )
 
 
 def run(arguments: Namespace) -> int:

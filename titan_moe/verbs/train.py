@@ -11,6 +11,7 @@ from titan_moe.config.degrees import resolve
 from titan_moe.config.describe import options_help
 from titan_moe.config.extensions import check_packages
 from titan_moe.config.load import load_config, world_size_from_environment
+from titan_moe.runtime.ranks import check_ranks
 from titan_moe.verbs.arguments import add_config
 
 FINISHED = 64  # the exit status by which `train --check` tells run_train.sh that the run has all its steps
@@ -25,13 +26,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    check_ranks()
     world = world_size_from_environment()
     config = load_config(arguments.config, arguments.overrides, world_size=world, trust=arguments.trust)
     check_packages(config.metrics.trackers)
     from titan_moe.checkpoint.prepared import prepare_run
     from titan_moe.checkpoint.run_dir import RunDir
 
-    run_dir = RunDir(config, int(os.environ.get("RANK", "0")))
+    run_dir = RunDir(config, int(os.environ.get("RANK") or "0"))
     if finished := run_dir.finished(config.training.steps):
         print(finished)
         return FINISHED if arguments.check else 0

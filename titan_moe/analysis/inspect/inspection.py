@@ -69,6 +69,7 @@ from torchtitan_ext.terms.specialization import chance_overlap
 
 DIGITS = 7  # significant digits of matrix entries in the JSON file
 UNSAFE = re.compile(r"[^\w.-]")  # characters replaced in file names
+NEIGHBOURS = 10  # of a token, in knn_overlap
 CONTEXT = 8  # tokens shown before an example
 ROUTING_TOKENS = 1 << 17  # at the start of the text, whose chosen experts are compared between checkpoints
 
@@ -144,6 +145,12 @@ class InspectedModel:
         self.runner = build_runner(self.model, config, mesh)
         if self.model.moe_layers == 0:
             raise UserError("the model has no MoE layer; there is nothing to inspect")
+        clustered = min(options.cluster_tokens, self.sequences * seq_len)
+        least = max(config.model.moe.experts, NEIGHBOURS + 1)
+        if 0 < clustered < least:
+            raise UserError(
+                f"--cluster-tokens: {clustered} tokens of the text are too few to cluster; give {least} or more, or 0 for none"
+            )
         self.recorder = Recorder()
         record(self.model, self.recorder, inputs=options.cluster_tokens > 0)
 
@@ -301,7 +308,10 @@ def pair_measures(tally: Tally, pair: int) -> dict[str, Any]:
 def cluster_measures(inputs: Tensor, top1: Tensor) -> dict[str, float]:
     """How router inputs (N, D) group by their first expert (N,)."""
     fractions = torch.bincount(top1).double() / len(top1)
-    measures = {"knn_overlap": knn_overlap(inputs, top1), "knn_overlap_chance": 1.0 - fractions.square().sum().item()}
+    measures = {
+        "knn_overlap": knn_overlap(inputs, top1, NEIGHBOURS),
+        "knn_overlap_chance": 1.0 - fractions.square().sum().item(),
+    }
     if 1 < int((fractions > 0).sum()) < len(top1):
         measures["silhouette"] = routing_silhouette(inputs, top1)
     return measures

@@ -28,7 +28,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from titan_moe.config.load import CONFIG_DIR, load_config, merge_file, set_value
+from titan_moe.config.load import CONFIG_DIR, is_file, load_config, merge_file, set_value, user_path
 from titan_moe.config.tables import Config, Table
 from titan_moe.errors import UserError
 
@@ -79,8 +79,8 @@ class Cell(NamedTuple):
 def read_sweep(name: str, base: str = "") -> tuple[Path, Sweep]:
     """Reads a sweep: a file of train_configs/sweeps/ by name, or a path. base: replaces its `config`. Raises
     UserError."""
-    candidates = [Path(name), SWEEPS / name, SWEEPS / f"{name}.toml"]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    candidates = [Path(user_path(name, "--config")), SWEEPS / name, SWEEPS / f"{name}.toml"]
+    path = next((candidate for candidate in candidates if is_file(candidate)), None)
     if path is None:
         known = ", ".join(sorted(file.stem for file in SWEEPS.glob("*.toml")))
         raise UserError(f"--config: no sweep {name!r}; there are {known}, or give a path")

@@ -32,8 +32,10 @@ from titan_moe.config.load import merge_file
 from titan_moe.config.tables import Config
 from titan_moe.data.prepare import prepare
 from titan_moe.errors import TrainingError, UserError
+from titan_moe.runtime.cpus import available_cpus
 from titan_moe.runtime.files import own_folder, write_file
 from titan_moe.runtime.lock import FileLock, wait_for
+from titan_moe.runtime.scheduler import number
 
 POLL_SECONDS = 0.2
 LOCK_SECONDS = 120  # to wait for a process of a killed sweep to save and exit
@@ -57,7 +59,7 @@ class SweepState:
         stem = f"{path.stem}-{Path(base).stem}" if base else path.stem
         self.folder = folder or Path("runs") / "sweeps" / stem
         self.cells = cells_of(path, self.sweep)
-        self.world = int(os.environ.get("NPROC", "1"))
+        self.world = number(os.environ, "NPROC", 1) if os.environ.get("NPROC") else 1
         self.configs = {
             cell.name: cell_config(cell, self.sweep, self.folder / "runs", words, self.world, trust)
             for cell in self.cells
@@ -152,7 +154,7 @@ class SweepState:
         run = self.folder / "runs" / cell.name
         if not wait_for(run / ".lock", LOCK_SECONDS, POLL_SECONDS):
             raise TrainingError(f"{run}: another process is training there")
-        threads = max(1, (os.cpu_count() or 1) // (self.processes * self.world))
+        threads = max(1, available_cpus() // (self.processes * self.world))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         with (self.folder / "logs" / f"{cell.name}.log").open("ab") as log:
             process = subprocess.Popen(

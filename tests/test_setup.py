@@ -1,0 +1,211 @@
+"""The one-time set-up: killed at any time, started twice, asked for something else; and the lock that it installs.
+
+The set-up runs for real, in a checkout of two small packages that lie in a folder, without a network.
+"""
+
+import base64
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.commands import ROOT
+
+BACKEND = '''
+"""Builds the checkout's own editable wheel."""
+import os, time, zipfile
+import sys
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+def build_editable(folder, config_settings=None, metadata_directory=None):
+    name = "titan_moe-1.0-py3-none-any.whl"
+    while os.path.exists("hang"):
+        time.sleep(0.05)
+    with zipfile.ZipFile(os.path.join(folder, name), "w") as wheel:
+        info = "titan_moe-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\\nName: titan-moe\\nVersion: 1.0\\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(f"{info}/entry_points.txt", "[console_scripts]\\ntitan-moe = setupprobe:main\\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return name
+'''
+PYPROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+[project]
+name = "titan-moe"
+version = "1.0"
+dependencies = [
+    "torch>=1.0",
+    "setupprobe>=1.0",
+]
+"""
+
+
+def wheel(folder: Path, name: str, version: str, text: str = "def main(): pass\n") -> str:
+    """Writes the wheel of a package of one module, and returns its hash as requirements have it."""
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}.py": text,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = ""
+    for file, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).rstrip(b"=").decode()
+        record += f"{file},sha256={digest},{len(content.encode())}\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, content in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(file, content)
+    return f"--hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+class Checkout:
+    def __init__(self, root: Path) -> None:
+        self.root, self.venv = root / "checkout", root / "checkout" / ".venv"
+        self.wheels = root / "wheels"
+        self.wheels.mkdir()
+        (self.root / "scripts").mkdir(parents=True)
+        for name in ("setup.sh", "check_environment.py"):
+            shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
+        (self.root / "backend.py").write_text(BACKEND)
+        (self.root / "pyproject.toml").write_text(PYPROJECT)
+        self.require("1.0", "1.0")
+
+    def require(self, probe: str, torch: str) -> None:
+        probe_hash, torch_hash = wheel(self.wheels, "setupprobe", probe), wheel(self.wheels, "torch", torch)
+        (self.root / "requirements.txt").write_text(f"setupprobe=={probe} \\\n    {probe_hash}\n")
+        (self.root / "requirements-torch.txt").write_text(f"torch=={torch} \\\n    {torch_hash}\n")
+
+    def start(self) -> subprocess.Popen[str]:
+        settings = {
+            **os.environ,
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(self.wheels),
+            "PIP_CONFIG_FILE": os.devnull,
+        }
+        command = ["bash", "-c", f'source "{self.root}/scripts/setup.sh"; _setup && echo "$PYTHON"']
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=settings, text=True, start_new_session=True, **pipes)
+
+    def set_up(self) -> tuple[int, str]:
+        process = self.start()
+        output, errors = process.communicate(timeout=120)
+        return process.returncode, output + errors
+
+    def versions(self) -> list[str]:
+        """The installed versions of the two packages and of the checkout's own."""
+        code = "from importlib.metadata import version as v; print(*map(v, ('setupprobe', 'torch', 'titan-moe')))"
+        found = subprocess.run([self.venv / "bin" / "python", "-c", code], capture_output=True, text=True, check=True)
+        return found.stdout.split()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_set_up_that_was_ended_between_its_installations_begins_anew(checkout: Checkout, number: int) -> None:
+    (checkout.root / "hang").touch()
+    process = checkout.start()
+    end = time.monotonic() + 60
+    while not list(checkout.venv.glob("lib/*/site-packages/torch.py")):
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(1)
+    os.killpg(process.pid, number)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert not (checkout.venv / "bin" / "titan-moe").exists()
+    (checkout.root / "hang").unlink()
+    status, text = checkout.set_up()
+    assert status == 0, text
+    assert "Set-up done." in text
+    assert checkout.versions() == ["1.0", "1.0", "1.0"]
+    assert (checkout.venv / "bin" / "titan-moe").exists()
+    assert checkout.set_up() == (0, f"{checkout.venv}/bin/python\n")  # and does nothing the next time
+
+
+@pytest.mark.slow
+def test_two_set_ups_at_once_install_once(checkout: Checkout) -> None:
+    processes = [checkout.start(), checkout.start()]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert sorted("One-time set-up" in text for text in errors) == [False, True]
+
+
+@pytest.mark.slow
+def test_a_set_up_that_is_asked_for_something_else_updates_and_keeps_other_packages(checkout: Checkout) -> None:
+    assert checkout.set_up()[0] == 0
+    (checkout.venv / "mine").touch()
+    checkout.require("1.1", "1.1")
+    status, text = checkout.set_up()
+    assert status == 0, text
+    assert checkout.versions() == ["1.1", "1.1", "1.0"]
+    assert (checkout.venv / "mine").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["setupprobe", "torch"])
+def test_a_package_with_another_hash_is_refused(checkout: Checkout, name: str) -> None:
+    wheel(checkout.wheels, name, "1.0", "def main(): 'another file'\n")
+    status, text = checkout.set_up()
+    assert status == 1
+    assert "error: the set-up failed" in text
+    assert "HASHES" in text
+
+
+@pytest.mark.slow
+def test_another_build_of_torch_is_taken_where_pip_is_told_so(checkout: Checkout) -> None:
+    wheel(checkout.wheels, "torch", "1.0+cpu")
+    status, text = checkout.set_up()
+    assert status == 0, text
+    assert checkout.versions() == ["1.0", "1.0+cpu", "1.0"]
+
+
+def pins() -> dict[str, list[str]]:
+    """The lock's entries by package name."""
+    found: dict[str, list[str]] = {}
+    for name in ("requirements.txt", "requirements-torch.txt"):
+        text = re.sub(r"^#.*\n", "", (ROOT / name).read_text(), flags=re.MULTILINE).strip()
+        for entry in re.split(r"\n(?=\S)", text):
+            package = re.match(r"([a-z0-9-]+)==", entry)
+            assert package, entry
+            found.setdefault(package.group(1), []).append(entry)
+    return found
+
+
+def test_every_package_is_locked_by_version_and_hash() -> None:
+    for entries in pins().values():
+        for entry in entries:
+            assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry), entry
+    assert "://" not in "".join(map(str, pins().values()))
+
+
+def test_the_lock_is_within_the_ranges_of_pyproject() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import check_environment
+    finally:
+        sys.path.pop(0)
+    text, locked = (ROOT / "pyproject.toml").read_text(), pins()
+    for requirement in check_environment.list_in(text, "dependencies") + check_environment.list_in(text, "dev"):
+        name = re.split(r"[<>=!~ ]", requirement, maxsplit=1)[0]
+        for entry in locked[name]:
+            version = re.match(r"[^=]*==([^ ]*)", entry)
+            assert version
+            assert check_environment.in_range(requirement, version.group(1)), f"{requirement}: {entry.splitlines()[0]}"
