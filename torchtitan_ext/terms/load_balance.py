@@ -16,9 +16,10 @@ def load_balance_loss(
 ) -> Tensor:
     """lb: `E * sum_e f_e P_e`, f the fraction of assignments (no gradient), P the mean normalised score. 1 when balanced.
 
-    scores: (T, E), normalised to sum to 1 here when they are sigmoids. topk_ids: (T, k), the real choice, bias included.
-    load: (E,) fractions f computed elsewhere (over all ranks, say). weights: (T,). A leading dimension, (B, S, E) and
-    (B, S, k), forms f and P per sequence and averages over sequences. Source: Switch Transformer, Eqs. 4-6.
+    scores: (T, E), normalised to sum to 1 here when they are sigmoids (rows that underflow: `routing.normalize_scores`).
+    topk_ids: (T, k), the real choice, bias included. load: (E,) fractions f computed elsewhere (over all ranks, say).
+    weights: (T,). A leading dimension, (B, S, E) and (B, S, k), forms f and P per sequence and averages over sequences.
+    Source: Switch Transformer, Eqs. 4-6.
     """
     from torchtitan_ext.ops.routing import accumulate, expert_load, load_shares, mean_weights, normalize_scores
 
