@@ -112,6 +112,11 @@ class StepLog:
         spike = self.spikes.over(norm)
         if spike:
             log.warning(f"step {step}: gradient norm {norm:.4g} is a spike; the update was left out")
+        elif self.spikes.new_level:
+            log.warning(
+                f"step {step}: gradient norm {norm:.4g} after {self.spikes.MOST_IN_A_ROW} updates left out in a row: taken for "
+                "the new level, updates go on; a smaller optimizer.lr or training.max_grad_norm may help"
+            )
         return spike
 
     def first_non_finite(self, values: Tensor) -> str:

@@ -16,6 +16,7 @@ from titan_moe.checkpoint.resume import newest_good
 from titan_moe.checkpoint.run_dir import FORMAT_VERSION, RunDir, check_unchanged, read_state
 from titan_moe.checkpoint.saver import Saver, due
 from titan_moe.checkpoint.start import start_from
+from titan_moe.config.checks import without_effect
 from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.extensions import Tracker
 from titan_moe.config.tables import Config
@@ -241,6 +242,7 @@ class Trainer:
             "tokenizer": self.tokenizer.fingerprint,
             "scales": self.scales,
             "norms": list(self.steps.spikes.norms),
+            "spikes_in_a_row": self.steps.spikes.in_a_row,
             "skipped": self.skipped,
         }
         self.saver.save(step, facts)
@@ -255,7 +257,8 @@ class Trainer:
             self.check_data(state, newest)
             load_checkpoint(newest, self.model, self.optimizer)
             self.scales = state["scales"]
-            self.steps.spikes = Spikes(self.config.training.skip_spikes, state["norms"])
+            in_a_row = state.get("spikes_in_a_row", 0)  # earlier versions did not write it
+            self.steps.spikes = Spikes(self.config.training.skip_spikes, state["norms"], in_a_row)
             self.skipped = state["skipped"]
             step = int(state["step"])
             log.info(f"Going on from {newest}")
@@ -286,6 +289,8 @@ class Trainer:
     def announce(self) -> None:
         if not self.mesh.first:
             return
+        for line in without_effect(self.config):
+            log.warning(line)
         degrees = self.mesh.degrees
         layout = ", ".join(f"{name} {size}" for name, size in degrees._asdict().items() if size > 1)
         where = f"{degrees.world} x {self.device.type} ({layout})" if layout else self.device.type

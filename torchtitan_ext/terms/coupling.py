@@ -126,6 +126,10 @@ class Coupling(Term):
         if options.form == "log" and options.source == "transition":
             yield "form", "'log' takes each token's mass, which source = 'transition' does not have"
 
+    @classmethod
+    def without_effect(cls, options: Any, model: ModelFacts) -> str | None:  # noqa: ARG003 - the interface
+        return "every token goes to every expert, so cp's mass is always 1" if model.experts == model.top_k else None
+
     def carried_width(self, experts: int) -> int:
         return experts if self.options.source == "transition" else 1
 

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torchtitan_ext.terms.base import COUNT_BYTES, LayerView, Line, Sizes, Term, TermOptions, Weight, register
+from torchtitan_ext.terms.base import (
+    COUNT_BYTES,
+    LayerView,
+    Line,
+    ModelFacts,
+    Sizes,
+    Term,
+    TermOptions,
+    Weight,
+    register,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +57,10 @@ class LoadBalance(Term):
     name = "lb"
     title = "load balance"
     Options = LoadBalanceOptions
+
+    @classmethod
+    def without_effect(cls, options: Any, model: ModelFacts) -> str | None:  # noqa: ARG003 - the interface
+        return "every token goes to every expert, so lb is always 1" if model.experts == model.top_k else None
 
     def value(self, view: LayerView) -> Tensor:
         from torchtitan_ext.collectives import all_sum

@@ -61,6 +61,10 @@ class RoutingVariance(Term):
         if model.experts == 1:
             yield "weight", "v compares experts, and model.moe.experts = 1"
 
+    @classmethod
+    def without_effect(cls, options: Any, model: ModelFacts) -> str | None:  # noqa: ARG003 - the interface
+        return "v divides gates by their sum, which makes a single gate always 1" if model.top_k == 1 else None
+
     def value(self, view: LayerView) -> Tensor:
         from torchtitan_ext.ops.routing import normalize_scores, weighted_mean
 
