@@ -10,7 +10,12 @@ class TrainingError(Exception):
 
 
 class NonFiniteError(TrainingError):
-    """A loss, term or gradient norm is not finite; the step did not update the parameters."""
+    """A loss, term, gradient norm or parameter is not finite."""
+
+    def __init__(self, message: str, state: int | None = None) -> None:
+        """state: the step after which the parameters were those that the number was computed from, if known."""
+        super().__init__(message)
+        self.state = state
 
 
 class LostRanksError(TrainingError):

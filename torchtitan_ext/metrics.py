@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_ext.dtypes import accumulation_dtype
-from torchtitan_ext.ops.gram import squared_cosines, token_gram, token_rows
+from torchtitan_ext.ops.gram import row_scales, squared_cosines, squares_limit, token_gram, token_rows
 from torchtitan_ext.ops.response import coupling_matrix
 from torchtitan_ext.ops.routing import normalize_scores, weighted_sum
 
@@ -34,7 +34,9 @@ def dead_fraction(counts: Tensor) -> Tensor:
 
 
 def token_entropy(scores: Tensor) -> Tensor:
-    """`-sum_e s_e log s_e` in nats per token; scores (T, E) that sum to 1 -> (T,)."""
+    """`-sum_e s_e log s_e` in nats per token; scores (T, E) that sum to 1 -> (T,). A score of 0 adds 0 and has gradient 0."""
+    if scores.requires_grad:  # the derivative at 0 is infinite, and softmax's backward would multiply it by 0
+        scores = torch.where(scores == 0, 0.0, scores)
     return torch.special.entr(scores).sum(-1)
 
 
@@ -89,7 +91,7 @@ def expert_overlap(x: Tensor, rows: Tensor | None = None) -> Tensor:
     """
     rows, x = token_rows(x, rows)
     k = rows.shape[1]
-    return weighted_sum(squared_cosines(token_gram(x, rows)), None) / max(k * (k - 1), 1)
+    return weighted_sum(squared_cosines(token_gram(x, rows, scaled=True)), None) / max(k * (k - 1), 1)
 
 
 @torch.no_grad()
@@ -107,9 +109,15 @@ def expert_response(router_weight: Tensor, gate_weight: Tensor) -> Tensor:
     """erc's M without noise, its rows divided by their diagonal: norm of expert j's response to routing vector i.
 
     router_weight: (E, D), gate_weight: (E, F, D). Returns (E, E). Values below 1 off the diagonal mean that each expert
-    responds most to its own routing vector."""
-    matrix = coupling_matrix(router_weight.to(accumulation_dtype(router_weight.dtype)), gate_weight)
-    return matrix / matrix.diagonal().unsqueeze(1)
+    responds most to its own routing vector. The length of routing vectors, and of all gate weights together, does not
+    matter. A row whose own response is 0 becomes 0."""
+    dtype = accumulation_dtype(router_weight.dtype)
+    router_weight, gate_weight = router_weight.to(dtype), gate_weight.to(dtype)
+    most = squares_limit(dtype) ** 0.25
+    router_weight = router_weight * row_scales(router_weight, most).unsqueeze(1)
+    matrix = coupling_matrix(router_weight, gate_weight * row_scales(gate_weight.flatten(), most))
+    own = matrix.diagonal().unsqueeze(1)
+    return torch.where(own == 0, 0.0, matrix / own)
 
 
 def _normalised(scores: Tensor) -> Tensor:

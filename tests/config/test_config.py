@@ -1,6 +1,7 @@
 """Configuration: merging of files, overrides, one-line errors, help, JSON schema, and reading back what was written."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import jsonschema
 import pytest
 import tomli
 
+from titan_moe.config.checks import without_effect
 from titan_moe.config.describe import json_schema, options_help, to_toml
 from titan_moe.config.load import CONFIG_DIR, all_keys, load_config
 from titan_moe.errors import UserError
+from torchtitan_ext.terms import REGISTRY
 
 
 def write(path: Path, text: str) -> str:
@@ -332,3 +335,26 @@ def test_a_home_directory_that_is_not_known() -> None:
         UserError, match=r"command line: job\.output_dir = '~nobody-has-this-name/x': no home directory"
     ):
         load_config("debug", ["--job.output_dir=~nobody-has-this-name/x"])
+
+
+WITHOUT_EFFECT = [
+    (["model.moe.top_k=1", "model.moe.normalize_topk=true"], {"lb", "z", "cp"}, "no gradient from the cross-entropy"),
+    (["model.moe.top_k=1"], {"v"}, r"regularizers\.v\.weight has no effect"),
+    (["model.moe.top_k=16"], {"lb"}, r"regularizers\.lb\.weight has no effect"),
+    (["model.moe.top_k=16"], {"cp"}, r"regularizers\.cp\.weight has no effect"),
+    (["model.moe.top_k=16", "balancer.rate=1e-3"], {"z"}, r"balancer\.rate has no effect"),
+    (["model.moe.first_dense_layers=4", "balancer.rate=1e-3"], set(), r"balancer\.rate has no effect"),
+    (["balancer.center=true"], {"lb"}, r"balancer\.center has no effect"),
+]
+
+
+@pytest.mark.parametrize(("words", "terms", "message"), WITHOUT_EFFECT)
+def test_settings_without_effect_are_named(words: list[str], terms: set[str], message: str) -> None:
+    options = [f"--regularizers.{name}.weight={1e-3 * (name in terms)}" for name in REGISTRY]
+    (line,) = without_effect(load_config("debug", [*options, *(f"--{word}" for word in words)]))
+    assert re.search(message, line)
+
+
+def test_shipped_configurations_have_no_settings_without_effect() -> None:
+    for path in CONFIG_DIR.glob("*.toml"):
+        assert not list(without_effect(load_config(path.stem))), path

@@ -11,7 +11,7 @@ from titan_moe.model.init import init_weights
 from titan_moe.model.moe import MoELayer, plan_dispatch
 from titan_moe.model.transformer import Transformer
 from torchtitan_ext.carry import empty_carry
-from torchtitan_ext.terms import Terms, Tokens
+from torchtitan_ext.terms import REGISTRY, ModelFacts, Setting, Terms, Tokens, build_terms
 
 DIM, TOKENS = 12, 9
 
@@ -128,3 +128,25 @@ def test_grouped_linear_is_a_well_behaved_operator() -> None:
     weight = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
     offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
     torch.library.opcheck(torch.ops.titan_moe.grouped_linear.default, (x, weight, offsets))
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(4, 1), (4, 2), (4, 4), (1, 1)])
+@pytest.mark.parametrize("name", list(REGISTRY))
+def test_a_term_says_where_it_has_no_gradient(name: str, experts: int, top_k: int) -> None:
+    """`problems` or `without_effect` name exactly the models in which no parameter gets a gradient from the term."""
+    facts, options = ModelFacts(experts, top_k, 2), REGISTRY[name].Options(weight=1.0)
+    terms, moe = build_terms({name: options}, Setting(top_k, 8)), MoE(experts=experts, top_k=top_k, hidden_dim=8)
+    layers = [MoELayer(8, moe, terms, layer) for layer in range(2)]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    for seed, parameter in enumerate(parameters):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))
+    h, tokens = torch.randn(12, 8, generator=torch.Generator().manual_seed(9)), 12
+    view = Tokens(torch.full((2, 6), 1 / 12), torch.arange(2), torch.tensor(1), torch.arange(6))
+    carry = empty_carry(1, tokens, 2, experts, h.dtype, h.device, terms.carried_width(experts), len(terms.measures))
+    for layer in layers:
+        h, carry, _ = layer(h, carry, view)
+    gradients = torch.autograd.grad(carry.terms.sum(), parameters, allow_unused=True)
+    # Softmax scores sum to 1 up to rounding, so a term that is constant has a gradient of rounding errors.
+    trained = any(gradient is not None and gradient.abs().max() > 1e-5 for gradient in gradients)
+    named = REGISTRY[name].without_effect(options, facts) or list(REGISTRY[name].problems(options, facts))
+    assert trained != bool(named)

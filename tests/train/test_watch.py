@@ -1,7 +1,8 @@
 """Spikes, dead experts, collapsed routing."""
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,6 +22,20 @@ def test_a_spike_is_left_out_of_the_history() -> None:
     assert not spikes.over(1.02)
 
 
+def test_a_norm_that_stays_high_is_the_new_level() -> None:
+    """At most MOST_IN_A_ROW updates in a row are left out; then the history begins again."""
+    spikes = Spikes(6.0, [1.0 + 0.01 * (n % 3) for n in range(200)])
+    high = [spikes.over(100.0 + n % 3) for n in range(300)]
+    assert high == [True] * Spikes.MOST_IN_A_ROW + [False] * (300 - Spikes.MOST_IN_A_ROW)
+    assert min(spikes.norms) == 100.0
+    assert spikes.over(1000.0)  # still finds spikes
+
+
+def test_spikes_with_ordinary_norms_between_them_are_all_left_out() -> None:
+    spikes = Spikes(6.0, [1.0 + 0.01 * (n % 3) for n in range(200)])
+    assert [spikes.over(norm) for norm in [9.0, 9.0, 1.0] * 20] == [True, True, False] * 20
+
+
 def test_without_a_policy_nothing_is_a_spike() -> None:
     spikes = Spikes(0.0)
     assert not any(spikes.over(norm) for norm in [1.0] * 40 + [1e9])
@@ -33,14 +48,22 @@ def test_too_short_a_history_decides_nothing() -> None:
 
 
 def test_a_skipped_step_updates_nothing_and_is_counted(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Step 4 is declared a spike; the run resumed from step 5 knows of it."""
+    """Step 4 is declared a spike; the runs resumed from steps 4 and 5 know of it."""
 
     class Declared(Spikes):
         asked = 0
+        rows: ClassVar[list[int]] = []
+
+        def __init__(self, deviations: float, norms: Sequence[float] = (), in_a_row: int = 0) -> None:
+            super().__init__(deviations, norms, in_a_row)
+            Declared.rows.append(in_a_row)
 
         def over(self, norm: float) -> bool:
             Declared.asked += 1
-            return Declared.asked == 4 or super().over(norm)
+            if Declared.asked != 4:
+                return super().over(norm)
+            self.in_a_row += 1
+            return True
 
     monkeypatch.setattr(trainer, "Spikes", Declared)
     words = [
@@ -49,11 +72,14 @@ def test_a_skipped_step_updates_nothing_and_is_counted(tiny_config: Make, monkey
         "--checkpoint.interval=1",
         "--validation.interval=0",
     ]
+    train(tiny_config(*words, "--training.steps=4"))
     first = tiny_config(*words, "--training.steps=5")
     found = [row for row in train(first) if row["kind"] == "train"]
     assert [row["skipped"] for row in found] == [0, 0, 0, 1, 1]
     states = [json.loads((RunDir(first).checkpoint(n) / "state.json").read_text()) for n in (3, 4)]
     assert states[0]["norms"] == states[1]["norms"]
+    assert [state["spikes_in_a_row"] for state in states] == [0, 1]
+    assert Declared.rows == [0, 0, 1]  # a first trainer, and a second one before and after it resumed
     before, after = (load(first, n) for n in (3, 4))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -10,6 +10,7 @@ from torch import Tensor
 from titan_moe.extend import LayerView, Needs, Term, register
 from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.metrics import token_entropy
+from torchtitan_ext.ops.gram import row_scales, squares_limit
 from torchtitan_ext.ops.routing import weighted_sum
 
 
@@ -38,6 +39,7 @@ class ShuffledSpecialization(Term):
     def value(self, view: LayerView) -> Tensor:
         assert view.z_RF is not None
         z_RF = view.z_RF.to(accumulation_dtype(view.z_RF.dtype))
+        z_RF = z_RF * row_scales(z_RF, squares_limit(z_RF.dtype) ** 0.5).unsqueeze(1)
         norms_R = z_RF.norm(dim=1, keepdim=True)
         z_RF = z_RF / torch.where(norms_R > 0, norms_R, 1.0)
         rows_TK, ids_TK = view.rows_TK, view.topk_ids_TK

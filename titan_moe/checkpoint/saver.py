@@ -39,15 +39,19 @@ class Saver:
         # One thread for the whole run: memory that a thread allocated is not all returned to the system when it ends.
         self.writer = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
+        self.outdated = False
+        """Whether a checkpoint was saved since old ones were deleted."""
 
     @property
     def first(self) -> bool:
         return self.group is None or dist.get_rank() == 0
 
     def save(self, step: int, other_state: dict[str, Any]) -> None:
-        """Writes checkpoint `step`, or starts to in the background, then deletes old ones. A collective. other_state:
-        content of state.json. Raises OSError when this or the previous checkpoint could not be written."""
+        """Writes checkpoint `step`, or starts to in the background. A collective. other_state: content of state.json.
+        Raises OSError when this or the previous checkpoint could not be written."""
         self.finish()
+        self.delete_old()
+        self.outdated = True
         text = json.dumps({"step": step, **other_state}, indent=1)
         state = tensors(self.model, self.optimizer)
         if not self.settings.async_save:
@@ -61,6 +65,15 @@ class Saver:
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
+
+    def delete_old(self) -> None:
+        """Deletes old checkpoints, once the newest is written. To be called when a finite step was made from it: until then
+        the one before is the newest that is known to be good."""
+        if self.outdated and (self.pending is None or self.pending.done()):
+            self.outdated = False
+            if self.first:
+                for old in steps_to_delete(readable_steps(self.run_dir), self.settings.keep, self.settings.interval):
+                    remove(self.run_dir.checkpoint(old))
 
     def write(self, step: int, state: dict[str, Tensor], text: str) -> None:
         final = self.run_dir.checkpoint(step)
@@ -103,7 +116,7 @@ class Saver:
         return entries
 
     def finalize(self, step: int, temporary: Path, final: Path, text: str, entries: dict[str, Entry]) -> None:
-        """On rank 0, once all tensors are written: state.json, manifest, rename, and deletion of old checkpoints."""
+        """On rank 0, once all tensors are written: state.json, manifest and rename."""
         (temporary / STATE_FILE).write_text(text)
         fsync_file(temporary / STATE_FILE)
         others = {name: entry_of(temporary / name) for name in (STATE_FILE, ".metadata")}
@@ -113,8 +126,6 @@ class Saver:
             self.run_dir.set_aside(final, "it was written again")
         temporary.rename(final)
         fsync_folder(self.run_dir.checkpoints)
-        for old in steps_to_delete(readable_steps(self.run_dir), self.settings.keep, self.settings.interval):
-            remove(self.run_dir.checkpoint(old))
 
     def raise_on_every_rank(self, problem: OSError | None) -> None:
         """Raises on every rank when writing failed on any."""

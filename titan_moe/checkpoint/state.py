@@ -36,6 +36,8 @@ class State(BaseModel):
     """Scaling of terms with `match_lb`; None before the first step."""
     norms: list[Finite]
     """The latest gradient norms."""
+    spikes_in_a_row: Natural = 0
+    """Updates left out since the last one that was made."""
     skipped: Natural
     """Updates left out so far."""
     modules: dict[str, str] = {}

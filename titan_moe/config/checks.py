@@ -1,6 +1,7 @@
 """Checks that need more than one key. They run before anything is built."""
 
 import math
+from collections.abc import Iterator
 
 from titan_moe.config import extensions
 from titan_moe.config.degrees import Origin, check_degrees, resolve
@@ -83,6 +84,29 @@ def check_regularizers(config: Config, origin: Origin) -> None:
     for name in enabled:
         for option, problem in REGISTRY[name].problems(options[name], ModelFacts(moe.experts, moe.top_k, moe_layers)):
             raise UserError(f"{origin(f'regularizers.{name}.{option}')}: {problem}")
+
+
+def without_effect(config: Config) -> Iterator[str]:
+    """A warning for each setting that is allowed and does nothing, or leaves the router with less gradient than one expects."""
+    moe, options = config.model.moe, config.regularizers.options()
+    facts = ModelFacts(moe.experts, moe.top_k, config.model.layers - moe.first_dense_layers)
+    if facts.moe_layers == 0:
+        if config.balancer.rate:
+            yield "balancer.rate has no effect: the model has no MoE layer"
+        return
+    if moe.top_k == 1 and moe.normalize_topk:
+        yield (
+            "model.moe.normalize_topk makes every gate 1 with model.moe.top_k = 1, so the router gets no gradient from the "
+            "cross-entropy, only from loss terms; set it to false"
+        )
+    for name, table in options.items():
+        reason = REGISTRY[name].without_effect(table, facts) if table.weight > 0 else None
+        if reason:
+            yield f"regularizers.{name}.weight has no effect: {reason} (model.moe.top_k = {moe.top_k} of {moe.experts})"
+    if config.balancer.rate and moe.top_k == moe.experts:
+        yield f"balancer.rate has no effect: every token goes to every expert (model.moe.top_k = {moe.top_k} of {moe.experts})"
+    if config.balancer.center and not config.balancer.rate:
+        yield "balancer.center has no effect while balancer.rate = 0"
 
 
 def check_float8(config: Config, origin: Origin) -> None:

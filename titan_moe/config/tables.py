@@ -177,7 +177,7 @@ class Training(Table):
     """Gradients are scaled down to this total 2-norm."""
     skip_spikes: Weight = 0.0
     """Leave out the update of a step whose gradient norm is more than so many standard deviations above the mean of the latest
-    128 steps; 0: never."""
+    128 steps, at most ten in a row; 0: never."""
     deterministic: bool = False
     """Refuse operations whose result differs from run to run (slower on GPUs)."""
 

@@ -48,14 +48,16 @@ class Router(nn.Module):
         dtype = accumulation_dtype(x_TD.dtype)
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         if self.moe.score == "softmax":
+            log_scores_TE = logits_TE  # up to a constant per token
             raw_TE = scores_TE = logits_TE.softmax(-1)
         else:
+            log_scores_TE = F.logsigmoid(logits_TE)
             raw_TE = logits_TE.sigmoid()
-            scores_TE = normalize_scores(raw_TE)
+            scores_TE = normalize_scores(raw_TE, log_scores_TE)
         topk_ids_TK = (raw_TE.detach() + self.expert_bias).topk(self.moe.top_k, dim=-1).indices
         gates_TK = raw_TE.gather(1, topk_ids_TK)
         if self.moe.normalize_topk:
-            gates_TK = normalize_scores(gates_TK)
+            gates_TK = normalize_scores(gates_TK, log_scores_TE.gather(1, topk_ids_TK))
         if self.moe.route_scale != 1.0:
             gates_TK = gates_TK * self.moe.route_scale
         return Choice(logits_TE, scores_TE, topk_ids_TK, gates_TK)

@@ -116,11 +116,13 @@ def balance_experts(model: Transformer, counts: Tensor, settings: Balancer, foun
 
 
 @torch.no_grad()
-def measure_terms(runner: Runner, batches: Sequence[Batch], mesh: Mesh, step: int) -> dict[str, float]:
-    """The unweighted terms of a global batch, without an update."""
+def measure(runner: Runner, batches: Sequence[Batch], mesh: Mesh, step: int) -> dict[str, float]:
+    """ "ce" and the unweighted terms, by name, of a global batch, without an update."""
     carry: Carry | None = None
+    ce: Tensor | float = 0.0
     for inputs in step_inputs(runner.model, batches, mesh, step):
-        carry = add_carry(carry, runner.evaluate(inputs).carry)
+        evaluation = runner.evaluate(inputs)
+        carry, ce = add_carry(carry, evaluation.carry), ce + evaluation.ce
     assert carry is not None
-    terms = sum_over_tokens(carry.terms, mesh).tolist()
-    return dict(zip(runner.model.terms.names, terms, strict=True))
+    numbers = torch.cat([torch.as_tensor(ce).reshape(1), carry.terms])
+    return dict(zip(("ce", *runner.model.terms.names), sum_over_tokens(numbers, mesh).tolist(), strict=True))

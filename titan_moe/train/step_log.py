@@ -108,10 +108,16 @@ class StepLog:
         """Whether the gradient norm is a spike. Raises NonFiniteError that names the first number that is not finite."""
         *numbers, norm = values[: self.norm_at + 1].tolist()
         if not all(map(math.isfinite, (*numbers, norm))):
-            raise NonFiniteError(f"step {step}: {self.first_non_finite(values)} is not finite")
+            name = self.first_non_finite(values)
+            raise NonFiniteError(f"step {step}: {name} is not finite; nothing was updated", state=step - 1)
         spike = self.spikes.over(norm)
         if spike:
             log.warning(f"step {step}: gradient norm {norm:.4g} is a spike; the update was left out")
+        elif self.spikes.new_level:
+            log.warning(
+                f"step {step}: gradient norm {norm:.4g} after {self.spikes.MOST_IN_A_ROW} updates left out in a row: taken for "
+                "the new level, updates go on; a smaller optimizer.lr or training.max_grad_norm may help"
+            )
         return spike
 
     def first_non_finite(self, values: Tensor) -> str:

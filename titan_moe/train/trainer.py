@@ -13,12 +13,14 @@ from torch import Tensor
 
 from titan_moe import __version__
 from titan_moe.checkpoint.changes import check_unchanged, consequences, tokens_of_microbatch
-from titan_moe.checkpoint.dcp import load_checkpoint
+from titan_moe.checkpoint.dcp import load_checkpoint, tensors
+from titan_moe.checkpoint.health import after_non_finite, check_finite
 from titan_moe.checkpoint.resume import newest_good
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.checkpoint.saver import Saver, due
 from titan_moe.checkpoint.start import start_from
 from titan_moe.checkpoint.state import FORMAT_VERSION, State, dump, read_state
+from titan_moe.config.checks import without_effect
 from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.extensions import Tracker, module_digests
 from titan_moe.config.tables import Config
@@ -35,7 +37,7 @@ from titan_moe.runtime.device import make_deterministic, peak_flops, peak_memory
 from titan_moe.runtime.stopping import Stopping
 from titan_moe.train.build import build_model
 from titan_moe.train.profiling import profiler
-from titan_moe.train.step import measure_terms, train_step
+from titan_moe.train.step import measure, train_step
 from titan_moe.train.step_log import HostFacts, StepLog
 from titan_moe.train.trackers import open_trackers
 from titan_moe.train.trackers.console import short
@@ -112,6 +114,7 @@ class Trainer:
                 stopped_at = self.loop(start, profile, data)
             self.saver.finish()
         if stopped_at == config.training.steps:
+            self.saver.delete_old()  # the last validation was finite
             log.info(f"Done: {path}")
             return 0
         assert self.stopping.signal is not None
@@ -138,7 +141,7 @@ class Trainer:
                 self.validate(step, to_the_end=last)
             stop = self.stopping.stop
             if last or stop or due(step, config.checkpoint.interval):
-                self.save(step)
+                self.save(step, batches)
             if stop:
                 return step
         return steps
@@ -150,15 +153,14 @@ class Trainer:
             yield
         except NonFiniteError as error:
             self.saver.finish()
-            newest = self.run_dir.newest()
-            where = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
-            raise TrainingError(f"{error}; nothing was updated, {where}") from error
+            raise TrainingError(f"{error}, {after_non_finite(self.run_dir, error.state, self.mesh.first)}") from error
 
     def report(self) -> None:
         """Reads the steps since the last report from the device and gives their rows to the trackers."""
         for facts, numbers, seconds in self.steps.read():
             if self.mesh.first:
                 self.log_step(facts, numbers, seconds)
+            self.saver.delete_old()  # this step, from the newest checkpoint or a later one, was finite
 
     def validation_is_missing(self, step: int) -> bool:
         """Whether a signal interrupted the validation after `step`, the step of the checkpoint that this run resumes from."""
@@ -171,7 +173,7 @@ class Trainer:
         if self.scales is None:
             self.scales = {}
             if self.model.terms.matched:
-                values = measure_terms(self.runner, batches, self.mesh, step)
+                values = measure(self.runner, batches, self.mesh, step)
                 self.scales = self.model.terms.scales_to_lb(values)
                 log.info("scaled to lb: " + ", ".join(f"{name} x {scale:g}" for name, scale in self.scales.items()))
         return self.scales
@@ -218,7 +220,10 @@ class Trainer:
         config = self.config
         size = micro_batch_size(config, self.mesh.degrees)
         count = config.validation.sequences
-        found = validate(self.runner, self.validation_windows, self.tokenizer, count, size, self.mesh, interrupted)
+        try:
+            found = validate(self.runner, self.validation_windows, self.tokenizer, count, size, self.mesh, interrupted)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"validation after step {step}: {error}", state=step) from error
         if found is None:
             return False
         row = {
@@ -241,9 +246,12 @@ class Trainer:
                 tracker.log_images(step, routing_images(found))
         return True
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, batches: Sequence[Batch]) -> None:
+        """Writes a checkpoint, unless a number of it, or of a forward pass of `batches` from it, is not finite."""
         self.report()
         self.progress()
+        losses = measure(self.runner, batches, self.mesh, step)
+        check_finite(step, tensors(self.model, self.optimizer), losses, self.mesh.everyone)
         facts = {
             "format_version": FORMAT_VERSION,
             "titan_moe": __version__,
@@ -253,6 +261,7 @@ class Trainer:
             "tokenizer": self.tokenizer.fingerprint,
             "scales": self.scales,
             "norms": list(self.steps.spikes.norms),
+            "spikes_in_a_row": self.steps.spikes.in_a_row,
             "skipped": self.skipped,
             "modules": self.modules,
             "step_tokens": tokens_of_microbatch(self.config, self.mesh.degrees),
@@ -269,7 +278,7 @@ class Trainer:
             self.check_data(state, newest)
             load_checkpoint(newest, self.model, self.optimizer)
             self.scales = state.scales
-            self.steps.spikes = Spikes(self.config.training.skip_spikes, state.norms)
+            self.steps.spikes = Spikes(self.config.training.skip_spikes, state.norms, state.spikes_in_a_row)
             self.skipped = state.skipped
             step = state.step
             log.info(f"Going on from {newest}")
@@ -308,6 +317,8 @@ class Trainer:
     def announce(self) -> None:
         if not self.mesh.first:
             return
+        for line in without_effect(self.config):
+            log.warning(line)
         degrees = self.mesh.degrees
         layout = ", ".join(f"{name} {size}" for name, size in degrees._asdict().items() if size > 1)
         where = f"{degrees.world} x {self.device.type} ({layout})" if layout else self.device.type

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from titan_moe.data.loader import Batch, DataRank, Windows, validation_batches
 from titan_moe.data.tokenizer import Tokenizer
+from titan_moe.errors import NonFiniteError, UserError
 from titan_moe.model.transformer import Inputs
 from titan_moe.parallel.context import context_shard
 from titan_moe.parallel.mesh import Mesh
@@ -99,13 +100,20 @@ class LossSums:
         self.source_bytes += labelled_bytes(batch.inputs, tokenizer)
 
     def over_ranks(self, mesh: Mesh) -> Losses:
-        """Losses of all ranks' batches, equal on all ranks. Collective."""
+        """Losses of all ranks' batches, equal on all ranks; a collective. Raises, on all of them, NonFiniteError, and
+        UserError for text without a byte."""
         nats = all_sum(torch.tensor(self.nats, dtype=torch.float64, device=mesh.device), mesh.pp).item()
         sums = torch.tensor([nats, self.tokens, self.source_bytes], dtype=torch.float64, device=mesh.device)
         nats, tokens, source_bytes = all_sum(sums, mesh.ranks.data).tolist()
+        if source_bytes == 0:
+            raise UserError(
+                "data.corpus: the text to evaluate has not one byte, only empty documents; remove them, or raise "
+                "data.validation_fraction"
+            )
         loss = nats / tokens
-        bits_per_byte = nats / math.log(2) / source_bytes if source_bytes else math.nan  # of unknown tokens only
-        return Losses(int(tokens), loss, math.exp(min(loss, 700.0)), bits_per_byte)
+        if not math.isfinite(loss):
+            raise NonFiniteError("the cross-entropy is not finite")
+        return Losses(int(tokens), loss, math.exp(min(loss, 700.0)), nats / math.log(2) / source_bytes)
 
 
 def evaluate_batch(runner: Runner, batch: Batch, mesh: Mesh) -> Evaluated:

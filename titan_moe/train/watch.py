@@ -12,19 +12,29 @@ class Spikes:
     """Which updates to leave out because the gradient norm jumped. All ranks decide alike, since the norm is the same."""
 
     LONGEST, SHORTEST = 128, 16
+    MOST_IN_A_ROW = 10
+    """So many spikes in a row are a new level: the next one is no spike, and the history begins again with it."""
 
-    def __init__(self, deviations: float, norms: Sequence[float] = ()) -> None:
+    def __init__(self, deviations: float, norms: Sequence[float] = (), in_a_row: int = 0) -> None:
         """deviations: a norm that many standard deviations above the mean of the recent ones is a spike; 0: none is.
-        norms: of the latest steps."""
-        self.deviations = deviations
+        norms: of the latest steps. in_a_row: the spikes since then."""
+        self.deviations, self.in_a_row = deviations, in_a_row
         self.norms = deque(norms, maxlen=self.LONGEST)
+        self.new_level = False
+        """Whether the latest norm ended a row of spikes that was too long."""
 
     def over(self, norm: float) -> bool:
         """Whether this norm is a spike; if not, it is added to the history."""
+        spike = self.new_level = False
         if self.deviations and len(self.norms) >= self.SHORTEST:
-            limit = statistics.fmean(self.norms) + self.deviations * statistics.stdev(self.norms)
-            if norm > limit:
-                return True
+            spike = norm > statistics.fmean(self.norms) + self.deviations * statistics.stdev(self.norms)
+        if spike and self.in_a_row < self.MOST_IN_A_ROW:
+            self.in_a_row += 1
+            return True
+        if spike:
+            self.new_level = True
+            self.norms.clear()
+        self.in_a_row = 0
         self.norms.append(norm)
         return False
 

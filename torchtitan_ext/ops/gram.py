@@ -32,25 +32,50 @@ def _slices(rows_TK: Tensor, width: int) -> list[Tensor]:
     return list(rows_TK.split(step)) if tokens > step else [rows_TK]
 
 
+def squares_limit(dtype: torch.dtype) -> float:
+    """Squared norms between 1 / limit and limit are safe to divide by and to multiply: 2^100 for float32, 2^800 for float64."""
+    return float(torch.finfo(accumulation_dtype(dtype)).max) ** (100 / 128)
+
+
+def row_scales(x: Tensor, largest: float) -> Tensor:
+    """Factors that keep the squares of rows in range, without a gradient: (..., F) -> (...), in at least float32.
+
+    1 for a row whose largest entry is between 1 / largest and largest; for others 1 over that entry, at most 1 / tiny."""
+    peaks = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1).to(accumulation_dtype(x.dtype))
+    return torch.where(
+        (peaks >= 1 / largest) & (peaks <= largest), 1.0, 1 / peaks.clamp(min=torch.finfo(peaks.dtype).tiny)
+    )
+
+
 def _gather(z_RF: Tensor, rows_tK: Tensor) -> Tensor:
-    gathered = z_RF.index_select(0, rows_tK.reshape(-1)).to(accumulation_dtype(z_RF.dtype))
-    return gathered.reshape(*rows_tK.shape, z_RF.shape[-1])
+    return z_RF.index_select(0, rows_tK.reshape(-1)).reshape(*rows_tK.shape, z_RF.shape[-1])
 
 
-def _products(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
-    """The Gram matrices, by PyTorch's operations."""
-    parts = []
+def _products(z_RF: Tensor, rows_TK: Tensor, scaled: bool = False) -> tuple[Tensor, Tensor]:
+    """The Gram matrices and the factors of rows (none if not scaled), by PyTorch's operations."""
+    parts, scales = [], []
     for rows in _slices(rows_TK, z_RF.shape[-1]):
         x_tKF = _gather(z_RF, rows)
+        if scaled:
+            scales.append(row_scales(x_tKF, squares_limit(z_RF.dtype) ** 0.5))
+            x_tKF = x_tKF * scales[-1].unsqueeze(2)
+        x_tKF = x_tKF.to(accumulation_dtype(z_RF.dtype))
         parts.append(torch.bmm(x_tKF, x_tKF.transpose(1, 2)))
-    return torch.cat(parts)
+    return torch.cat(parts), torch.cat(scales) if scaled else parts[0].new_empty(0)
 
 
-def _gradients(z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _gradients(
+    z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor, scales_TK: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Gradients of z from those of the Gram matrices, by PyTorch's operations: slices of (row indices, gradients)."""
     start = 0
     for rows in _slices(rows_TK, z_RF.shape[-1]):
-        product = torch.bmm(coefficients_TKK[start : start + rows.shape[0]], _gather(z_RF, rows))
+        part, x_tKF = slice(start, start + rows.shape[0]), _gather(z_RF, rows)
+        if scales_TK.numel():
+            x_tKF = x_tKF * scales_TK[part].unsqueeze(2)
+        product = torch.bmm(coefficients_TKK[part], x_tKF.to(coefficients_TKK.dtype))
+        if scales_TK.numel():
+            product = product * scales_TK[part].unsqueeze(2)
         yield rows.reshape(-1), product.flatten(0, 1).to(z_RF.dtype)
         start += rows.shape[0]
 
@@ -60,49 +85,70 @@ def _symmetric(grad_TKK: Tensor) -> Tensor:
     return grad_TKK + grad_TKK.transpose(1, 2)
 
 
-def _gram(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+def _gram(z_RF: Tensor, rows_TK: Tensor, scaled: bool = False) -> tuple[Tensor, Tensor]:
     kernel = select.kernel("token_gram", z_RF)
     if kernel is None:
-        return _products(z_RF, rows_TK)
+        return _products(z_RF, rows_TK, scaled)
     tokens, k = rows_TK.shape
     out_TKK = z_RF.new_empty(tokens, k, k, dtype=accumulation_dtype(z_RF.dtype))
     kernel(z_RF.contiguous(), rows_TK.contiguous(), out_TKK)
-    return out_TKK
+    if not scaled:
+        return out_TKK, out_TKK.new_empty(0)
+    scales_TK = out_TKK.new_ones(tokens, k)
+    # Rows are seldom so large or small that squares leave the range: only their tokens are computed again.
+    squares_TK, limit = out_TKK.diagonal(dim1=1, dim2=2), squares_limit(z_RF.dtype)
+    least, most = map(float, squares_TK.aminmax()) if tokens else (1.0, 1.0)
+    if not (least >= 1 / limit and most <= limit):  # true for NaN
+        again_T = (~((squares_TK >= 1 / limit) & (squares_TK <= limit))).any(1).nonzero().squeeze(1)
+        out_TKK[again_T], scales_TK[again_T] = _products(z_RF, rows_TK[again_T], scaled)
+    return out_TKK, scales_TK
 
 
 _gram_op = torch.library.custom_op("torchtitan_ext::token_gram", _gram, mutates_args=())
 
 
 @_gram_op.register_fake
-def _(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+def _(z_RF: Tensor, rows_TK: Tensor, scaled: bool = False) -> tuple[Tensor, Tensor]:
     tokens, k = rows_TK.shape
-    return z_RF.new_empty(tokens, k, k, dtype=accumulation_dtype(z_RF.dtype))
+    out_TKK = z_RF.new_empty(tokens, k, k, dtype=accumulation_dtype(z_RF.dtype))
+    return out_TKK, out_TKK.new_empty(tokens, k) if scaled else out_TKK.new_empty(0)
 
 
-def _add_gradient(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor) -> None:
+def _add_gradient(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficients_TKK: Tensor, scales_TK: Tensor) -> None:
     kernel = select.kernel("add_gram_gradient", z_RF)
     if kernel is not None and grad_RF.is_contiguous():
+        scaled_T = (scales_TK != 1).any(1).nonzero().squeeze(1) if scales_TK.numel() else None
+        some = scaled_T is not None and len(scaled_T) > 0
+        if scaled_T is not None and some:
+            parts = _gradients(z_RF, rows_TK[scaled_T], coefficients_TKK[scaled_T], scales_TK[scaled_T])
+            coefficients_TKK = coefficients_TKK.index_fill(0, scaled_T, 0.0)
         kernel(grad_RF, z_RF.contiguous(), rows_TK.contiguous(), coefficients_TKK.contiguous())
-        return
-    for rows, gradient_rF in _gradients(z_RF, rows_TK, coefficients_TKK):
+        if not some:
+            return
+    else:
+        parts = _gradients(z_RF, rows_TK, coefficients_TKK, scales_TK)
+    for rows, gradient_rF in parts:
         grad_RF.index_add_(0, rows, gradient_rF)
 
 
 torch.library.custom_op("torchtitan_ext::add_gram_gradient", _add_gradient, mutates_args={"grad_RF"})
 
 
-def _gram_direct_or_op(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
-    """The Gram matrices; through the custom operator only under torch.compile or for tensor subclasses, since
-    dispatching it costs more than a small product."""
+def _gram_direct_or_op(z_RF: Tensor, rows_TK: Tensor, scaled: bool) -> tuple[Tensor, Tensor]:
+    """The Gram matrices and the factors of rows; through the custom operator only under torch.compile or for tensor
+    subclasses, since dispatching it costs more than a small product."""
     direct = select.direct_kernel("token_gram", z_RF) is not None
-    return (_gram if direct else torch.ops.torchtitan_ext.token_gram)(z_RF, rows_TK)
+    pair: tuple[Tensor, Tensor] = (_gram if direct else torch.ops.torchtitan_ext.token_gram)(z_RF, rows_TK, scaled)
+    return pair
 
 
-def _add_gradient_direct_or_op(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, grad_TKK: Tensor) -> None:
+def _add_gradient_direct_or_op(
+    grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, grad_TKK: Tensor, scales_TK: Tensor
+) -> None:
     """Adds the gradient from the Gram matrices to grad_RF; through the custom operator in the same cases."""
     direct = select.direct_kernel("add_gram_gradient", z_RF) is not None
     add = _add_gradient if direct else torch.ops.torchtitan_ext.add_gram_gradient
-    add(grad_RF, z_RF, rows_TK, _symmetric(grad_TKK))
+    add(grad_RF, z_RF, rows_TK, _symmetric(grad_TKK), scales_TK)
 
 
 class _TokenGram(torch.autograd.Function):
@@ -111,30 +157,33 @@ class _TokenGram(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
-        return _products(z_RF, rows_TK) if select.transformed(z_RF) else _gram_direct_or_op(z_RF, rows_TK)
+    def forward(z_RF: Tensor, rows_TK: Tensor, scaled: bool) -> tuple[Tensor, Tensor]:
+        compute = _products if select.transformed(z_RF) else _gram_direct_or_op
+        return compute(z_RF, rows_TK, scaled)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004 - torch's signature
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1], output[1])
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_TKK: Tensor) -> tuple[Tensor, None]:
-        z_RF, rows_TK = ctx.saved_tensors
+    def backward(ctx: Any, grad_TKK: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        z_RF, rows_TK, scales_TK = ctx.saved_tensors
         grad_RF = torch.zeros_like(z_RF, memory_format=torch.contiguous_format)
         if torch.is_grad_enabled() or select.transformed(z_RF):
-            parts = [gradient_rF for _, gradient_rF in _gradients(z_RF, rows_TK, _symmetric(grad_TKK))]
-            return grad_RF.index_copy(0, rows_TK.reshape(-1), torch.cat(parts)), None
-        _add_gradient_direct_or_op(grad_RF, z_RF, rows_TK, grad_TKK)
-        return grad_RF, None
+            parts = [gradient_rF for _, gradient_rF in _gradients(z_RF, rows_TK, _symmetric(grad_TKK), scales_TK)]
+            return grad_RF.index_copy(0, rows_TK.reshape(-1), torch.cat(parts)), None, None
+        _add_gradient_direct_or_op(grad_RF, z_RF, rows_TK, grad_TKK, scales_TK)
+        return grad_RF, None, None
 
 
-def token_gram(z_RF: Tensor, rows_TK: Tensor) -> Tensor:
+def token_gram(z_RF: Tensor, rows_TK: Tensor, scaled: bool = False) -> Tensor:
     """Inner products of each token's k rows.
 
     z_RF: (R, F) activations in any order. rows_TK: (T, k) int64, the row of each token and expert; no row may occur
-    twice. Returns (T, k, k) in at least float32."""
-    result: Tensor = _TokenGram.apply(z_RF, rows_TK)
+    twice. scaled: rows whose squares would overflow or underflow are first divided by their largest entry. For functions
+    that do not depend on the rows' lengths, such as `squared_cosines`. Returns (T, k, k) in at least float32."""
+    result: Tensor = _TokenGram.apply(z_RF, rows_TK, scaled)[0]
     return result
 
 
@@ -145,28 +194,29 @@ class _GramThrough(torch.autograd.Function):
     gradient of the size of z, and the sum, that a separate function would cost."""
 
     @staticmethod
-    def forward(ctx: Any, z_RF: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(z_RF, rows_TK)
+    def forward(ctx: Any, z_RF: Tensor, rows_TK: Tensor, scaled: bool) -> tuple[Tensor, Tensor]:
+        gram_TKK, scales_TK = _gram_direct_or_op(z_RF, rows_TK, scaled)
+        ctx.save_for_backward(z_RF, rows_TK, scales_TK)
         ctx.set_materialize_grads(False)
-        return z_RF.view_as(z_RF), _gram_direct_or_op(z_RF, rows_TK)
+        return z_RF.view_as(z_RF), gram_TKK
 
     @staticmethod
-    def backward(ctx: Any, grad_RF: Tensor | None, grad_TKK: Tensor | None) -> tuple[Tensor | None, None]:
-        z_RF, rows_TK = ctx.saved_tensors
+    def backward(ctx: Any, grad_RF: Tensor | None, grad_TKK: Tensor | None) -> tuple[Tensor | None, None, None]:
+        z_RF, rows_TK, scales_TK = ctx.saved_tensors
         if grad_TKK is None:
-            return grad_RF, None
+            return grad_RF, None, None
         if grad_RF is None:
             grad_RF = torch.zeros_like(z_RF)
-        _add_gradient_direct_or_op(grad_RF, z_RF, rows_TK, grad_TKK)
-        return grad_RF, None
+        _add_gradient_direct_or_op(grad_RF, z_RF, rows_TK, grad_TKK, scales_TK)
+        return grad_RF, None, None
 
 
-def gram_through(z_RF: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns z and `token_gram(z, rows)`. The caller must use the returned z, not the argument.
+def gram_through(z_RF: Tensor, rows_TK: Tensor, scaled: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns z and `token_gram(z, rows, scaled)`. The caller must use the returned z, not the argument.
 
     The operation that consumes the returned z must produce a new gradient tensor, since the backward writes into it.
     First derivatives only."""
-    through: tuple[Tensor, Tensor] = _GramThrough.apply(z_RF, rows_TK)
+    through: tuple[Tensor, Tensor] = _GramThrough.apply(z_RF, rows_TK, scaled)
     return through
 
 
@@ -180,7 +230,8 @@ def squared_norms(gram_TKK: Tensor) -> Tensor:
 def squared_cosines(gram_TKK: Tensor, floor: float = 0.0) -> Tensor:
     """Sum over ordered pairs a != b of max(squared cosine - floor, 0), per token: (T, k, k) -> (T,).
 
-    A zero vector has cosine 0 with every other, and gradient 0.
+    A zero vector has cosine 0 with every other, and gradient 0. So has one whose squared norm is below the smallest normal
+    number; `token_gram(scaled=True)` gives squared norms in range.
     """
     if torch.compiler.is_compiling() or select.transformed(gram_TKK):
         return _squared_cosines(gram_TKK, floor)
@@ -215,7 +266,7 @@ class _SquaredCosines(torch.autograd.Function):
 def _value_and_gradient(gram_TKK: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """The result of the kernel, by PyTorch's operations: squared cosines (T,) and their gradient (T, k, k)."""
     norms_TK = squared_norms(gram_TKK)
-    positive = norms_TK > 0
+    positive = ~(norms_TK < torch.finfo(norms_TK.dtype).tiny)
     inverse_TK = positive / torch.where(positive, norms_TK, 1.0)
     slopes_TKK = gram_TKK * inverse_TK.unsqueeze(2) * inverse_TK.unsqueeze(1)
     squares_TKK = gram_TKK * slopes_TKK
@@ -231,7 +282,7 @@ def _value_and_gradient(gram_TKK: Tensor, floor: float) -> tuple[Tensor, Tensor]
 def _squared_cosines(gram_TKK: Tensor, floor: float) -> Tensor:
     """`squared_cosines` in operations that autograd and torch.compile differentiate."""
     norms_TK = squared_norms(gram_TKK)
-    positive = norms_TK > 0
+    positive = ~(norms_TK < torch.finfo(norms_TK.dtype).tiny)
     inverse_TK = torch.where(positive, norms_TK, 1.0).rsqrt() * positive
     cosine_TKK = gram_TKK * inverse_TK.unsqueeze(2) * inverse_TK.unsqueeze(1)
     k = gram_TKK.shape[1]
@@ -245,10 +296,14 @@ def _squared_cosines(gram_TKK: Tensor, floor: float) -> Tensor:
 def squared_projections(gram_TKK: Tensor, eps: float) -> Tensor:
     """Sum over ordered pairs a != b of `|| <a,b> / (<b,b> + eps) b ||^2`, per token: (T, k, k) -> (T,)."""
     norms_TK = squared_norms(gram_TKK)
-    factor_TK = norms_TK / (norms_TK + eps).square()
+    # Where squares of inner products would overflow, the token's largest squared norm becomes the unit.
+    largest_T1 = norms_TK.detach().amax(1, keepdim=True)
+    unit_T1 = torch.where(largest_T1 > torch.finfo(gram_TKK.dtype).max ** (60 / 128), 1 / largest_T1, 1.0)
+    gram_TKK, norms_TK = gram_TKK * unit_T1.unsqueeze(2), norms_TK * unit_T1
+    factor_TK = norms_TK / (norms_TK + eps * unit_T1).square()
     k = gram_TKK.shape[1]
     off_diagonal = ~torch.eye(k, dtype=torch.bool, device=gram_TKK.device)
-    return (gram_TKK.square() * factor_TK.unsqueeze(1) * off_diagonal).sum((1, 2))
+    return (gram_TKK.square() * factor_TK.unsqueeze(1) * off_diagonal).sum((1, 2)) / unit_T1.squeeze(1)
 
 
 def squared_span_projections(gram_TKK: Tensor) -> Tensor:

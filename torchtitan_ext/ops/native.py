@@ -1,32 +1,25 @@
-"""The package's C kernels, compiled when first used and kept in the user's cache directory.
+"""The package's C kernels, compiled when first used and kept in the user's cache directory (build.py).
 
-Without a C compiler, or on other systems than Linux, `library()` is None and callers use PyTorch's operations: the same
-results, but slower.
+Without a C compiler, on other systems than Linux, or with TITAN_MOE_KERNELS=0 in the environment, `library()` is None and
+callers use PyTorch's operations: the same results, but slower.
 """
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
-import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
-# PyTorch has loaded an OpenMP runtime already; the kernels use the same one and its threads.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+from torchtitan_ext.ops import build
+
 SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 BFLOAT16 = ("token_gram", "add_gram_gradient", "responses", "add_response_gradients")  # kernels that take it too
 DRAWS = ("uniform", "sample")  # kernels that take integers
-COMPILE_SECONDS = 120
 PANEL, STRIP = 16, 48  # as in kernels.c
 
 log = logging.getLogger(__name__)
@@ -34,13 +27,13 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None when they can't be compiled, which is logged once as a warning."""
-    if sys.platform != "linux":
+    """The compiled kernels; None when there are none, whose reason is logged once as a warning."""
+    if sys.platform != "linux" or os.environ.get("TITAN_MOE_KERNELS") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_built()))
+        return build.load()
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning(f"The losses' C kernels can't be compiled; PyTorch's slower operations are used instead: {error}")
+        log.warning(f"The losses' C kernels can't be used; PyTorch's slower operations are used instead: {error}")
         return None
 
 
@@ -156,29 +149,3 @@ def _call(
     function = getattr(kernels, f"{name}_{SUFFIX[dtype]}")
     pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
     function(*pointers, *map(ctypes.c_int64, sizes), *numbers, ctypes.c_int(torch.get_num_threads()))
-
-
-def _built() -> Path:
-    """The path of the shared library; compiles it unless the cache has one of this source, compiler and processor."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "cc"))), None)
-    if compiler is None:
-        raise OSError("no C compiler (gcc or cc) on PATH")
-    key = hashlib.sha256("\n".join((SOURCE.read_text(), compiler, *FLAGS, _processor())).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchtitan_ext"
-    path = cache / f"kernels-{key}.so"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:  # several processes may compile; the last rename wins
-            temporary = Path(scratch) / path.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
-            if done.returncode:
-                raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
-            os.replace(temporary, path)
-    return path
-
-
-def _processor() -> str:
-    """What -march=native depends on: the architecture and its instruction set extensions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return platform.machine() + next((line for line in lines if line.lower().startswith(("flags", "features"))), "")

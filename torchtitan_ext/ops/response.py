@@ -83,7 +83,9 @@ def safe_sqrt(squares: Tensor) -> Tensor:
 
 @torch.no_grad()
 def coupling_noise_bound(router_weight: Tensor) -> Tensor:
-    """eps_i of erc: half the distance to the nearest other routing vector over the vector's own norm, (E, D) -> (E,)."""
+    """eps_i of erc: half the distance to the nearest other routing vector over the vector's own norm, (E, D) -> (E,).
+
+    Squares must fit the dtype: norms and distances from 1e-19 to 1e19 in float32; below them eps is 0, above it is NaN."""
     kernel = select.direct_kernel("coupling_bounds", router_weight)
     if kernel is not None:
         bounds: Tensor = kernel(router_weight)

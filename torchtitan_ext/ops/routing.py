@@ -45,9 +45,23 @@ def weighted_mean(values: Tensor, weights: Tensor, group: Group | None) -> Tenso
     return sums / torch.where(total > 0, total, 1.0)
 
 
-def normalize_scores(scores: Tensor) -> Tensor:
-    """Scores divided by their sum over experts: (..., E) -> (..., E). Softmax scores do not change."""
-    return scores / scores.sum(-1, keepdim=True)
+def normalize_scores(scores: Tensor, log_scores: Tensor | None = None) -> Tensor:
+    """Scores divided by their sum over experts: (..., E) -> (..., E). Softmax scores do not change.
+
+    log_scores: (..., E), the logarithms of the scores up to a constant per row; where a row of scores underflows, its
+    result and gradient are computed from them (sigmoids underflow in float32 when all logits are below about -88). Without
+    them such a row is divided without a gradient, and a row of zeros becomes 1/E everywhere.
+    """
+    sums = scores.sum(-1, keepdim=True)
+    limits = torch.finfo(scores.dtype)
+    # Below this, scores lose digits and 1 / sum is so large that gradients overflow.
+    underflown = sums.abs() < limits.tiny / limits.eps
+    if log_scores is not None:
+        others = log_scores.softmax(-1)
+    else:
+        others = scores.detach() / limits.tiny + (sums == 0)
+        others = others / others.sum(-1, keepdim=True)
+    return torch.where(underflown, others, scores / torch.where(underflown, 1.0, sums))
 
 
 def expert_load(topk_ids: Tensor, experts: int, weights: Tensor) -> Tensor:

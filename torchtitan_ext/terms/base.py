@@ -242,6 +242,11 @@ class Term:
         """(option, what is wrong and what to do) for each combination that cannot work."""
         return ()
 
+    @classmethod
+    def without_effect(cls, options: Any, model: ModelFacts) -> str | None:  # noqa: ARG003 - the interface
+        """Why the term has no gradient in this model although it can be computed; None if it has one."""
+        return None
+
     @property
     def weighted(self) -> bool:
         """Whether the term has a gradient; otherwise it is only measured."""

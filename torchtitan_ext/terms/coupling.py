@@ -29,7 +29,8 @@ def coupling_loss(
     for every e, so the triple sum is a product of two masses per token; its infimum is -(L-1). O(T*E). "transition": the k
     experts are the same for all tokens, the largest of row e of `S_l^T S_{l+1} / T`; the only reading that depends on which
     expert follows which. form: "mass", as printed; "log" (our variant, not with "transition"), the sum over pairs of the mean
-    of minus the logarithm of each token's product of masses, whose gradient does not vanish as 1/E while routing is uniform.
+    of minus the logarithm of each token's product of masses, whose gradient does not vanish as 1/E while routing is uniform
+    (a product below the dtype's smallest normal number counts as that number and has no gradient).
     Raises ValueError for an unknown source or form. Source: Hu et al., Eq. 7.
     """
     from torchtitan_ext.ops.routing import accumulate, weighted_sum
@@ -124,6 +125,10 @@ class Coupling(Term):
             yield "weight", "cp couples neighbouring MoE layers, the model has one"
         if options.form == "log" and options.source == "transition":
             yield "form", "'log' takes each token's mass, which source = 'transition' does not have"
+
+    @classmethod
+    def without_effect(cls, options: Any, model: ModelFacts) -> str | None:  # noqa: ARG003 - the interface
+        return "every token goes to every expert, so cp's mass is always 1" if model.experts == model.top_k else None
 
     def carried_width(self, experts: int) -> int:
         return experts if self.options.source == "transition" else 1

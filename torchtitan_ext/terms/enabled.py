@@ -89,10 +89,11 @@ class Terms:
         return [term.name for term in self.terms if matched(term.options)]
 
     def scales_to_lb(self, values: Mapping[str, float]) -> dict[str, float]:
-        """`10^round(log10(R_lb / |R|))` of every matched term; 1 for a term that is 0. values: terms of the first step."""
+        """`10^round(log10(R_lb / |R|))` of every matched term; 1 where that is not a finite number, as for a term that is 0.
+        values: terms of the first step."""
+        ratios = {name: values["lb"] / abs(values[name]) if values[name] else 0.0 for name in self.matched}
         return {
-            name: 10.0 ** round(math.log10(values["lb"] / abs(values[name]))) if values[name] else 1.0
-            for name in self.matched
+            name: 10.0 ** round(math.log10(ratio)) if 0.0 < ratio < math.inf else 1.0 for name, ratio in ratios.items()
         }
 
     def carried_width(self, experts: int) -> int:

@@ -36,7 +36,8 @@ def expert_router_coupling_loss(
     `M[i,j] = || W_gate^j (R_i * delta_i) ||`; the loss is
     `(1/E^2) sum_i sum_{j != i} max(M_ij - alpha M_ii, 0) + max(M_ji - alpha M_ii, 0)`. router_weight: R (E, D). gate_weight:
     (E, F, D). noise: delta (E, D); drawn from torch's global generator when not given (no gradient passes through its bound).
-    detach_router: no gradient into R. Raises ValueError for one expert or a negative alpha. Source: Lv et al.
+    detach_router: no gradient into R. Squares must fit the dtype: in float32 every norm above, a row of R and M_ij, may be
+    0 or from 1e-19 to 1e19. Raises ValueError for one expert or a negative alpha. Source: Lv et al.
     """
     import torch
 

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torchtitan_ext.terms.base import COUNT_BYTES, LayerView, Line, Sizes, Term, TermOptions, Weight, register
+from torchtitan_ext.terms.base import (
+    COUNT_BYTES,
+    LayerView,
+    Line,
+    ModelFacts,
+    Sizes,
+    Term,
+    TermOptions,
+    Weight,
+    register,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,9 +26,10 @@ def load_balance_loss(
 ) -> Tensor:
     """lb: `E * sum_e f_e P_e`, f the fraction of assignments (no gradient), P the mean normalised score. 1 when balanced.
 
-    scores: (T, E), normalised to sum to 1 here when they are sigmoids. topk_ids: (T, k), the real choice, bias included.
-    load: (E,) fractions f computed elsewhere (over all ranks, say). weights: (T,). A leading dimension, (B, S, E) and
-    (B, S, k), forms f and P per sequence and averages over sequences. Source: Switch Transformer, Eqs. 4-6.
+    scores: (T, E), normalised to sum to 1 here when they are sigmoids (rows that underflow: `routing.normalize_scores`).
+    topk_ids: (T, k), the real choice, bias included. load: (E,) fractions f computed elsewhere (over all ranks, say).
+    weights: (T,). A leading dimension, (B, S, E) and (B, S, k), forms f and P per sequence and averages over sequences.
+    Source: Switch Transformer, Eqs. 4-6.
     """
     from torchtitan_ext.ops.routing import accumulate, expert_load, load_shares, mean_weights, normalize_scores
 
@@ -46,6 +57,10 @@ class LoadBalance(Term):
     name = "lb"
     title = "load balance"
     Options = LoadBalanceOptions
+
+    @classmethod
+    def without_effect(cls, options: Any, model: ModelFacts) -> str | None:  # noqa: ARG003 - the interface
+        return "every token goes to every expert, so lb is always 1" if model.experts == model.top_k else None
 
     def value(self, view: LayerView) -> Tensor:
         from torchtitan_ext.collectives import all_sum

@@ -24,7 +24,8 @@ def orthogonality_loss(
     y: (T, k, D) outputs of each token's chosen experts before the gate weight; or (R, D) with rows: (T, k) int64. variant
     "paper": mean over tokens of the sum over ordered pairs of `|| <a,b> / (<b,b> + eps) b ||^2`. variant "code": mean over
     tokens and chosen experts of the squared norm of the projection on the span of the other chosen experts' outputs.
-    Raises ValueError for an unknown variant. Source: Guo et al., Eq. 6, and their published code.
+    The value itself is a squared length, so lengths must be below 1e19 in float32; those below sqrt(eps) count less, as the
+    formula says. Raises ValueError for an unknown variant. Source: Guo et al., Eq. 6, and their published code.
     """
     from torchtitan_ext.ops.gram import squared_projections, squared_span_projections, token_gram, token_rows
     from torchtitan_ext.ops.routing import weighted_sum

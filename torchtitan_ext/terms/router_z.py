@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def router_z_loss(logits: Tensor, *, weights: Tensor | None = None) -> Tensor:
-    """z: mean over tokens of the squared log-sum-exp of the router logits, (T, E) -> (). Source: ST-MoE, Eq. 5."""
+    """z: mean over tokens of the squared log-sum-exp of the router logits, (T, E) -> (). Source: ST-MoE, Eq. 5.
+
+    The square must fit the dtype: logits up to 1e19 in float32."""
     from torchtitan_ext.ops.routing import accumulate, weighted_sum
 
     return weighted_sum(accumulate(logits).logsumexp(-1).square(), weights)

@@ -33,7 +33,8 @@ def specialization_loss(
     """sp: mean over tokens of the sum over ordered pairs of chosen experts of `cos(z_e, z_v)^2`, in [0, k(k-1)].
 
     z: (T, k, F) SwiGLU activations of each token's chosen experts; or (R, F) in any order together with rows: (T, k)
-    int64, the row of token i's a-th expert. A zero vector has cosine 0 with everything. weights: (T,), replace 1/T.
+    int64, the row of token i's a-th expert. A zero vector has cosine 0 with everything; any other length, as far as the dtype
+    goes, gives the same value. weights: (T,), replace 1/T.
     above_chance: max(cos^2 - 1/F, 0) in place of cos^2; 1/F is the mean for independent directions, so experts that overlap
     by chance alone get no gradient (our variant). Source: Hu et al., Eq. 4.
     """
@@ -42,7 +43,7 @@ def specialization_loss(
 
     rows, z = token_rows(z, rows)
     floor = chance_overlap(z.shape[-1]) if above_chance else 0.0
-    return weighted_sum(squared_cosines(token_gram(z, rows), floor), weights)
+    return weighted_sum(squared_cosines(token_gram(z, rows, scaled=True), floor), weights)
 
 
 def chance_overlap(width: int) -> float:
@@ -64,18 +65,22 @@ def sketched_specialization_loss(
 
     tokens, k = rows.shape
     gathered = z[rows].flatten(0, 1)
-    sketched, norms = sketch_rows(gathered, signs.repeat_interleave(k, 0), sketch)
+    sketched, norms = sketch_rows(gathered, signs.repeat_interleave(k, 0), sketch, scaled=True)
     return weighted_sum(sketched_cosines(sketched.unflatten(0, (tokens, k)), norms.unflatten(0, (tokens, k))), weights)
 
 
-def sketch_rows(z: Tensor, signs: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
+def sketch_rows(z: Tensor, signs: Tensor, sketch: Tensor, scaled: bool = False) -> tuple[Tensor, Tensor]:
     """What sp by sketches needs of each row: `S (r * z)` (R, m) in the dtype of z, and its squared norm (R,).
 
-    z: (R, F), signs: (R, F), sketch: (m, F). Both are sums over hidden units, so tensor-parallel parts add up.
+    z: (R, F), signs: (R, F), sketch: (m, F). Both are sums over hidden units, so tensor-parallel parts add up, unless
+    scaled: rows whose fourth powers would overflow or underflow are first divided by their largest entry.
     """
+    from torchtitan_ext.ops.gram import row_scales, squares_limit
     from torchtitan_ext.ops.routing import accumulate
 
     exact = accumulate(z)
+    if scaled:
+        exact = exact * row_scales(z, squares_limit(z.dtype) ** 0.25).unsqueeze(1)
     return ((exact * signs) @ sketch.t()).to(z.dtype), exact.square().sum(-1)
 
 
@@ -90,7 +95,7 @@ def sketched_cosines(sketched: Tensor, norms: Tensor) -> Tensor:
     half = sketched.shape[2] // 2
     parts = accumulate(sketched).unflatten(2, (2, half)).transpose(1, 2)
     products = (parts @ parts.transpose(2, 3)) / half
-    positive = norms > 0
+    positive = ~(norms < torch.finfo(norms.dtype).tiny)
     inverse = positive / torch.where(positive, norms, 1.0)
     squares = products[:, 0] * products[:, 1] * inverse.unsqueeze(2) * inverse.unsqueeze(1)
     off_diagonal = ~torch.eye(norms.shape[1], dtype=torch.bool, device=norms.device)
@@ -146,8 +151,10 @@ class Specialization(Term):
             )
 
     def observe(self, z_RF: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, Any]:
+        # Tensor-parallel ranks have parts of a row and would scale them differently.
+        scaled = z_RF.shape[1] >= self.setting.hidden_dim
         if self.options.method == "sketch":
-            return z_RF, self._sketches(z_RF, view, rows)
+            return z_RF, self._sketches(z_RF, view, rows, scaled)
         from torchtitan_ext.ops.gram import gram_through, token_gram
 
         rows_NK, weights_N = self._selected(view)
@@ -156,11 +163,11 @@ class Specialization(Term):
             # A selection may be empty by chance, but every rank takes part in the exchange.
             all_rows = self.options.method == "exact"
             source, rows_NK = (rows.home(source), rows_NK) if all_rows else rows.home_subset(source, rows_NK)
-            gram_NKK = token_gram(source, rows_NK)
+            gram_NKK = token_gram(source, rows_NK, scaled)
         elif self.weighted:
-            z_RF, gram_NKK = gram_through(z_RF, rows_NK)
+            z_RF, gram_NKK = gram_through(z_RF, rows_NK, scaled)
         else:
-            gram_NKK = token_gram(source, rows_NK)
+            gram_NKK = token_gram(source, rows_NK, scaled)
         return z_RF, Grams(rows.sum_hidden(gram_NKK), weights_N)
 
     def _selected(self, view: LayerView) -> tuple[Tensor, Tensor]:
@@ -178,7 +185,7 @@ class Specialization(Term):
         chosen_N = draws.sample(fraction, *key, **positions, device=view.rows_TK.device)
         return view.rows_TK.index_select(0, chosen_N), weights_T.index_select(0, chosen_N) / fraction
 
-    def _sketches(self, z_RF: Tensor, view: LayerView, rows: ExpertRows) -> Sketches:
+    def _sketches(self, z_RF: Tensor, view: LayerView, rows: ExpertRows, scaled: bool) -> Sketches:
         import torch
 
         from torchtitan_ext.dtypes import accumulation_dtype
@@ -195,7 +202,7 @@ class Specialization(Term):
         dims = torch.arange(self.options.sketch_dim, device=device)
         bits = draws.keyed_bits(draws.SP_SKETCH, *key, dims, device=device)
         source = z_RF if self.weighted else z_RF.detach()
-        sketched, norms = sketch_rows(source, signs_RF, draws.signs_of(bits, width, dtype, first))
+        sketched, norms = sketch_rows(source, signs_RF, draws.signs_of(bits, width, dtype, first), scaled)
         sketched, norms = rows.home(sketched), rows.home(norms)
         return Sketches(rows.sum_hidden(sketched), rows.sum_hidden(norms))
 

@@ -19,8 +19,8 @@ def routing_variance_loss(
     gates: (T, E), normalised by the caller to sum to 1 over the chosen experts, 0 elsewhere; a leading dimension (B, S, E)
     forms the means per sequence. variant "paper": over tokens, `- mean_i (1/E) sum_e (g_ie - mean_i g_ie)^2`. mean: (E,)
     computed elsewhere (over all ranks). variant "code": over experts, minus the mean over tokens of the unbiased variance of
-    the E weights (0 for one expert). Raises ValueError for an unknown variant. Source: Guo et al., Eq. 7, and their
-    published code.
+    the E weights (0 for one expert). Deviations whose squares underflow (below 1e-19 in float32) count as 0. Raises
+    ValueError for an unknown variant. Source: Guo et al., Eq. 7, and their published code.
     """
     from torchtitan_ext.ops.routing import accumulate, mean_weights, weighted_mean
 
@@ -61,11 +61,15 @@ class RoutingVariance(Term):
         if model.experts == 1:
             yield "weight", "v compares experts, and model.moe.experts = 1"
 
+    @classmethod
+    def without_effect(cls, options: Any, model: ModelFacts) -> str | None:  # noqa: ARG003 - the interface
+        return "v divides gates by their sum, which makes a single gate always 1" if model.top_k == 1 else None
+
     def value(self, view: LayerView) -> Tensor:
-        from torchtitan_ext.ops.routing import weighted_mean
+        from torchtitan_ext.ops.routing import normalize_scores, weighted_mean
 
         weights, scope, ranks = view.tokens.weights, self.options.scope, self.ranks
-        normalized_TK = view.gates_TK / view.gates_TK.sum(1, keepdim=True)
+        normalized_TK = normalize_scores(view.gates_TK)
         gates_TE = view.scores_TE.new_zeros(view.scores_TE.shape).scatter(1, view.topk_ids_TK, normalized_TK)
         if scope == "sequence":
             gates_TE = gates_TE.unflatten(0, weights.shape)

@@ -93,8 +93,8 @@ class Tally:
                 token_entropy(view.scores_TE),
                 view.scores_TE.gather(1, ids_TK).sum(1),
                 margins(view.scores_TE, k),
-                squared_cosines(token_gram(view.z_RF, view.rows_TK)) / pairs,
-                squared_cosines(token_gram(view.y_RD, view.rows_TK)) / pairs,
+                squared_cosines(token_gram(view.z_RF, view.rows_TK, scaled=True)) / pairs,
+                squared_cosines(token_gram(view.y_RD, view.rows_TK, scaled=True)) / pairs,
                 gates_TK.square().sum(1),
             ]
         )

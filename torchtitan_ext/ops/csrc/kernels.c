@@ -133,8 +133,9 @@ LARGEST(float, float)
 LARGEST(double, double)
 
 // From Gram matrices g (tokens, k, k): values[t], the sum over a != b of max(g_ab^2 / (g_aa g_bb) - floor, 0), and its
-// gradient (tokens, k, k), g_ab and g_ba as independent entries. Where a diagonal entry is 0, cosine and gradient are 0.
-#define SQUARED_COSINES(NAME, ELEMENT)                                                                                 \
+// gradient (tokens, k, k), g_ab and g_ba as independent entries. Where a diagonal entry is below LEAST, cosine and
+// gradient are 0.
+#define SQUARED_COSINES(NAME, ELEMENT, LEAST)                                                                          \
     void squared_cosines_##NAME(const ELEMENT *grams, ELEMENT *values, ELEMENT *gradients, int64_t tokens, int64_t k,  \
                                 double floor, int threads) {                                                           \
         _Pragma("omp parallel for num_threads(threads) schedule(static)")                                              \
@@ -142,7 +143,7 @@ LARGEST(double, double)
             const ELEMENT *g = grams + t * k * k;                                                                      \
             ELEMENT *d = gradients + t * k * k, inverse[k], value = 0;                                                 \
             for (int64_t a = 0; a < k; a++) {                                                                          \
-                inverse[a] = g[a * k + a] > 0 ? 1 / g[a * k + a] : 0;                                                  \
+                inverse[a] = g[a * k + a] >= LEAST ? 1 / g[a * k + a] : 0;                                             \
                 d[a * k + a] = 0;                                                                                      \
             }                                                                                                          \
             for (int64_t a = 0; a < k; a++)                                                                            \
@@ -159,8 +160,8 @@ LARGEST(double, double)
         }                                                                                                              \
     }
 
-SQUARED_COSINES(float, float)
-SQUARED_COSINES(double, double)
+SQUARED_COSINES(float, float, FLT_MIN)
+SQUARED_COSINES(double, double, DBL_MIN)
 
 // The hash of draws.py: extends a key by one part.
 static inline uint32_t folded(uint32_t h, int64_t part) {
