@@ -45,8 +45,7 @@ def open_corpus(source: str | list[str], origin: str, cache_dir: Path, text_colu
         if source in BUILT_IN:
             return BUILT_IN[source](cache_dir)
         source = [source]
-    names = ", ".join(sorted({*BUILT_IN, *extensions.corpora}))
-    text = identified(find_files(source, origin, f"; corpora by name: {names}"), text_column, origin, cache_dir)
+    text = identified(find_files(source, origin, {*BUILT_IN, *extensions.corpora}), text_column, origin, cache_dir)
     return reported(",".join(source), text.read, f"files:{text.fingerprint}", text)
 
 

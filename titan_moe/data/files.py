@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,10 +128,10 @@ def cannot_be_read(origin: str, path: Path, error: OSError) -> UserError:
     return UserError(f"{origin}: {path}: can't be read: {error.strerror or error}")
 
 
-def find_files(sources: Sequence[str], origin: str, hint: str = "") -> Found:
+def find_files(sources: Sequence[str], origin: str, corpora: Iterable[str]) -> Found:
     """Files and the files of folders, in the order of their paths. Raises UserError for a source that is neither.
 
-    hint: ends the message about a path that does not exist.
+    corpora: the names that could be given in place of a path, for the message about one that does not exist.
     """
     found = Found([], [], [])
     for source in sources:
@@ -142,7 +142,8 @@ def find_files(sources: Sequence[str], origin: str, hint: str = "") -> Found:
         except OSError as error:
             raise cannot_be_read(origin, path, error) from error
         if mode is None:
-            raise UserError(f"{origin}: no file or folder {source!r}{hint}")
+            names = ", ".join(sorted(corpora))
+            raise UserError(f"{origin} = {source!r}: neither a corpus ({names}) nor a file or folder")
         if stat.S_ISDIR(mode):
             found.files.extend(files_below(path, origin, found.left_out))
         elif stat.S_ISREG(mode):

@@ -63,7 +63,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report in words, one line for each reason."""
-        counts = [counted(self.files, "file"), counted(self.rows, "row")] if self.files else []
+        counts = [counted(n, noun) for n, noun in ((self.files, "file"), (self.rows, "row")) if n]
         lines = [", ".join([*counts, counted(self.documents, "document"), f"{self.bytes:,} bytes of text"])]
         for reason, count in self.left_out.items():
             examples = self.examples[reason]
