@@ -23,10 +23,15 @@ ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("verbs", "train, plan, inspect, report, sweep, place, prepare"),),
     (("analysis", "what the experts do: measures, pages, sweeps"),),
     (("train", "the training loop, logging, validation"),),
-    (("checkpoint", "save, resume"), ("estimate", "memory, traffic"), ("optim", "AdamW, Muon")),
-    (("parallel", "FSDP, expert, context, pipeline, tensor"), ("extend", "for your own code")),
+    (("checkpoint", "save, resume"), ("estimate", "memory, traffic")),
+    (
+        ("parallel", "FSDP, expert, context, pipeline, tensor"),
+        ("optim", "AdamW, Muon"),
+        ("extend", "for your own code"),
+    ),
     (("model", "attention, MoE layer, output head"), ("data", "text, tokenizer, batches")),
-    (("config", "TOML tables, checks, help"), ("runtime", "device, log, launcher")),
+    (("config", "TOML tables, checks, help"),),
+    (("runtime", "device, log, launcher, files, locks"),),
 )
 LIBRARY = (
     ("terms", "one file\nper loss"),
@@ -97,8 +102,8 @@ def arrow(axis: Any, start: tuple[float, float], end: tuple[float, float], color
 
 
 def draw_folders(axis: Any) -> None:
-    height, gap, width = 0.64, 0.17, 6.0
-    top = 7.08
+    height, gap, width = 0.56, 0.145, 6.0
+    top = 7.16
     axis.text(0.75, 8.0, "Folders: each imports only those below it", size=13, weight="bold", color=INK)
     for number, names in enumerate(ROWS):
         y = top - number * (height + gap)
@@ -114,7 +119,7 @@ def draw_folders(axis: Any) -> None:
     axis.text(
         0.4, (top + height + bottom) / 2, "titan_moe", rotation=90, va="center", ha="center", size=12, color=BLUE_EDGE
     )
-    y = bottom - 1.3
+    y = bottom - 1.2
     part = (width - 0.15 * (len(LIBRARY) - 1)) / len(LIBRARY)
     for number, (name, words) in enumerate(LIBRARY):
         title = f"{name}/" if name in ("terms", "ops") else f"{name}.py"

@@ -43,7 +43,7 @@ def test_its_options_are_in_help_and_schema_and_are_checked(tiny_config: Make, m
     assert "--regularizers.drift.power=2.0" in options_help()
     assert "Exponent of the absolute difference." in options_help()
     assert "drift" in json.dumps(json_schema())
-    with pytest.raises(UserError, match=r"regularizers\.drift\.power = 0: input should be greater than 0"):
+    with pytest.raises(UserError, match=r"regularizers\.drift\.power = 0\.0: input should be greater than 0"):
         tiny_config(module, "--regularizers.drift.power=0")
     with pytest.raises(
         UserError, match=r"unknown key regularizers\.drift\.powr; did you mean regularizers\.drift\.power"

@@ -190,7 +190,7 @@ def test_what_is_no_regular_file_is_refused_and_does_not_block(stranger: Path, n
 
 
 def test_declared_sizes_are_compared_with_the_files_before_memory_is_asked_for(stranger: Path) -> None:
-    edit_state(stranger, lambda state: state["config"]["model"].update(dim=1 << 40, heads=1 << 30))
+    edit_state(stranger, lambda state: state["config"]["model"].update(dim=1 << 16, heads=1 << 8))
     with pytest.raises(UserError, match=r"declares a model of at least [\d,]+ bytes, but its files have"):
         verb("inspect", *SMALL, str(stranger))
 

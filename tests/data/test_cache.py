@@ -216,7 +216,7 @@ def test_text_that_the_tokenizer_has_no_piece_for_is_refused(tmp_path: Path) -> 
         prepare(config_of(tmp_path / "a.txt", tmp_path / "cache", path=str(tmp_path / "t.model")))
 
 
-@pytest.mark.parametrize("folder", ["a\0b", "~nobody-of-this-name/cache", "/dev/null", "/proc/nowhere"])
+@pytest.mark.parametrize("folder", ["a\0b", "/dev/null", "/proc/nowhere"])
 def test_a_cache_that_cannot_be_is_one_line(folder: str, corpus_dir: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.cache_dir[^\n]*$"):
         prepare(config_of(corpus_dir, folder))

@@ -1,17 +1,16 @@
 """The numbers of a validation."""
 
-import math
-
+import pytest
 import torch
 
+from titan_moe.errors import UserError
 from titan_moe.parallel.mesh import single
 from titan_moe.train.validation import LossSums
 
 
-def test_tokens_that_stand_for_no_bytes_have_no_bits_per_byte() -> None:
+def test_text_without_a_byte_has_no_bits_per_byte_and_is_refused() -> None:
     """Validation text of nothing but characters that a given tokenizer does not know."""
     sums = LossSums()
     sums.nats, sums.tokens = 6.0, 3
-    losses = sums.over_ranks(single(torch.device("cpu")))
-    assert losses.loss == 2.0
-    assert math.isnan(losses.bits_per_byte)
+    with pytest.raises(UserError, match="not one byte"):
+        sums.over_ranks(single(torch.device("cpu")))

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -233,13 +232,6 @@ class Trainer:
             "perplexity": found.losses.perplexity,
             "bits_per_byte": found.losses.bits_per_byte,
         }
-        for name, value in found.losses._asdict().items():
-            if not math.isfinite(value):
-                newest = self.run_dir.newest()
-                raise TrainingError(
-                    f"validation at step {step}: {name} is not finite; lower optimizer.lr"
-                    + (f" and go on from {newest}" if newest else "")
-                )
         for tracker in self.trackers:
             tracker.log(row)
             if hasattr(tracker, "log_images"):

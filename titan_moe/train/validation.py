@@ -107,8 +107,8 @@ class LossSums:
         nats, tokens, source_bytes = all_sum(sums, mesh.ranks.data).tolist()
         if source_bytes == 0:
             raise UserError(
-                "data.corpus: the text to evaluate has not one byte, only empty documents; remove them, or raise "
-                "data.validation_fraction"
+                "data.corpus: the text to evaluate has not one byte, only empty documents or unknown characters; remove "
+                "them, or raise data.validation_fraction"
             )
         loss = nats / tokens
         if not math.isfinite(loss):
