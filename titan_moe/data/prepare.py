@@ -34,6 +34,7 @@ from titan_moe.data.shards import (
 )
 from titan_moe.data.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
 from titan_moe.errors import UserError
+from titan_moe.runtime.cpus import available_cpus
 from titan_moe.runtime.owner import fresh_path, making_folder, remove, remove_abandoned, replacing, touch
 
 FEW_DOCUMENTS = 20
@@ -224,7 +225,7 @@ def write_splits(
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(f"Tokenising {corpus.name}", total=corpus.total_bytes)
         for batch in batches(documents):
-            ids = tokenizer.encode_batch([document.text for document, _ in batch], os.cpu_count() or 1)
+            ids = tokenizer.encode_batch([document.text for document, _ in batch], available_cpus())
             for (document, split), document_ids in zip(batch, ids, strict=True):
                 if document.domain not in domains:
                     domains.append(document.domain)
