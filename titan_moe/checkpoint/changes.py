@@ -124,20 +124,21 @@ def consequences(both: Resumed, state: State, config: Config, degrees: Degrees, 
     return lines
 
 
+def rate_at(config: Config, step: int) -> float:
+    """The learning rate of a step; after the last step, that of the last."""
+    steps = config.training.steps
+    return lr_fraction(min(step, steps), steps, config.lr_scheduler) * config.optimizer.lr
+
+
 def learning_rate(saved: Config, config: Config, step: int) -> list[str]:
     """The learning rate of the next step, if the changed configuration changes it."""
-    planned = (
-        lr_fraction(min(step + 1, saved.training.steps), saved.training.steps, saved.lr_scheduler) * saved.optimizer.lr
-    )
-    now = (
-        lr_fraction(min(step + 1, config.training.steps), config.training.steps, config.lr_scheduler)
-        * config.optimizer.lr
-    )
+    planned, now = rate_at(saved, step + 1), rate_at(config, step + 1)
     if abs(now - planned) <= LR_TOLERANCE * abs(planned):
         return []
+    before, after = dump(saved), dump(config)
     keys = [
-        f"{key} {value_at(dump(saved), key)!r} -> {value_at(dump(config), key)!r}"
-        for key in changed_keys(dump(saved), dump(config))
+        f"{key} {value_at(before, key)!r} -> {value_at(after, key)!r}"
+        for key in changed_keys(before, after)
         if within(key, ("training.steps", "lr_scheduler", "optimizer.lr"))
     ]
     return [f"the learning rate of step {step + 1} is {now:.3g}, not {planned:.3g} as planned ({', '.join(keys)})"]

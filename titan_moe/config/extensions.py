@@ -88,7 +88,7 @@ def load_modules(names: Sequence[str], origin: str) -> None:
     for name in names:
         try:
             if name.endswith(".py"):
-                _load_file(Path(name).expanduser())
+                _load_file(Path(name))
             else:
                 importlib.import_module(name)
         except Exception as error:  # whatever the user's module raises is the user's to see, in one line
