@@ -1,7 +1,7 @@
 """Seconds a step of the default job, alone and beside one busy process, with several settings of OpenMP's threads.
 
     python scripts/bench_neighbours.py
-    python scripts/bench_neighbours.py --rounds 5 --settings "" OMP_PROC_BIND=true "OMP_PROC_BIND=true GOMP_SPINCOUNT=10000"
+    python scripts/bench_neighbours.py --rounds 3 --settings "OMP_PROC_BIND=false" "" "GOMP_SPINCOUNT=10000"
 
 Every round runs each setting alone and beside the busy process, one after the other; the first setting is the baseline.
 A setting is a list of environment variables; "" is the default. A time is the median of a run's steps without the first
@@ -21,11 +21,11 @@ from pathlib import Path
 from benchmarking import interval
 
 SETTINGS = [
+    "OMP_PROC_BIND=false",  # threads where the scheduler puts them
     "",
-    "GOMP_SPINCOUNT=30000",
-    "OMP_PROC_BIND=true",
-    "OMP_PROC_BIND=true GOMP_SPINCOUNT=30000",
-    "OMP_PROC_BIND=true GOMP_SPINCOUNT=10000",
+    "OMP_PROC_BIND=false GOMP_SPINCOUNT=20000",
+    "OMP_WAIT_POLICY=passive",
+    "OMP_NUM_THREADS=1",
 ]
 FIRST_STEPS = 3  # memory is allocated, kernels are compiled
 BUSY = "while True: pass"

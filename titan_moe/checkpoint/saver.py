@@ -24,6 +24,7 @@ from titan_moe.checkpoint.run_dir import RunDir, all_steps, fsync_file, fsync_fo
 from titan_moe.checkpoint.state import STATE_FILE
 from titan_moe.config.tables import Checkpoint
 from titan_moe.errors import TrainingError
+from titan_moe.runtime.cpus import use_all_cpus
 
 
 class Saver:
@@ -37,7 +38,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.copies: dict[str, Tensor] = {}
         # One thread for the whole run: memory that a thread allocated is not all returned to the system when it ends.
-        self.writer = ThreadPoolExecutor(1)
+        self.writer = ThreadPoolExecutor(1, initializer=use_all_cpus)
         self.pending: Future[None] | None = None
         self.outdated = False
         """Whether a checkpoint was saved since old ones were deleted."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+ALLOWED = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+"""CPUs that this process may use since it began (Linux); single threads may be bound to some of them later."""
 
 
 def available_cpus() -> int:
@@ -16,9 +18,13 @@ def available_cpus() -> int:
 
 def affinity() -> int:
     """The CPUs that the operating system lets this process run on."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(ALLOWED) if ALLOWED else os.cpu_count() or 1
+
+
+def use_all_cpus() -> None:
+    """Lets the calling thread run on every CPU of this process, when the thread that started it was bound to one."""
+    if ALLOWED:
+        os.sched_setaffinity(0, ALLOWED)
 
 
 def cgroup_cpus(own: Path = OWN_CGROUPS, mounted: Path = CGROUPS) -> float:

@@ -32,6 +32,7 @@ from titan_moe.estimate.counts import count, meta_model
 from titan_moe.optim import build_optimizer, lr_fraction, set_lr
 from titan_moe.parallel.mesh import Mesh, from_first
 from titan_moe.parallel.parallelize import build_runner
+from titan_moe.runtime.binding import bind_threads
 from titan_moe.runtime.device import make_deterministic, peak_flops, peak_memory_gib
 from titan_moe.runtime.stopping import Stopping
 from titan_moe.train.build import build_model
@@ -134,6 +135,8 @@ class Trainer:
             self.steps.add(self.host_facts(step, data_crc, result.skipped))
             if not self.steps.deferred or step == 1 or due(step, config.metrics.interval):
                 self.report()
+            if step == start + 1 and self.device.type == "cpu":
+                bind_threads()  # after what the first step starts: a compiler's processes keep all CPUs
             profile.step()
             last = step == steps
             if last or due(step, config.validation.interval):
