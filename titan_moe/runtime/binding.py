@@ -65,7 +65,7 @@ def _places(threads: int, topology: Path = TOPOLOGY) -> list[list[int]]:
 
 def _openmp() -> ctypes.CDLL | None:
     """GNU's OpenMP library that torch uses; None where it has another one (macOS, Windows, some builds)."""
-    folder = Path(torch.__file__).parent / "lib"
+    folder = Path(torch.__file__).resolve().parent / "lib"
     try:
         paths = {line.split(maxsplit=5)[-1] for line in LOADED.read_text().splitlines() if "libgomp" in line}
     except OSError:
