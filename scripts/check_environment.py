@@ -18,6 +18,7 @@ MODULE_OF = {
     "scikit-learn": "sklearn",
     "pytest-timeout": "pytest_timeout",
     "pytest-xdist": "xdist",
+    "lm-eval": "lm_eval",
 }
 
 
@@ -34,7 +35,13 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def satisfied(requirement: str) -> bool:
-    """Whether a requirement's module can be found and its version is in range. Raises PackageNotFoundError."""
+    """Whether a requirement's module can be found and its version is in range. Raises PackageNotFoundError.
+
+    One with a marker, "triton>=3.4; sys_platform == 'linux'", counts on that platform only.
+    """
+    requirement, _, marker = requirement.partition(";")
+    if marker and marker.split("'")[1] != sys.platform:
+        return True
     name = re.split(r"[<>=!~ ]", requirement, maxsplit=1)[0]
     if importlib.util.find_spec(MODULE_OF.get(name, name)) is None:
         return False

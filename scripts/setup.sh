@@ -23,11 +23,12 @@ _base_python() {
     return 1
 }
 
-# A checksum of what a set-up installs: the locked packages, this checkout and its folder, and how.
+# A checksum of what a set-up installs: the locked packages (`--dev`: and those of the tests), this checkout and its
+# folder, and how.
 _asked() {
     {
-        echo "$_root"
-        cat "$_root/requirements.txt" "$_root/requirements-torch.txt" "$_root/pyproject.toml" "$_root/scripts/setup.sh"
+        echo "$_root $*"
+        cat "$_root"/requirements*.txt "$_root/pyproject.toml" "$_root/scripts/setup.sh"
     } | cksum
 }
 
@@ -37,7 +38,7 @@ _usable() {
     local recorded
     recorded="$(_recorded)"
     if [ -n "$recorded" ]; then
-        [ "$recorded" = "$(_asked)" ] || return 1
+        [ "$recorded" = "$(_asked)" ] || [ "$recorded" = "$(_asked --dev)" ] || return 1
     else # not made here
         [ -x "$_venv/bin/titan-moe" ] || return 1
     fi
@@ -61,7 +62,9 @@ _install_torch() {
 }
 
 _install() {
-    _pip install --require-hashes --no-deps -r "$_root/requirements.txt" && _install_torch &&
+    local files=(-r "$_root/requirements.txt")
+    [ "${1:-}" != --dev ] || files+=(-r "$_root/requirements-dev.txt")
+    _pip install --require-hashes --no-deps "${files[@]}" && _install_torch &&
         _pip install --no-deps --no-build-isolation -e "$_root"
 }
 
@@ -69,15 +72,16 @@ _make_venv() {
     local base recorded asked
     base="$(_base_python)" || return 1
     recorded="$(_recorded)"
-    asked="$(_asked)"
+    asked="$(_asked "$@")"
+    if [ "$recorded" = "$(_asked --dev)" ]; then asked="$recorded"; fi # a broken one keeps what it had
     if [ -z "$recorded" ] || [ "$recorded" = unfinished ] || [ "$recorded" = "$asked" ] ||
         ! "$_venv/bin/python" -c 'import pip' 2>/dev/null; then
         rm -rf "$_venv"
     fi
-    echo "One-time set-up: installing requirements.txt into .venv (some minutes)" >&2
+    echo "One-time set-up: installing its requirements into .venv (some minutes)" >&2
     mkdir -p "$_venv" && echo unfinished >"$_venv/set-up" || return 1
     [ -x "$_venv/bin/python" ] || "$base" -m venv "$_venv" || return 1
-    _install || { echo "error: the set-up failed (see above)" >&2; return 1; }
+    if [ "$asked" = "$(_asked --dev)" ]; then _install --dev; else _install; fi || { echo "error: the set-up failed (see above)" >&2; return 1; }
     echo "$asked" >"$_venv/set-up.new" && mv "$_venv/set-up.new" "$_venv/set-up" || return 1
     echo "Set-up done." >&2
 }
@@ -96,7 +100,7 @@ _setup() {
     (
         [ -z "$active" ] || "$active" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null ||
             echo "warning: no locks on this file system; start no second set-up before this one ends" >&2
-        _usable "$@" || _make_venv
+        _usable "$@" || _make_venv "$@"
     ) 9>"$_root/.venv.lock" || return 1
     _has_requirements "$PYTHON" "$@" || { echo "error: .venv still lacks a requirement; delete it and try again" >&2; return 1; }
 }

@@ -49,6 +49,10 @@ dependencies = [
     "torch>=1.0",
     "setupprobe>=1.0",
 ]
+[project.optional-dependencies]
+dev = [
+    "testprobe>=1.0",
+]
 """
 
 
@@ -87,20 +91,23 @@ class Checkout:
         probe_hash, torch_hash = wheel(self.wheels, "setupprobe", probe), wheel(self.wheels, "torch", torch)
         (self.root / "requirements.txt").write_text(f"setupprobe=={probe} \\\n    {probe_hash}\n")
         (self.root / "requirements-torch.txt").write_text(f"torch=={torch} \\\n    {torch_hash}\n")
+        (self.root / "requirements-dev.txt").write_text(
+            f"testprobe==1.0 \\\n    {wheel(self.wheels, 'testprobe', '1.0')}\n"
+        )
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, options: str = "") -> subprocess.Popen[str]:
         settings = {
             **os.environ,
             "PIP_NO_INDEX": "1",
             "PIP_FIND_LINKS": str(self.wheels),
             "PIP_CONFIG_FILE": os.devnull,
         }
-        command = ["bash", "-c", f'source "{self.root}/scripts/setup.sh"; _setup && echo "$PYTHON"']
+        command = ["bash", "-c", f'source "{self.root}/scripts/setup.sh"; _setup {options} && echo "$PYTHON"']
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=settings, text=True, start_new_session=True, **pipes)
 
-    def set_up(self) -> tuple[int, str]:
-        process = self.start()
+    def set_up(self, options: str = "") -> tuple[int, str]:
+        process = self.start(options)
         output, errors = process.communicate(timeout=120)
         return process.returncode, output + errors
 
@@ -160,6 +167,20 @@ def test_a_set_up_that_is_asked_for_something_else_updates_and_keeps_other_packa
 
 
 @pytest.mark.slow
+def test_what_the_tests_need_is_installed_when_they_are_to_run(checkout: Checkout) -> None:
+    packages = checkout.venv / "lib"
+    assert checkout.set_up()[0] == 0
+    (checkout.venv / "mine").touch()
+    assert not list(packages.glob("*/site-packages/testprobe.py"))
+    for options, installs in (("--dev", True), ("", False), ("--dev", False)):
+        status, text = checkout.set_up(options)
+        assert status == 0, text
+        assert ("One-time set-up" in text) == installs
+        assert list(packages.glob("*/site-packages/testprobe.py"))
+    assert (checkout.venv / "mine").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["setupprobe", "torch"])
 def test_a_package_with_another_hash_is_refused(checkout: Checkout, name: str) -> None:
     wheel(checkout.wheels, name, "1.0", "def main(): 'another file'\n")
@@ -180,7 +201,7 @@ def test_another_build_of_torch_is_taken_where_pip_is_told_so(checkout: Checkout
 def pins() -> dict[str, list[str]]:
     """The lock's entries by package name."""
     found: dict[str, list[str]] = {}
-    for name in ("requirements.txt", "requirements-torch.txt"):
+    for name in ("requirements.txt", "requirements-torch.txt", "requirements-dev.txt"):
         text = re.sub(r"^#.*\n", "", (ROOT / name).read_text(), flags=re.MULTILINE).strip()
         for entry in re.split(r"\n(?=\S)", text):
             package = re.match(r"([a-z0-9-]+)==", entry)
@@ -204,6 +225,7 @@ def test_the_lock_is_within_the_ranges_of_pyproject() -> None:
         sys.path.pop(0)
     text, locked = (ROOT / "pyproject.toml").read_text(), pins()
     for requirement in check_environment.list_in(text, "dependencies") + check_environment.list_in(text, "dev"):
+        requirement, _, _ = requirement.partition(";")
         name = re.split(r"[<>=!~ ]", requirement, maxsplit=1)[0]
         for entry in locked[name]:
             version = re.match(r"[^=]*==([^ ]*)", entry)
