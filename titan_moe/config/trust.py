@@ -10,7 +10,6 @@ The user's own runs need no `--trust`: the cache remembers the digest of every c
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from titan_moe.config import extensions
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
+from titan_moe.runtime.home import cache_folder
 
 BUILT_IN_CORPORA = ("stdlib", "wikitext2", "domains", "c4")
 OWN_PACKAGES = ("titan_moe", "torchtitan_ext")
@@ -32,14 +32,6 @@ FILE_KEYS = (
 """Keys that name files or directories, other than the run directory itself and modules."""
 RUN_FILES = ("checkpoints", "metrics.jsonl", "logs", ".lock")
 """Beside one of these a config.toml is a run's."""
-
-
-def cache_folder() -> Path:
-    """The user's cache: TITAN_MOE_CACHE, else titan_moe in XDG_CACHE_HOME or ~/.cache."""
-    chosen = os.environ.get("TITAN_MOE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "titan_moe"
 
 
 def marker(values: Mapping[str, Any]) -> Path:

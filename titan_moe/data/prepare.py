@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from titan_moe.config.checks import check_vocabulary
 from titan_moe.config.tables import Config
 from titan_moe.data.corpora import Document, open_corpus
-from titan_moe.data.files import Corpus, expanded
+from titan_moe.data.files import Corpus
 from titan_moe.data.shards import (
     FORMAT_VERSION,
     SPLITS,
@@ -35,6 +35,7 @@ from titan_moe.data.shards import (
 from titan_moe.data.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
 from titan_moe.errors import UserError
 from titan_moe.runtime.cpus import available_cpus
+from titan_moe.runtime.home import cache_folder
 from titan_moe.runtime.owner import fresh_path, making_folder, remove, remove_abandoned, replacing, touch
 
 FEW_DOCUMENTS = 20
@@ -53,15 +54,14 @@ class Prepared(NamedTuple):
 
 def cache_root(config: Config) -> Path:
     """The directory of cached tokenizers, shards and downloaded packages. Raises UserError."""
-    for origin, chosen in (
-        ("data.cache_dir", config.data.cache_dir),
-        ("TITAN_MOE_CACHE", os.environ.get("TITAN_MOE_CACHE")),
-    ):
-        if chosen:
-            if "\0" in chosen:
-                raise UserError(f"{origin} = {chosen!r}: a path can't have a NUL character")
-            return expanded(chosen, origin)
-    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "data.cache_dir") / "titan_moe"
+    chosen = config.data.cache_dir
+    origin, path = ("data.cache_dir", chosen) if chosen else ("TITAN_MOE_CACHE", os.environ.get("TITAN_MOE_CACHE", ""))
+    if "\0" in path:
+        raise UserError(f"{origin} = {path!r}: a path can't have a NUL character")
+    try:
+        return Path(chosen).expanduser() if chosen else cache_folder()
+    except RuntimeError as error:  # the home directory of `~` or `~name` is unknown
+        raise UserError(f"{origin} = {path!r}: {error}") from error
 
 
 def prepare(config: Config, text: str = "", tokenizer: Tokenizer | None = None, quiet: bool = False) -> Prepared:

@@ -8,6 +8,14 @@ import tempfile
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """The user's cache: TITAN_MOE_CACHE, else titan_moe in XDG_CACHE_HOME or ~/.cache. RuntimeError: no home is known."""
+    chosen = os.environ.get("TITAN_MOE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "titan_moe"
+
+
 def provide_cache() -> None:
     """Sets XDG_CACHE_HOME where no home directory is known, and LOGNAME where no user name is; torch asks for both."""
     try:
