@@ -30,6 +30,7 @@ from titan_moe.parallel.parallelize import build_runner
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.train.build import build_model
 from titan_moe.train.step import train_step
+from torchtitan_ext.collectives import ALL_GATHER, REDUCE_SCATTER
 
 VOCABULARY, WARM_UP = 4096, 3
 LAYOUTS = {
@@ -40,7 +41,7 @@ LAYOUTS = {
     "2 ranks, cp 2": (2, ["--parallelism.cp=2"]),
     "2 ranks, tp 2": (2, ["--parallelism.tp=2"]),
 }
-CALLS = ("all_to_all_single", "all_reduce", "all_gather", "all_gather_single", "reduce_scatter_single")
+CALLS = ("all_to_all_single", "all_reduce", "all_gather", ALL_GATHER, REDUCE_SCATTER)
 
 
 class Stopwatch:

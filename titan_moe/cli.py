@@ -29,6 +29,9 @@ VERBS = {  # verb: (module in titan_moe.verbs, one line of `titan-moe --help`)
     "report": ("report", "write a page of curves, heat maps and tables about runs"),
     "sweep": ("sweep", "run a grid of configurations and compare them"),
 }
+PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"} | {
+    name: name for name in ("torchao", "pymetis", "matplotlib", "rich", "scipy", "jinja2", "tensorboard")
+}  # modules that only some verbs and options import: the packages that have them
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -60,6 +63,12 @@ def main() -> None:
         what = f"{error.filename or 'a file of the run'}: {error.strerror}"
         advice = "make room or choose another --job.output_dir, then run the same command again"
         status = fail(error, f"{what}; {advice}", 2)
+    except ModuleNotFoundError as error:
+        package = PACKAGES.get((error.name or "").partition(".")[0])
+        if package is None:
+            fail(error, None, 1)
+            raise
+        status = fail(error, f"this needs the package {package}, which is not installed: pip install {package}", 2)
     except Exception as error:
         if not is_out_of_memory(error):
             fail(error, None, 1)

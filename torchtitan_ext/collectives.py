@@ -12,6 +12,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
 Group = dist.ProcessGroup
+# Names in torch.distributed: those of torch 2.13 and newer, else those before.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 
 class Ranks(NamedTuple):
@@ -47,7 +50,7 @@ def _(x: Tensor, group_name: str) -> Tensor:  # noqa: ARG001 - the op's signatur
 def gathered(x: Tensor, dim: int, group: Group) -> Tensor:
     """Every rank's x concatenated along `dim`, in the order of ranks, without a gradient."""
     parts = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_single(parts, x.contiguous(), group=group)
+    getattr(dist, ALL_GATHER)(parts, x.contiguous(), group=group)
     return parts if dim == 0 else torch.cat(parts.chunk(group.size()), dim)
 
 
@@ -55,7 +58,7 @@ def reduced(x: Tensor, dim: int, group: Group) -> Tensor:
     """Reduce-scatter: this rank's chunk along `dim` of the sum over ranks, without a gradient."""
     parts = torch.cat(x.chunk(group.size(), dim))
     mine = parts.new_empty(parts.shape[0] // group.size(), *parts.shape[1:])
-    dist.reduce_scatter_single(mine, parts, group=group)
+    getattr(dist, REDUCE_SCATTER)(mine, parts, group=group)
     return mine
 
 

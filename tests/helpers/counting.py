@@ -7,13 +7,15 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.pipelining import schedules
 
+from torchtitan_ext.collectives import ALL_GATHER, REDUCE_SCATTER
+
 # torch.distributed's name -> (the plan's name, position and keyword of the payload argument).
 COLLECTIVES = {
     "all_to_all_single": ("all-to-all", 1, "input"),
     "all_reduce": ("all-reduce", 0, "tensor"),
     "all_gather": ("all-gather", 1, "tensor"),
-    "all_gather_single": ("all-gather", 1, "input_tensor"),
-    "reduce_scatter_single": ("reduce-scatter", 1, "input"),
+    ALL_GATHER: ("all-gather", 1, "input_tensor"),
+    REDUCE_SCATTER: ("reduce-scatter", 1, "input"),
 }
 
 

@@ -135,7 +135,7 @@ def train(
     if load_from is not None:
         load_checkpoint(load_from, model, optimizer)
     rows, counts = [], []
-    watch = Watch(model, steps - first + 1) if not config.compile.enable else None
+    watch = Watch(model, steps - first + 1) if config.compile.enable is not True else None
     for step in range(first, steps + 1):
         if watch is not None:
             watch.step = step - first

@@ -1,24 +1,31 @@
 """The network as a whole: cross-entropy, causality, documents, initial values, counts, and what may not change a result."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.helpers.networks import (
+    BATCH,
+    SEQ,
+    VOCAB,
+    WEIGHTS,
+    assert_same_step,
+    batch,
+    config_with,
+    network,
+    settings,
+    step,
+)
 from tests.helpers.spy import spy_on
 from titan_moe.config.load import load_config
-from titan_moe.config.tables import ActivationCheckpoint, Compile, Config, Model, MoE
-from titan_moe.data.loader import Batch
+from titan_moe.config.tables import ActivationCheckpoint
 from titan_moe.estimate.counts import count, meta_model
 from titan_moe.model.head import chunked_cross_entropy
-from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.mesh import single
 from titan_moe.parallel.parallelize import parallelize
 from titan_moe.train.inputs import to_inputs
-from torchtitan_ext.carry import Carry, add_carry
 from torchtitan_ext.losses import (
     coupling_loss,
     expert_router_coupling_loss,
@@ -30,71 +37,6 @@ from torchtitan_ext.losses import (
 )
 from torchtitan_ext.ops import draws
 from torchtitan_ext.ops.response import coupling_noise
-from torchtitan_ext.terms import Setting, build_terms
-
-BATCH, SEQ, VOCAB = 4, 12, 40
-WEIGHTS = {"lb": 1e-2, "z": 1e-3, "sp": 2e-3, "cp": 1e-3, "o": 1e-3, "v": 1e-3, "erc": 1e-1}
-
-
-def settings(**moe: object) -> Model:
-    options = {"experts": 6, "top_k": 2, "hidden_dim": 10, **moe}
-    return Model(dim=16, layers=3, heads=4, kv_heads=2, qk_norm=True, vocab_size=VOCAB, moe=MoE(**options))
-
-
-def network(
-    dtype: torch.dtype = torch.float64,
-    scope: str = "sequence",
-    model: Model | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> Transformer:
-    """scope: of lb and v. options: of the terms, as `sp_method`."""
-    model = model or settings()
-    tables: dict[str, dict[str, Any]] = {name: {"weight": weight} for name, weight in WEIGHTS.items()}
-    for key, value in {"lb_scope": scope, "v_scope": scope, **options}.items():
-        name, _, option = key.partition("_")
-        tables[name][option] = value
-    built = Transformer(model, build_terms(tables, Setting(model.moe.top_k, model.moe.hidden_dim)), dtype)
-    init_weights(built, seed)
-    return built
-
-
-def batch(seed: int = 0, masked: bool = True) -> Batch:
-    source = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=source)
-    mask = torch.ones(BATCH, SEQ, dtype=torch.bool)
-    if masked:  # different numbers of labels per sequence, one sequence almost without
-        mask[0, 5:] = False
-        mask[2, 1:] = False
-        mask[3, 7] = False
-    positions = torch.arange(SEQ).expand(BATCH, SEQ)
-    documents = torch.zeros(BATCH, SEQ, dtype=torch.int64)
-    sequences = torch.arange(BATCH)
-    return Batch(tokens[:, :-1], tokens[:, 1:], mask, documents, positions, sequences, int(mask.sum()))
-
-
-def step(model: Transformer, whole: Batch, micro: int) -> tuple[float, Carry, dict[str, Tensor]]:
-    """Loss, carry and gradients of a global batch, `micro` sequences at a time."""
-    model.zero_grad()
-    loss, carry = 0.0, None
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    for number, part in enumerate(whole.split(micro)):
-        out = model(to_inputs(part, dtype, torch.device("cpu"), fraction=float(number == 0)))
-        objective = out.ce + model.terms.objective(out.carry.terms)
-        objective.backward()
-        loss, carry = loss + objective.item(), add_carry(carry, out.carry)
-    assert carry is not None
-    return loss, carry, {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def assert_same_step(ours: tuple, theirs: tuple, tolerance: float) -> None:
-    assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
-    torch.testing.assert_close(ours[1].terms, theirs[1].terms, rtol=tolerance, atol=tolerance)
-    assert torch.equal(ours[1].counts, theirs[1].counts)
-    torch.testing.assert_close(ours[1].sums, theirs[1].sums, rtol=10 * tolerance, atol=tolerance)
-    for name, grad in ours[2].items():
-        difference = (grad - theirs[2][name]).norm() / theirs[2][name].norm()
-        assert difference < 10 * tolerance, name
 
 
 @pytest.mark.parametrize(
@@ -161,10 +103,6 @@ def test_accumulation_does_not_change_the_step(
     assert_same_step(step(model, whole, micro), step(model, whole, BATCH), tolerance)
 
 
-def config_with(**tables: object) -> Config:
-    return load_config("debug").model_copy(update=tables)
-
-
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("method", ["exact", "sample"])
@@ -193,15 +131,6 @@ def test_recomputation_never_chooses_again() -> None:
     (expected.ce + reference.terms.objective(expected.carry.terms)).backward()
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-14, msg=name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["none", "full"])
-def test_compilation_does_not_change_the_step(mode: str) -> None:
-    plain, compiled, whole = network(torch.float32), network(torch.float32), batch()
-    tables = {"compile": Compile(enable=True), "activation_checkpoint": ActivationCheckpoint(mode=mode)}
-    parallelize(compiled, config_with(**tables), single(torch.device("cpu")))
-    assert_same_step(step(compiled, whole, 2), step(plain, whole, 2), 1e-5)
 
 
 def test_cross_entropy_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,8 +247,8 @@ class Parallelism(Table):
 class Compile(Table):
     """torch.compile."""
 
-    enable: bool = False
-    """Compile every transformer block."""
+    enable: bool | Literal["auto"] = "auto"
+    """Compile every transformer block; "auto": on a GPU."""
 
 
 class Float8(Table):

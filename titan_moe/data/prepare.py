@@ -6,17 +6,16 @@ A hash of a document's text decides whether it is for training or validation, so
 A corpus of fewer than 20 documents (one long file, for example) is first cut into pieces at line ends.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from titan_moe.config.checks import check_vocabulary
 from titan_moe.config.tables import Config
@@ -37,6 +36,7 @@ from titan_moe.errors import UserError
 from titan_moe.runtime.cpus import available_cpus
 from titan_moe.runtime.home import cache_folder
 from titan_moe.runtime.owner import fresh_path, making_folder, remove, remove_abandoned, replacing, touch
+from titan_moe.runtime.terminal import shows_bars
 
 FEW_DOCUMENTS = 20
 CUT_CHARACTERS = 4096
@@ -221,9 +221,7 @@ def write_splits(
     counted_bytes = dict.fromkeys(names, 0)
     domains: list[str] = []
     bytes_read = 0
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(f"Tokenising {corpus.name}", total=corpus.total_bytes)
+    with reading_bar(corpus) as show:
         for batch in batches(documents):
             ids = tokenizer.encode_batch([document.text for document, _ in batch], available_cpus())
             for (document, split), document_ids in zip(batch, ids, strict=True):
@@ -235,7 +233,7 @@ def write_splits(
                     with_ends = np.array([tokenizer.bos, *document_ids, tokenizer.eos], dtype=np.int64)
                     counted_bytes[split] += int(tokenizer.count_bytes(with_ends[:-1], with_ends[1:]).sum())
                     writers[split].add(with_ends, domains.index(document.domain), size)
-            bar.update(task, completed=bytes_read)
+            show(bytes_read)
             touch(folder)
             if writers[names[0]].tokens >= budget:
                 corpus.report.note(f"reading stopped at data.tokens = {budget:,}")
@@ -250,6 +248,21 @@ def write_splits(
     fingerprint = digest(*(shard.sha256 for split in splits.values() for shard in split.shards))
     report = corpus.report.lines()
     return Manifest(FORMAT_VERSION, corpus.name, tokenizer.fingerprint, dtype, domains, splits, fingerprint, report)
+
+
+@contextlib.contextmanager
+def reading_bar(corpus: Corpus) -> Iterator[Callable[[int], None]]:
+    """A progress bar where one can be drawn. Yields the function that takes the bytes read so far."""
+    if not shows_bars():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"Tokenising {corpus.name}", total=corpus.total_bytes)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def check_size(corpus: Corpus, splits: dict[str, Split]) -> None:

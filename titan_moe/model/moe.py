@@ -166,8 +166,16 @@ class Dispatcher:
     local = True
     """Whether rows at the experts are in home order."""
 
-    def dispatch(self, x_TD: Tensor, topk_ids_TK: Tensor, gates_TK: Tensor, experts: int) -> Routed:
-        """A row for every token and chosen expert, at that expert."""
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        topk_ids_TK: Tensor,
+        gates_TK: Tensor,
+        experts: int,
+        sampled_N: Tensor | None = None,  # noqa: ARG002 - the interface
+    ) -> Routed:
+        """A row for every token and chosen expert, at that expert. sampled_N: tokens whose rows `home_subset` will be asked
+        for, if that is known."""
         plan = plan_dispatch(topk_ids_TK, experts)
         return Routed(gather_tokens(x_TD, plan), plan.offsets_E, gates_TK, plan)
 
@@ -264,11 +272,13 @@ class MoELayer(nn.Module):
         comm, terms, experts = self.comm, self.terms, self.experts
         choice = self.router(comm.divide_gradient(x_TD))
         probes = terms.probes(self.router.weight, self.layer, tokens)
+        samples = terms.samples(self.layer, tokens)
+        sampled_N = next(iter(samples.values()))[0] if len(samples) == 1 else None
         routed = self.dispatcher.dispatch(
-            x_TD, choice.topk_ids_TK, comm.copy_to_tp(choice.gates_TK), self.router.moe.experts
+            x_TD, choice.topk_ids_TK, comm.copy_to_tp(choice.gates_TK), self.router.moe.experts, sampled_N
         )
         rows = RoutedRows(self.dispatcher, comm, routed)
-        view = self.view(choice, routed, tokens)
+        view = self.view(choice, routed, tokens)._replace(samples=samples)
 
         z_RF, squares_PE = experts.hidden(
             routed.x_RD, routed.offsets_E, None if probes is None else comm.copy_to_tp(probes.vectors_PD)

@@ -13,18 +13,18 @@ from titan_moe.model.transformer import Inputs
 from torchtitan_ext.collectives import Group, gathered, reduced
 
 
-def token_indices(seq: int, ranks: int, rank: int) -> Tensor:
+def token_indices(seq: int, ranks: int, rank: int, device: torch.device | None = None) -> Tensor:
     """Indices, in the sequence, of the tokens on a rank: (s,), ascending."""
     piece = seq // (2 * ranks)
     last = 2 * ranks - 1 - rank
-    return torch.cat([torch.arange(n * piece, (n + 1) * piece) for n in (rank, last)])
+    return torch.cat([torch.arange(n * piece, (n + 1) * piece, device=device) for n in (rank, last)])
 
 
 def context_shard(inputs: Inputs, ranks: int, rank: int) -> Inputs:
     """The inputs restricted to this rank's tokens of every sequence."""
     if ranks == 1:
         return inputs
-    indices_s = token_indices(inputs.tokens.shape[1], ranks, rank).to(inputs.tokens.device)
+    indices_s = token_indices(inputs.tokens.shape[1], ranks, rank, inputs.tokens.device)
     names = ("tokens", "labels", "document_ids", "positions", "token_weights")
     parts = {name: getattr(inputs, name).index_select(1, indices_s) for name in names}
     return inputs._replace(sequence_positions=indices_s, **parts)
@@ -56,8 +56,8 @@ class Context:
     def gather(self, x_BsN: Tensor) -> Tensor:
         """All-gathers sequences, in order: (B, s, N) -> (B, S, N). The backward reduce-scatters the gradients."""
         ranks = self.group.size()
-        by_rank = [token_indices(x_BsN.shape[1] * ranks, ranks, rank) for rank in range(ranks)]
-        order_S = torch.cat(by_rank).argsort().to(x_BsN.device)
+        by_rank = [token_indices(x_BsN.shape[1] * ranks, ranks, rank, x_BsN.device) for rank in range(ranks)]
+        order_S = torch.cat(by_rank).argsort()
         result: Tensor = _GatherSequence.apply(x_BsN, order_S, self.group)
         return result
 

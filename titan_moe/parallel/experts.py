@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from titan_moe.model.moe import Dispatcher, Routed, gather_tokens, plan_dispatch, sum_rows
+from titan_moe.model.moe import Dispatch, Dispatcher, Routed, gather_tokens, plan_dispatch, sum_rows
 from torchtitan_ext.collectives import Group, exchange, gather_columns
 
 
@@ -28,6 +29,19 @@ class Route(NamedTuple):
     """`received[order_Q]` is sorted by expert."""
     inverse_Q: Tensor
     """The inverse permutation: index among the rows sorted by expert of each received row."""
+    subset: "Subset | None" = None
+    """Of the rows that will be asked for, if that was known at the dispatch."""
+
+
+class Subset(NamedTuple):
+    """How many rows go home to each rank when only some are wanted, and which."""
+
+    send: list[int]
+    """Wanted rows that this rank's experts have of each rank."""
+    receive: list[int]
+    """Rows that this rank wants from each rank."""
+    wanted_R: Tensor
+    """(R,) bool, of this rank's own rows."""
 
 
 class _Permute(torch.autograd.Function):
@@ -59,6 +73,11 @@ class _ApplyGates(torch.autograd.Function):
         return grad_QD * gates_Q.unsqueeze(1).to(y_QD.dtype), grad_gates_Q
 
 
+def per_expert(ends_E: Tensor) -> Tensor:
+    """Rows of each expert, int64, from the end of each expert's rows."""
+    return ends_E.diff(prepend=ends_E.new_zeros(1)).to(torch.int64)
+
+
 class AllToAll(Dispatcher):
     """Uneven all-to-all over the ranks that share the experts."""
 
@@ -68,27 +87,51 @@ class AllToAll(Dispatcher):
         self.group = group
 
     @torch.compiler.disable
-    def dispatch(self, x_TD: Tensor, topk_ids_TK: Tensor, gates_TK: Tensor, experts: int) -> Routed:
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        topk_ids_TK: Tensor,
+        gates_TK: Tensor,
+        experts: int,
+        sampled_N: Tensor | None = None,
+    ) -> Routed:
         plan = plan_dispatch(topk_ids_TK, experts)
-        route, offsets_J = self.route(plan.offsets_E)
+        wanted_R = None if sampled_N is None else self.wanted(plan.rows_TK.index_select(0, sampled_N), plan)
+        route, offsets_J = self.route(plan.offsets_E, wanted_R)
         gates_R = gates_TK.new_zeros(gates_TK.numel()).scatter(0, plan.rows_TK.flatten(), gates_TK.flatten())
         x_QD, gates_Q = self.send(gather_tokens(x_TD, plan), route), self.send(gates_R, route)
         return Routed(x_QD, offsets_J, gates_Q, plan, route)
 
-    def route(self, offsets_E: Tensor) -> tuple[Route, Tensor]:
-        """The route, and for each expert of this rank the end of its received rows.
+    def route(self, offsets_E: Tensor, wanted_R: Tensor | None) -> tuple[Route, Tensor]:
+        """The route, and for each expert of this rank the end of its received rows. Here, and nowhere else in the layer, the
+        host waits for the device: the sizes of an all-to-all are numbers on the host.
 
-        offsets_E: end of each expert's rows among those of this rank's tokens."""
+        offsets_E: end of each expert's rows among those of this rank's tokens. wanted_R: (R,) bool, rows that will be asked
+        for."""
         ranks = self.group.size()
-        counts_PJ = offsets_E.diff(prepend=offsets_E.new_zeros(1)).to(torch.int64).reshape(ranks, -1)
-        arriving_PJ = torch.empty_like(counts_PJ)
-        dist.all_to_all_single(arriving_PJ, counts_PJ, group=self.group)
-        send, receive = torch.stack([counts_PJ.sum(1), arriving_PJ.sum(1)]).tolist()
-        here = arriving_PJ.shape[1]
-        expert_Q = torch.arange(here, device=offsets_E.device).repeat(ranks).repeat_interleave(arriving_PJ.flatten())
+        counts_PJ = per_expert(offsets_E).reshape(ranks, -1)
+        here, counts = counts_PJ.shape[1], [counts_PJ]
+        if wanted_R is not None:
+            ends_E = F.pad(wanted_R.cumsum(0), (1, 0)).index_select(0, offsets_E)
+            counts.append(per_expert(ends_E).reshape(ranks, -1))
+        leaving = torch.cat(counts, 1)
+        arriving = torch.empty_like(leaving)
+        dist.all_to_all_single(arriving, leaving, group=self.group)
+        sums = [part.sum(1) for both in (leaving, arriving) for part in both.split(here, 1)]
+        sizes = torch.stack(sums).tolist()
+        subset = None if wanted_R is None else Subset(sizes[3], sizes[1], wanted_R)
+        send, receive = sizes[0], sizes[len(counts)]
+        arriving_PJ = arriving[:, :here]
+        expert_Q = torch.arange(here, device=offsets_E.device).repeat(ranks)
+        expert_Q = expert_Q.repeat_interleave(arriving_PJ.flatten(), output_size=sum(receive))
         order_Q = expert_Q.argsort(stable=True)
         inverse_Q = torch.empty_like(order_Q).scatter_(0, order_Q, torch.arange(len(order_Q), device=order_Q.device))
-        return Route(send, receive, order_Q, inverse_Q), arriving_PJ.sum(0).cumsum(0).to(torch.int32)
+        return Route(send, receive, order_Q, inverse_Q, subset), arriving_PJ.sum(0).cumsum(0).to(torch.int32)
+
+    def wanted(self, rows_NK: Tensor, plan: Dispatch) -> Tensor:
+        """(R,) bool: whether a row of this rank's tokens is among `rows_NK`."""
+        wanted_R = torch.zeros(plan.tokens_R.shape[0], dtype=torch.bool, device=rows_NK.device)
+        return wanted_R.index_fill(0, rows_NK.flatten(), True)
 
     def send(self, x_R: Tensor, route: Route) -> Tensor:
         """Rows in home order to their experts, sorted by expert there."""
@@ -107,18 +150,21 @@ class AllToAll(Dispatcher):
 
     @torch.compiler.disable
     def home_subset(self, x_RX: Tensor, rows_NK: Tensor, routed: Routed) -> tuple[Tensor, Tensor]:
-        route = routed.route
-        wanted_R = torch.zeros(routed.plan.tokens_R.shape[0], dtype=torch.bool, device=x_RX.device)
-        wanted_R[rows_NK.flatten()] = True
+        route: Route = routed.route
+        wanted_R = self.wanted(rows_NK, routed.plan) if route.subset is None else route.subset.wanted_R
         asked_Q = exchange(wanted_R.to(torch.uint8), route.send, route.receive, self.group).bool()
-        to_send = [part.sum() for part in asked_Q.split(route.receive)]
-        counts = torch.stack(to_send + [part.sum() for part in wanted_R.split(route.send)]).tolist()
-        send, receive = counts[: len(to_send)], counts[len(to_send) :]
-        chosen = route.inverse_Q[
-            asked_Q
-        ]  # of each wanted row, in order of arrival: its index among the rows sorted by expert
-        x_home = exchange(x_RX.index_select(0, chosen), send, receive, self.group)
+        subset = route.subset or self.subset(asked_Q, wanted_R, route)
+        # Of each wanted row, in order of arrival: its index among the rows sorted by expert.
+        positions = torch.nonzero_static(asked_Q, size=sum(subset.send)).squeeze(1)
+        chosen = route.inverse_Q.index_select(0, positions)
+        x_home = exchange(x_RX.index_select(0, chosen), subset.send, subset.receive, self.group)
         return x_home, (wanted_R.cumsum(0) - 1)[rows_NK]
+
+    def subset(self, asked_Q: Tensor, wanted_R: Tensor, route: Route) -> Subset:
+        """Counts the rows when the dispatch did not know of them; the host waits for the device."""
+        asked = [part.sum() for part in asked_Q.split(route.receive)]
+        counts = torch.stack(asked + [part.sum() for part in wanted_R.split(route.send)]).tolist()
+        return Subset(counts[: len(asked)], counts[len(asked) :], wanted_R)
 
     @torch.compiler.disable
     def to_experts(self, keys_T: Tensor, routed: Routed) -> Tensor:

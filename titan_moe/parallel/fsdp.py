@@ -7,27 +7,39 @@ and their rounding decides which experts a token goes to; their gradients are su
 No FSDP unit is nested in a block: its hooks would run again when the block is recomputed.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard import _fsdp_common
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
 from torch.distributed.tensor import Shard
 
+from titan_moe.errors import UserError
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.norm import sum_gradients
 from torchtitan_ext.dtypes import accumulation_dtype
 
+# A parameter's shard on a mesh of its own. torch 2.11 has no such thing, so there ep is 1.
+ShardOnMesh: Any = getattr(_fsdp_common, "ShardPlacementResult", None)
+
 
 def apply_fsdp(model: Transformer, mesh: Mesh, reshard_after_forward: bool) -> None:
-    """Applies `fully_shard` to every block and to the model, in place."""
+    """Applies `fully_shard` to every block and to the model, in place. Raises UserError for ep > 1 with torch 2.11."""
     assert mesh.dense is not None
     assert mesh.expert_dense is not None
     exact = accumulation_dtype(model.dtype)
     compute = None if model.dtype == exact else model.dtype
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=exact, cast_forward_inputs=False)
+    if mesh.ep is not None and ShardOnMesh is None:
+        raise UserError(
+            f"parallelism.ep = {mesh.degrees.ep}: torch {torch.__version__} can't shard experts over a mesh of their own; "
+            "install torch 2.13 or newer, or set it to 1"
+        )
     expert_mesh = mesh_info(mesh.expert_dense) if mesh.ep is not None else None
     # Along the model dimension where it divides evenly: ep and tp already shard the experts and their hidden units.
     even = model.settings.dim % mesh.expert_dense.size(-1) == 0
@@ -35,13 +47,11 @@ def apply_fsdp(model: Transformer, mesh: Mesh, reshard_after_forward: bool) -> N
     for block in model.blocks():
         expert_dims = {} if block.moe is None else {block.moe.experts.gate_up: 3, block.moe.experts.down: 1}
 
-        def placement(
-            parameter: nn.Parameter, expert_dims: dict[nn.Parameter, int] = expert_dims
-        ) -> Shard | ShardPlacementResult | None:
+        def placement(parameter: nn.Parameter, expert_dims: dict[nn.Parameter, int] = expert_dims) -> Any:
             if parameter not in expert_dims:
                 return None
             shard = Shard(expert_dims[parameter] if even else 0)
-            return shard if expert_mesh is None else ShardPlacementResult(shard, expert_mesh)
+            return shard if expert_mesh is None else ShardOnMesh(shard, expert_mesh)
 
         fully_shard(
             block,

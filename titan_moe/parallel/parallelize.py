@@ -13,6 +13,7 @@ from titan_moe.config.tables import ActivationCheckpoint, Config
 from titan_moe.model.float8 import use_float8
 from titan_moe.model.moe import Experts
 from titan_moe.model.transformer import Transformer
+from titan_moe.parallel.compilation import compile_blocks, compiles
 from titan_moe.parallel.context import Context
 from titan_moe.parallel.experts import AllToAll
 from titan_moe.parallel.fsdp import apply_fsdp, sum_router_gradients
@@ -58,8 +59,8 @@ def parallelize(model: Transformer, config: Config, mesh: Mesh) -> None:
     use_float8(model, config.float8, mesh.device)
     for block in model.blocks():
         recompute(block, config.activation_checkpoint)
-        if config.compile.enable:
-            block.compile()
+    if compiles(config.compile, mesh.device):
+        compile_blocks(model.blocks())
     if mesh.dense is not None:
         apply_fsdp(model, mesh, config.parallelism.reshard_after_forward)
 
@@ -95,6 +96,11 @@ def recompute(block: torch.nn.Module, settings: ActivationCheckpoint) -> None:
         return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    block.forward = functools.partial(
-        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
+    forward = block.forward
+
+    # A plain function, which Dynamo traces together with the checkpoint in it: outside of the compiled frame, the checkpoint
+    # would keep the whole block from being compiled.
+    def recomputed(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    block.forward = recomputed

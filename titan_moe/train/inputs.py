@@ -24,7 +24,7 @@ def to_inputs(batch: Batch, dtype: torch.dtype, device: torch.device, step: int 
         positions=move(batch.positions),
         token_weights=move(batch.loss_mask).to(dtype) / max(batch.label_count, 1),
         sequences=move(batch.sequences),
-        step=move(torch.tensor(step, dtype=torch.int64)),
+        step=torch.full((), step, dtype=torch.int64, device=device),
         sequence_positions=torch.arange(batch.tokens.shape[1], device=device),
         fraction=fraction,
     )

@@ -30,6 +30,7 @@ from titan_moe.data.shards import TokenStream
 from titan_moe.errors import NonFiniteError, TrainingError, UserError
 from titan_moe.estimate.counts import count, meta_model
 from titan_moe.optim import build_optimizer, lr_fraction, set_lr
+from titan_moe.parallel.compilation import CompileTime
 from titan_moe.parallel.mesh import Mesh, from_first
 from titan_moe.parallel.parallelize import build_runner
 from titan_moe.runtime.binding import bind_threads
@@ -87,6 +88,7 @@ class Trainer:
         self.counts = count(meta_model(self.model.settings, self.model.dtype), config.training.seq_len)
         self.peak = peak_flops(self.device, self.model.dtype)
         self.scales: dict[str, float] | None = None
+        self.compile_time = CompileTime()
         self.stopping = Stopping(mesh.everyone, mesh.device)
         self.steps = StepLog(self.model, self.optimizer, self.stopping, Spikes(config.training.skip_spikes))
         self.trackers: list[Tracker] = []
@@ -162,6 +164,7 @@ class Trainer:
         for facts, numbers, seconds in self.steps.read():
             if self.mesh.first:
                 self.log_step(facts, numbers, seconds)
+                self.compile_time.report()
             self.saver.delete_old()  # this step, from the newest checkpoint or a later one, was finite
 
     def validation_is_missing(self, step: int) -> bool:

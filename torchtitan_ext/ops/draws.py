@@ -96,8 +96,26 @@ def sample(fraction: float, *key: Tensor | int, rows_B: Tensor, columns_S: Tenso
     return (bits_BS.flatten() < limit).nonzero().squeeze(1)
 
 
+def padded_sample(
+    fraction: float, *key: Tensor | int, rows_B: Tensor, columns_S: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The same sample with a number of elements that does not depend on the draw: indices (N,), all different, and whether
+    each belongs to the sample (N,) bool.
+
+    For a GPU, where to find out how many elements were drawn makes the host wait, and for compilers. The sample has more than
+    N elements, of which the last are then left out, with a probability below 1e-13."""
+    count = len(rows_B) * len(columns_S)
+    mean = fraction * count
+    # Bernstein: P(more than mean + t) <= exp(-t^2 / (2 (mean + t / 3))), at most e^-32 for this t.
+    size = min(count, math.ceil(mean + 8.0 * math.sqrt(mean) + 24.0))
+    bits_BS = keyed_bits(*key, rows_B.unsqueeze(1), columns_S, device=device)
+    drawn = bits_BS.flatten() < math.ceil(fraction * 2**32)
+    others_first, order = drawn.logical_not().to(torch.uint8).sort(stable=True)
+    return order[:size], others_first[:size] == 0
+
+
 def distinct(keys_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Unique keys, and each element's index into them. On the meta device all count as different."""
-    if keys_N.is_meta:
-        return keys_N, torch.empty_like(keys_N)
+    """Unique keys, and each element's index into them. On the meta device and in compiled graphs all count as different."""
+    if keys_N.is_meta or torch.compiler.is_compiling():
+        return keys_N, torch.arange(len(keys_N), device=keys_N.device)
     return keys_N.unique(return_inverse=True)

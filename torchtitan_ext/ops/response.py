@@ -23,8 +23,7 @@ class _ResponseThrough(torch.autograd.Function):
         if kernel is not None:
             answers_JFE, squares_EJ = kernel(weight_JGD.contiguous(), proxies_ED.contiguous(), width)
         else:
-            gate_JFD = weight_JGD[:, :width].to(proxies_ED.dtype)
-            answers_JFE = torch.matmul(proxies_ED, gate_JFD.transpose(1, 2)).transpose(1, 2)
+            answers_JFE = _answers(weight_JGD, proxies_ED, width)
             squares_EJ = answers_JFE.square().sum(1).t()
         ctx.save_for_backward(weight_JGD, proxies_ED, answers_JFE)
         ctx.width = width
@@ -58,8 +57,10 @@ class _ResponseThrough(torch.autograd.Function):
         return grad_JGD, grad_proxies_ED, None
 
 
-# torch 2.13's compiler refuses a sharded weight here, because an autograd.Function returns a view of it.
-_outside_compiled_graphs = torch.compiler.disable(_ResponseThrough.apply)
+def _answers(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> Tensor:
+    """Every expert's gate projection of every proxy, (J, F, E)."""
+    gate_JFD = weight_JGD[:, :width].to(proxies_ED.dtype)
+    return torch.matmul(proxies_ED, gate_JFD.transpose(1, 2)).transpose(1, 2)
 
 
 def response_through(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -69,9 +70,10 @@ def response_through(weight_JGD: Tensor, proxies_ED: Tensor, width: int) -> tupl
     weights. The operation that consumes them must produce a new gradient tensor, since the backward writes into it.
     proxies: in at least float32. First derivatives only."""
     assert proxies_ED.dtype == accumulation_dtype(weight_JGD.dtype)
-    # Without the compiler's wrapper when eager: calling it takes time.
-    apply = _outside_compiled_graphs if torch.compiler.is_compiling() else _ResponseThrough.apply
-    through: tuple[Tensor, Tensor] = apply(weight_JGD, proxies_ED, width)
+    if torch.compiler.is_compiling():
+        # A compiler adds the two gradients itself, and refuses an autograd.Function that returns a view of a sharded weight.
+        return weight_JGD, _answers(weight_JGD, proxies_ED, width).square().sum(1).t()
+    through: tuple[Tensor, Tensor] = _ResponseThrough.apply(weight_JGD, proxies_ED, width)
     return through
 
 

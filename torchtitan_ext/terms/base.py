@@ -118,6 +118,8 @@ class LayerView(NamedTuple):
     """(T, n), what this term's `carried` returned at the MoE layer before; zeros at the first."""
     observed: Any = None
     """What this term's `observe` returned."""
+    samples: Mapping[str, tuple[Tensor, Tensor]] = {}
+    """By term name, what `Term.sample` returned."""
 
     def detach(self) -> LayerView:
         """The same values without gradients. `observed` stays as it is: each `Term.observe` detaches it if not `weighted`."""
@@ -261,6 +263,13 @@ class Term:
 
     def probes(self, router_weight_ED: Tensor, layer: int, tokens: Tokens) -> Tensor | None:  # noqa: ARG002 - the interface
         """Vectors (P, D), in at least float32, for `LayerView.responses_PE`; None: this term needs none."""
+        return None
+
+    def sample(self, layer: int, tokens: Tokens) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002 - the interface
+        """Tokens (N,) whose rows `observe` will ask `ExpertRows.home_subset` for, and their weights (N,); None: not so.
+
+        Called before tokens are dispatched, so that the ranks can tell each other how many rows that are in the same message
+        as the sizes of the dispatch. Without it the host waits for the device once more."""
         return None
 
     def observe(self, z_RF: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, Any]:  # noqa: ARG002 - the interface

@@ -66,6 +66,7 @@ class Terms:
         self.needs = _union(term.needs for term in terms)
         self.needs_gradient = _union(term.needs for term in terms if term.weighted)
         """The same of terms with a weight above 0: what gradients pass through."""
+        self._weights: tuple[Any, Any] = (None, None)
 
     def objective(self, terms: Tensor, factors: Mapping[str, float] | None = None) -> Tensor:
         """The weighted sum of `Carry.terms` (N,), to be added to the cross-entropy.
@@ -73,8 +74,18 @@ class Terms:
         factors: by term name, what its weight is multiplied by at this step (warm-up, scaling to lb); 1 when not given.
         """
         factors = factors or {}
-        weights = [term.options.weight * factors.get(term.name, 1.0) for term in self.terms]
-        return terms @ terms.new_tensor(weights)
+        weights = tuple(term.options.weight * factors.get(term.name, 1.0) for term in self.terms)
+        return terms @ self._on_device(weights, terms)
+
+    def _on_device(self, weights: tuple[float, ...], like: Tensor) -> Tensor:
+        """Weights as a tensor. They seldom change, and copying them to a GPU would make the host wait."""
+        import torch
+
+        key = (weights, like.dtype, like.device)
+        if self._weights[0] != key:
+            made = torch.tensor(weights, dtype=like.dtype, pin_memory=like.is_cuda)
+            self._weights = (key, made.to(like.device, non_blocking=True))
+        return self._weights[1]
 
     def factors(self, step: int, scales: Mapping[str, float]) -> dict[str, float]:
         """What each weight is multiplied by at a step (1 is the first): warm-up, and the scale from `scales_to_lb`."""
@@ -111,6 +122,11 @@ class Terms:
         vectors = list(given.values())
         counts = {name: len(part) for name, part in given.items()}
         return Probes(torch.cat(vectors) if len(vectors) > 1 else vectors[0], counts)
+
+    def samples(self, layer: int, tokens: Tokens) -> dict[str, tuple[Tensor, Tensor]]:
+        """The tokens, and their weights, of every term that samples some."""
+        drawn = {term.name: term.sample(layer, tokens) for term in self.terms}
+        return {name: sample for name, sample in drawn.items() if sample is not None}
 
     def observe(self, z_RF: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, dict[str, Any]]:
         """Between activation and down projection: the activations to continue with, and what each term took from them."""

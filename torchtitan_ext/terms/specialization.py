@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 from torchtitan_ext.terms.base import (
+    COUNT_BYTES,
     ExpertRows,
     LayerView,
     Line,
@@ -19,6 +20,7 @@ from torchtitan_ext.terms.base import (
     Sizes,
     Term,
     TermOptions,
+    Tokens,
     Weight,
     register,
 )
@@ -170,20 +172,33 @@ class Specialization(Term):
             gram_NKK = token_gram(source, rows_NK, scaled)
         return z_RF, Grams(rows.sum_hidden(gram_NKK), weights_N)
 
-    def _selected(self, view: LayerView) -> tuple[Tensor, Tensor]:
-        """Rows (N, K) and weights (N,) of the tokens whose Gram matrices are taken."""
+    def sample(self, layer: int, tokens: Tokens) -> tuple[Tensor, Tensor] | None:
+        """Method "sample": the tokens (N,) whose activations are used, and their weights."""
+        if self.options.method != "sample":
+            return None
+        import torch
+
         from torchtitan_ext.ops import draws
 
-        tokens, weights_T = view.tokens, view.tokens.weights.flatten()
-        if self.options.method == "exact":
-            return view.rows_TK, weights_T
-        key = (draws.SP_SAMPLE, self.setting.seed, view.layer, tokens.step)
-        fraction, positions = (
-            self.options.sample_fraction,
-            {"rows_B": tokens.sequences, "columns_S": tokens.sequence_positions},
-        )
-        chosen_N = draws.sample(fraction, *key, **positions, device=view.rows_TK.device)
-        return view.rows_TK.index_select(0, chosen_N), weights_T.index_select(0, chosen_N) / fraction
+        weights_T, fraction = tokens.weights.flatten(), self.options.sample_fraction
+        key = (draws.SP_SAMPLE, self.setting.seed, layer, tokens.step)
+        positions: dict[str, Any] = {
+            "rows_B": tokens.sequences,
+            "columns_S": tokens.sequence_positions,
+            "device": weights_T.device,
+        }
+        if weights_T.device.type in ("cpu", "meta") and not torch.compiler.is_compiling():
+            chosen_N = draws.sample(fraction, *key, **positions)
+            return chosen_N, weights_T.index_select(0, chosen_N) / fraction
+        chosen_N, drawn_N = draws.padded_sample(fraction, *key, **positions)
+        return chosen_N, weights_T.index_select(0, chosen_N) / fraction * drawn_N
+
+    def _selected(self, view: LayerView) -> tuple[Tensor, Tensor]:
+        """Rows (N, K) and weights (N,) of the tokens whose Gram matrices are taken."""
+        chosen = view.samples.get(self.name) or self.sample(view.layer, view.tokens)
+        if chosen is None:
+            return view.rows_TK, view.tokens.weights.flatten()
+        return view.rows_TK.index_select(0, chosen[0]), chosen[1]
 
     def _sketches(self, z_RF: Tensor, view: LayerView, rows: ExpertRows, scaled: bool) -> Sketches:
         import torch
@@ -243,7 +258,8 @@ class Specialization(Term):
             summed = s.rows * sketch
         else:
             sent = rows * trips * s.hidden * s.compute
-            keys = s.forwards * s.rows if options.method == "sample" else 0  # one byte a row: is it wanted
+            # One byte a row: is it wanted; and how many are, per expert.
+            keys = s.forwards * (s.rows + s.experts * COUNT_BYTES) if options.method == "sample" else 0
             summed = rows * s.top_k * s.exact
         if s.ep > 1:
             yield Line("all-to-all", "sp: activations", s.steps * s.moe_layers * (sent + keys))

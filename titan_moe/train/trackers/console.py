@@ -2,41 +2,34 @@
 
 import logging
 import math
-import time
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console as Terminal
-from rich.control import Control
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
-from rich.segment import ControlType
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from titan_moe.config.tables import Config
+from titan_moe.runtime.terminal import shows_bars
+
+if TYPE_CHECKING:
+    from titan_moe.train.trackers.bar import Bar
 
 log = logging.getLogger("titan_moe")
-REDRAW_SECONDS = 0.2
 
 
 class Console:
-    """Prints rows through the log. The bar is the last line of the terminal behind stderr.
-
-    It is not rich's live display, which hides the cursor: a killed process would leave it hidden.
-    """
+    """Prints rows through the log, above a progress bar where there is a terminal and rich is installed."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:  # noqa: ARG002 - every tracker's arguments
         self.steps, self.interval = config.training.steps, config.metrics.interval
         self.recent: list[float] = []
-        self.terminal = Terminal(stderr=True)
-        self.interactive = self.terminal.is_terminal
-        columns = (TaskProgressColumn(), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=self.terminal, expand=True)
-        self.task = self.bar.add_task("", total=self.steps)
-        self.shown, self.drawn = False, 0.0
+        self.bar: Bar | None = None
+        if shows_bars():
+            from titan_moe.train.trackers import bar
+
+            self.bar = bar.Bar(self.steps)
 
     def start(self, step: int) -> None:
-        self.bar.reset(self.task, completed=step)
-        log.addFilter(self.erase)
+        if self.bar is not None:
+            self.bar.start(step)
+            log.addFilter(self.erase)
 
     def log(self, row: dict[str, Any]) -> None:
         if row["kind"] == "validation":
@@ -54,18 +47,13 @@ class Console:
                 f"ce {row['ce']:.4f}  {terms}  ppl {math.exp(min(row['ce'], 700)):.4g}  "
                 f"{short(row['tokens_per_second'])} tok/s  left {duration(left)}"
             )
-        if self.interactive and time.monotonic() - self.drawn > REDRAW_SECONDS:
-            self.bar.update(self.task, completed=row["step"])
-            narrower = self.terminal.options.update_width(self.terminal.width - 1)  # a full line would wrap
-            line = self.terminal.render_lines(self.bar.get_renderable(), narrower, pad=False)[0]
-            self.terminal.print(Text.assemble(*((part.text, part.style or "") for part in line)), end="\r")
-            self.shown, self.drawn = True, time.monotonic()
+        if self.bar is not None:
+            self.bar.draw(row["step"])
 
     def erase(self, record: logging.LogRecord | None = None) -> bool:  # noqa: ARG002 - a filter's signature
         """Clears the bar before a log line goes there, and lets the line pass."""
-        if self.shown:
-            self.terminal.control(Control((ControlType.ERASE_IN_LINE, 2), ControlType.CARRIAGE_RETURN))
-            self.shown = False
+        if self.bar is not None:
+            self.bar.erase()
         return True
 
     def close(self) -> None:
