@@ -65,7 +65,7 @@ class Entry:
     """In the file."""
     ours: str = ""
     """Our tensor, by its name in the model's state_dict; empty: a constant that our model does not have."""
-    index: tuple[int, ...] = ()
+    index: tuple[int | slice, ...] = ()
     """The part of our tensor: its first indices, such as the expert, then 0 for gate and 1 for up."""
     change: Change = SAME
     value: float = 0.0
