@@ -31,7 +31,7 @@ from gpu_checks.goals import rows  # noqa: E402
 from gpu_checks.report import DIFFERENT, FAILED, Report, read_facts  # noqa: E402
 from gpu_checks.stages import STAGES  # noqa: E402
 
-LEAST = 15.0
+LEAST = 30.0
 """Seconds without which a stage is not started: importing PyTorch takes some of them."""
 
 
@@ -103,7 +103,7 @@ def run_all(names: list[str], toy: bool, budget: float, output: Output) -> int:
             seconds = min(left, max(share, LEAST))
             output.line(f"\n## {STAGES[name].title} (`{name}`, at most {seconds:.0f} s)")
             start = time.monotonic()
-            if seconds < LEAST:
+            if seconds < min(LEAST, 10):
                 output.line("No time left.")
                 outcomes[name] = "stopped", 0.0
                 continue
@@ -144,7 +144,9 @@ def stage_names(text: str) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=600, metavar="SECONDS", help="for all stages together (600)")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="for all stages together (600, with --toy 1200)"
+    )
     parser.add_argument("--toy", action="store_true", help="toy sizes, on the CPU even if there is a card")
     parser.add_argument("--stages", type=stage_names, default=list(STAGES), help=f"some of {','.join(STAGES)}")
     parser.add_argument("--output", type=Path, default=Path("check_gpu.md"), help="file to append to (check_gpu.md)")
@@ -160,7 +162,8 @@ def main() -> int:
             parser.error("PyTorch sees no GPU; --toy runs the checks on a CPU")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with arguments.output.open("a") as file:
-        return run_all(arguments.stages, arguments.toy, arguments.budget, Output(file))
+        budget = arguments.budget or (1200 if arguments.toy else 600)
+        return run_all(arguments.stages, arguments.toy, budget, Output(file))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from peers import our_layer
 from torch import Tensor
 
-from gpu_checks.models import geometry
+from gpu_checks.inputs import geometry
 from gpu_checks.report import Report
 from gpu_checks.timing import gib, median_time, peak_gib
 from torchtitan_ext.ops import select

@@ -7,7 +7,7 @@ import torch
 from peers import missing, our_layer, sonicmoe_layer, torchtitan_layer, transformers_layer
 from torch import Tensor
 
-from gpu_checks.models import GEOMETRIES, geometry
+from gpu_checks.inputs import GEOMETRIES, geometry
 from gpu_checks.report import Report
 from gpu_checks.timing import Work, gib, median_time, peak_gib
 from titan_moe.config.tables import Model

@@ -33,6 +33,7 @@ def options(report: Report, folder: Path, name: str, more: list[str]) -> list[st
         f"--data.cache_dir={folder / 'cache'}",
         "--tokenizer.vocab_size=512",
         "--metrics.tensorboard=false",
+        "--compile.enable=false",  # three starts would compile three times
         f"--job.output_dir={folder}",
         f"--job.name={name}",
         *more,

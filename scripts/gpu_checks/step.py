@@ -9,19 +9,10 @@ from peers import missing, mixtral_config, torchtitan_module
 from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 
-from gpu_checks.models import (
-    WITHOUT,
-    configuration,
-    finished,
-    meta_transformer,
-    random_inputs,
-    step_of,
-    steps_of,
-    tokens_of_step,
-    utilization,
-)
+from gpu_checks.inputs import configuration, random_inputs
 from gpu_checks.report import Report
 from gpu_checks.timing import Work, alternating, gib, median_time, peak_gib
+from gpu_checks.training import finished, meta_transformer, step_of, steps_of, tokens_of_step, utilization
 from titan_moe.config.tables import Config, Model
 from titan_moe.optim import build_optimizer
 from torchtitan_ext.carry import Carry
@@ -31,8 +22,13 @@ PAIRS = 20
 COLUMNS = ["mode", "what", "ms, median", "tokens/s", "of the bfloat16 peak", "peak GiB beyond weights"]
 
 
-def backend(report: Report) -> list[str]:
-    return [] if report.toy else ["--compile.enable=true"]
+WITHOUT = ["--regularizers.sp.weight=0", "--regularizers.cp.weight=0"]
+EAGER, COMPILED = ["--compile.enable=false"], ["--compile.enable=true"]
+
+
+def modes(report: Report) -> dict[str, list[str]]:
+    """Options of the model eager and compiled. Inductor takes a minute a model on a CPU, so toys are eager only."""
+    return {"eager": EAGER} if report.toy else {"eager": EAGER, "compiled": COMPILED}
 
 
 def row(report: Report, mode: str, label: str, config: Config, ms: float, memory: float) -> None:
@@ -57,13 +53,13 @@ def compare(report: Report, mode: str, arms: dict[str, list[str]], pairs: int) -
 
 
 def stage(report: Report) -> None:
-    """One step is 16 sequences of 2,048 tokens: forward, loss, backward, clipping, AdamW."""
-    report.line(f"{stage.__doc__} Both arms alternate; intervals are 95% intervals of the median.")
+    """Forward, loss, backward, clipping, AdamW."""
+    training = configuration(report, "medium", []).training
+    report.line(f"{stage.__doc__} {training.batch_size} sequences of {training.seq_len} tokens. Steps of both kinds")
+    report.line("alternate; the ratio is the median of paired ratios, with its 95% interval.")
     report.table(*COLUMNS)
     pairs = 3 if report.toy else PAIRS
-    for mode, more in {"eager": [], "compiled": backend(report)}.items():
-        if mode == "compiled" and not more:
-            continue
+    for mode, more in modes(report).items():
         if not report.enough(30, mode):
             continue
         with report.trial(mode):
@@ -77,8 +73,8 @@ def float8(report: Report) -> None:
         report.line("torchao: not installed")
         return
     report.table(*COLUMNS)
-    for mode, more in {"eager": [], "compiled": backend(report)}.items():
-        if (mode == "compiled" and not more) or not report.enough(30, mode):
+    for mode, more in modes(report).items():
+        if not report.enough(30, mode):
             continue
         with report.trial(mode):
             compare(report, mode, {"bfloat16": more, "float8": [*more, "--float8.enable=true"]}, 3 if report.toy else 7)
@@ -140,9 +136,7 @@ def peers(report: Report) -> None:
     report.table(*COLUMNS)
     others = {"TorchTitan": ("torchtitan", torchtitan_step), "Transformers": ("transformers", transformers_step)}
     best: dict[str, float] = {}
-    for mode, more in {"eager": [], "compiled": backend(report)}.items():
-        if mode == "compiled" and not more:
-            continue
+    for mode, more in modes(report).items():
         config = configuration(report, "medium", more)
         for label in ("ours", *others):
             if label != "ours" and missing(others[label][0]):
@@ -164,9 +158,16 @@ def peers(report: Report) -> None:
 
 
 def profile(report: Report) -> None:
-    """One step with sp and cp, eager: the 40 kernels (on a CPU, operations) that take most time."""
+    """One step with sp and cp: the 40 kernels (on a CPU, operations) that take most time."""
     report.line(str(profile.__doc__))
-    work = steps_of(report, {"": []})[""]
+    for mode, more in modes(report).items():
+        report.table(f"kernel, {mode}", "calls", "ms", "share")
+        if report.enough(20, mode):
+            with report.trial(mode):
+                dearest(report, steps_of(report, {"": more})[""])
+
+
+def dearest(report: Report, work: Work) -> None:
     for _ in range(2):
         work()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -177,12 +178,11 @@ def profile(report: Report) -> None:
         if report.on_card:
             torch.cuda.synchronize()
     attribute = "self_device_time_total" if report.on_card else "self_cpu_time_total"
-    events = recorded.key_averages()
+    events = list(recorded.key_averages())
     if report.on_card:  # an operation repeats the time of the kernels that it starts
         events = [event for event in events if event.device_type == DeviceType.CUDA]
-    events = sorted(events, key=lambda event: -getattr(event, attribute))
+    events.sort(key=lambda event: -getattr(event, attribute))
     total = sum(getattr(event, attribute) for event in events)
-    report.table("kernel", "calls", "ms", "share")
     for event in events[:40]:
         time = getattr(event, attribute)
         report.row(f"`{event.key[:90]}`", event.count, f"{time / 1e3:.3f}", f"{time / total:.3f}")

@@ -18,13 +18,13 @@ from peers import missing, our_layer, torchtitan_layer, transformers_layer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpu_checks.models import geometry, steps_of
+from gpu_checks.inputs import geometry
 from gpu_checks.report import Report
 from gpu_checks.timing import Work
 
 ROOT = Path(__file__).resolve().parents[2]
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal"}
-SIZES = {"aten::repeat_interleave", "aten::_unique2", "aten::unique_dim", "aten::bincount", "aten::histc"}
+SIZES = {"aten::repeat_interleave", "aten::_unique2", "aten::unique_dim", "aten::bincount"}
 COPIES = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.new_tensor}
 """Methods that copy between host and device, and that on a CPU are no operation of their own."""
 
@@ -141,7 +141,9 @@ def stage(report: Report) -> None:
     for depth in depths:
         label = f"training step, {depth} layers"
         with report.trial(label):
-            step = steps_of(report, {"": [f"--model.layers={depth}"]})[""]
+            from gpu_checks.training import steps_of  # it needs the packages of a training run
+
+            step = steps_of(report, {"": [f"--model.layers={depth}", "--compile.enable=false"]})[""]
             totals.append(row(report, label, waits(report, step)))
     if len(totals) == len(depths):
         per_layer = (totals[1] - totals[0]) / (depths[1] - depths[0])

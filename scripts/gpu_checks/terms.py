@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_checks.models import moved, random_inputs
+from gpu_checks.inputs import moved, random_inputs
 from gpu_checks.report import Report
 from titan_moe.config.tables import Model, MoE
 from titan_moe.model.init import init_weights

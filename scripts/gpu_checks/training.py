@@ -1,18 +1,18 @@
-"""Inputs, and training steps of the medium scale, or of a toy one."""
+"""Training steps of the medium scale, or of a toy one."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from gpu_checks.inputs import configuration, random_inputs
 from gpu_checks.report import Report
 from gpu_checks.timing import Work
-from titan_moe.config.load import load_config
-from titan_moe.config.tables import Config, Model
+from titan_moe.config.tables import Config
 from titan_moe.data.loader import Batch
 from titan_moe.estimate.counts import count, meta_model
 from titan_moe.model.terms import terms_of
-from titan_moe.model.transformer import Inputs, Transformer
+from titan_moe.model.transformer import Transformer
 from titan_moe.optim import build_optimizer
 from titan_moe.parallel.mesh import single
 from titan_moe.parallel.parallelize import build_runner, parallelize
@@ -20,54 +20,6 @@ from titan_moe.runtime.device import peak_flops
 from titan_moe.runtime.stopping import Stopping
 from titan_moe.train.step import train_step
 from titan_moe.train.step_log import StepLog
-
-GEOMETRIES = ["medium", "small", "large"]
-TOY = [
-    "--model.vocab_size=512",
-    "--model.dim=64",
-    "--model.layers=2",
-    "--model.moe.experts=8",
-    "--model.moe.top_k=4",
-    "--model.moe.hidden_dim=48",
-]
-WITHOUT = ["--regularizers.sp.weight=0", "--regularizers.cp.weight=0"]
-
-
-def random_inputs(vocabulary: int, sequences: int, seq: int, documents: int = 1) -> Inputs:
-    """A batch of random tokens, all labelled, every sequence cut into this many documents."""
-    tokens = torch.randint(0, vocabulary, (sequences, seq), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(seq)
-    return Inputs(
-        tokens,
-        tokens.roll(-1, 1),
-        (positions * documents // seq).expand_as(tokens),
-        positions.expand_as(tokens),
-        torch.full(tokens.shape, 1.0 / tokens.numel()),
-        torch.arange(sequences),
-        torch.tensor(1),
-        positions,
-    )
-
-
-def moved(inputs: Inputs, device: torch.device) -> Inputs:
-    """The inputs on a device."""
-    return Inputs._make(x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs)
-
-
-def geometry(report: Report, name: str) -> Model:
-    """The model of a scale of `train_configs/`, or a toy in its place."""
-    return configuration(report, name, []).model
-
-
-def configuration(report: Report, name: str, overrides: list[str]) -> Config:
-    """A scale of the paper with its loss weights; its tokenizer and corpus are not read. Toy: the same, but tiny."""
-    sequences, seq = (2, 64) if report.toy else (16, 2048)
-    sizes = [
-        f"--training.batch_size={sequences}",
-        f"--training.microbatch_size={sequences}",
-        f"--training.seq_len={seq}",
-    ]
-    return load_config(name, [*(TOY if report.toy else []), *sizes, *overrides], reads_files=False)
 
 
 def random_batch(report: Report, config: Config) -> Batch:
