@@ -13,115 +13,29 @@ it.
 """
 
 import argparse
-import importlib.util
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from benchmarking import GEOMETRY, VOCABULARY, inputs_of, interval, seconds
+from peers import missing, mixtral_config, our_layer, torchtitan_layer, transformers_layer
 from torch import Tensor, nn
 
 from titan_moe.config.tables import Model, Optimizer
 from titan_moe.estimate.counts import count
 from titan_moe.model.gemm import CPU_MULTIPLIES_BFLOAT16
 from titan_moe.model.init import init_weights
-from titan_moe.model.moe import MoELayer
 from titan_moe.model.transformer import Transformer
 from titan_moe.optim import build_optimizer
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.device import peak_flops
-from torchtitan_ext.carry import empty_carry
-from torchtitan_ext.terms import Setting, Tokens, build_terms
+from torchtitan_ext.terms import Setting, build_terms
 
 TOKENS = 2048
 WEIGHTS = {"lb": 1e-2, "z": 1e-3, "sp": 2e-3, "cp": 1e-3}
 
 Work = Callable[[], object]
-
-
-def fill(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.02)
-
-
-def our_layer(settings: Model, dtype: torch.dtype, x_TD: Tensor) -> Work:
-    setting = Setting(settings.moe.top_k, settings.moe.hidden_dim)
-    terms = build_terms({"sp": WEIGHTS["sp"], "cp": WEIGHTS["cp"]}, setting)
-    layer = MoELayer(settings.dim, settings.moe, terms, 1)
-    fill(layer)
-    layer.to(dtype)
-    carry = empty_carry(
-        len(terms.names), TOKENS, 2, settings.moe.experts, torch.float32, x_TD.device, 1, len(terms.measures)
-    )
-    carry = carry._replace(previous=torch.ones(TOKENS, 1))
-    tokens = Tokens(torch.full((1, TOKENS), 1.0 / TOKENS), torch.arange(1), torch.tensor(1), torch.arange(TOKENS))
-    gradient = torch.randn_like(x_TD)
-
-    def work() -> None:
-        x = x_TD.detach().requires_grad_()
-        out, after, _ = layer(x, carry, tokens)
-        torch.autograd.backward([out, terms.objective(after.terms)], [gradient, torch.tensor(1.0)])
-        layer.zero_grad()
-
-    return work
-
-
-def plain_work(layer: nn.Module, x_TD: Tensor) -> Work:
-    gradient = torch.randn(1, *x_TD.shape, dtype=x_TD.dtype)
-
-    def work() -> None:
-        x = x_TD.detach().unsqueeze(0).requires_grad_()
-        layer(x).backward(gradient)
-        layer.zero_grad()
-
-    return work
-
-
-def torchtitan_layer(settings: Model, dtype: torch.dtype, x_TD: Tensor) -> Work:
-    from torchtitan.models.common.config_utils import make_router_config
-    from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts
-    from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
-
-    moe = settings.moe
-    sizes: dict[str, int] = {"num_experts": moe.experts, "top_k": moe.top_k}
-    experts = GroupedExperts.Config(dim=settings.dim, hidden_dim=moe.hidden_dim, num_experts=moe.experts)
-    routed = RoutedExperts.Config(inner_experts=experts, token_dispatcher=LocalTokenDispatcher.Config(**sizes))
-    router = make_router_config(dim=settings.dim, gate_param_init={}, score_func="softmax", **sizes)
-    config = MoE.Config(num_experts=moe.experts, routed_experts=routed, router=router, load_balance_coeff=None)
-    layer: nn.Module = config.build()
-    fill(layer)
-    return plain_work(layer.to(dtype), x_TD)
-
-
-def mixtral_config(settings: Model) -> Any:
-    import transformers
-
-    config: Any = transformers.MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=settings.dim,
-        intermediate_size=settings.moe.hidden_dim,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        num_local_experts=settings.moe.experts,
-        num_experts_per_tok=settings.moe.top_k,
-        max_position_embeddings=TOKENS,
-        tie_word_embeddings=True,
-        output_router_logits=True,
-        router_aux_loss_coef=WEIGHTS["lb"],
-    )
-    config._attn_implementation = "sdpa"
-    config._experts_implementation = "grouped_mm"
-    return config
-
-
-def transformers_layer(settings: Model, dtype: torch.dtype, x_TD: Tensor) -> Work:
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-
-    layer: nn.Module = MixtralSparseMoeBlock(mixtral_config(settings))
-    fill(layer)
-    return plain_work(layer.to(dtype).train(), x_TD)
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -147,7 +61,8 @@ def our_step(settings: Model, dtype: torch.dtype) -> tuple[Work, Transformer]:
 def transformers_step(settings: Model, dtype: torch.dtype) -> Work:
     import transformers
 
-    model: Any = transformers.MixtralForCausalLM(mixtral_config(settings)).to(dtype).train()
+    model: Any = transformers.MixtralForCausalLM(mixtral_config(settings, TOKENS, WEIGHTS["lb"]))
+    model.to(dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     tokens = inputs_of(2, TOKENS // 2).tokens
     return lambda: update(model, optimizer, model(input_ids=tokens, labels=tokens).loss)
@@ -191,7 +106,7 @@ def main() -> None:
             step()
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=45))
         return
-    installed = {name: importlib.util.find_spec(name) is not None for name in ("torchtitan", "transformers")}
+    installed = {name: not missing(name) for name in ("torchtitan", "transformers")}
     for name, found in installed.items():
         if not found:
             print(f"{name} is not installed and is skipped: pip install -e '.[bench]'")
@@ -213,11 +128,11 @@ def main() -> None:
     moe = settings.moe
     flops = 6 * TOKENS * settings.dim * (3 * moe.top_k * moe.hidden_dim + moe.experts)
     x_TD = torch.randn(TOKENS, settings.dim).to(dtype)
-    ours = our_layer(settings, dtype, x_TD)
+    ours = our_layer(settings, {"sp": WEIGHTS["sp"], "cp": WEIGHTS["cp"]}, x_TD)
     if installed["torchtitan"] and dtype == torch.bfloat16:
-        compare("TorchTitan", ours, torchtitan_layer(settings, dtype, x_TD), options.pairs, flops, peak)
+        compare("TorchTitan", ours, torchtitan_layer(settings, x_TD), options.pairs, flops, peak)
     if installed["transformers"]:
-        compare("Transformers", ours, transformers_layer(settings, dtype, x_TD), options.pairs, flops, peak)
+        compare("Transformers", ours, transformers_layer(settings, x_TD), options.pairs, flops, peak)
 
 
 if __name__ == "__main__":
