@@ -28,6 +28,7 @@ from titan_moe.runtime.device import peak_allocated
 from torchtitan_ext.losses import coupling_loss
 from torchtitan_ext.ops.gram import gram_through, squared_cosines
 from torchtitan_ext.ops.response import coupling_excess, response_through, safe_sqrt
+from torchtitan_ext.ops.swiglu import swiglu
 from torchtitan_ext.terms import Setting, Tokens, build_terms
 
 TOKENS, K, WIDTH, EXPERTS = 2048, 4, 672, 64
@@ -106,7 +107,7 @@ def expert_router_coupling(geometry: str) -> None:
         torch.autograd.grad([value, through], [experts.gate_up, router], [torch.ones_like(value), incoming_weight])
 
     def products() -> None:
-        out = experts.output(experts.hidden(x, offsets)[0], offsets)
+        out = experts.output(swiglu(experts.gate_and_up(x, offsets)[0]), offsets)
         torch.autograd.grad(out, [x, *experts.parameters()], incoming)
 
     erc()

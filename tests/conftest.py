@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import interpreter  # noqa: F401 - before anything imports triton
 from tests.helpers.commands import THREADS, TINY
 from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config

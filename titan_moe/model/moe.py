@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from titan_moe.config.tables import MoE
 from titan_moe.model.comm import SINGLE_RANK, TPComm
-from titan_moe.model.feed_forward import FeedForward, swiglu
+from titan_moe.model.feed_forward import FeedForward
 from titan_moe.model.gemm import grouped_linear, local
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.dtypes import accumulation_dtype
+from torchtitan_ext.ops import select
 from torchtitan_ext.ops.response import response_through, safe_sqrt
 from torchtitan_ext.ops.routing import labelled_counts, normalize_scores
 from torchtitan_ext.terms import LayerView, Terms, Tokens
@@ -96,7 +97,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (rows_TK,) = ctx.saved_tensors
-        return F.embedding_bag(rows_TK, grad_RD.contiguous(), mode="sum"), None, None
+        return _sum_rows(grad_RD.contiguous(), rows_TK), None, None
+
+
+def _sum_rows(y_RD: Tensor, rows_TK: Tensor) -> Tensor:
+    if select.fused(y_RD):
+        summed_TD: Tensor = torch.ops.torchtitan_ext.combine(y_RD, rows_TK, None)
+        return summed_TD
+    return F.embedding_bag(rows_TK, y_RD, mode="sum")
 
 
 def gather_tokens(x_TD: Tensor, plan: Dispatch) -> Tensor:
@@ -111,7 +119,7 @@ class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, tokens_R: Tensor, rows_TK: Tensor) -> Tensor:
         ctx.save_for_backward(tokens_R)
-        return F.embedding_bag(rows_TK, y_RD, mode="sum")
+        return _sum_rows(y_RD, rows_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
@@ -131,11 +139,16 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, gates_TK: Tensor, tokens_R: Tensor, rows_TK: Tensor) -> Tensor:
         ctx.save_for_backward(y_RD, gates_TK, tokens_R, rows_TK)
+        if select.fused(y_RD):
+            out_TD: Tensor = torch.ops.torchtitan_ext.combine(y_RD, rows_TK, gates_TK)
+            return out_TD
         return F.embedding_bag(rows_TK, y_RD, mode="sum", per_sample_weights=gates_TK.to(y_RD.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_RD, gates_TK, tokens_R, rows_TK = ctx.saved_tensors
+        if select.fused(y_RD):
+            return *torch.ops.torchtitan_ext.combine_backward(grad_TD, y_RD, rows_TK, gates_TK), None, None
         grad_RD = grad_TD.index_select(0, tokens_R)
         grad_gates_R = torch.linalg.vecdot(grad_RD.to(gates_TK.dtype), y_RD.to(gates_TK.dtype))
         gates_R = torch.empty_like(grad_gates_R).scatter_(0, rows_TK.flatten(), gates_TK.flatten())
@@ -212,14 +225,16 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(moe.experts, 2, moe.hidden_dim, dim))
         self.down = nn.Parameter(torch.empty(moe.experts, dim, moe.hidden_dim))
 
-    def hidden(self, x_RD: Tensor, offsets_E: Tensor, probes_PD: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """SwiGLU activations z (R, F), and squared norms (P, E) of the experts' gate projections of the probes, if given."""
+    def gate_and_up(
+        self, x_RD: Tensor, offsets_E: Tensor, probes_PD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gate and up projections (R, 2F), and squared norms (P, E) of the gate projections of the probes, if given."""
         gate_up_E2FD = local(self.gate_up)
         hidden_dim, squares_PE = gate_up_E2FD.shape[2], None
         gate_up = gate_up_E2FD.flatten(1, 2)
         if probes_PD is not None:
             gate_up, squares_PE = response_through(gate_up, probes_PD, hidden_dim)
-        return swiglu(grouped_linear(x_RD, gate_up, offsets_E)), squares_PE
+        return grouped_linear(x_RD, gate_up, offsets_E), squares_PE
 
     def output(self, z_RF: Tensor, offsets_E: Tensor) -> Tensor:
         """Down projection: (R, F) -> (R, D), before the gate weight."""
@@ -280,10 +295,10 @@ class MoELayer(nn.Module):
         rows = RoutedRows(self.dispatcher, comm, routed)
         view = self.view(choice, routed, tokens)._replace(samples=samples)
 
-        z_RF, squares_PE = experts.hidden(
+        gate_up, squares_PE = experts.gate_and_up(
             routed.x_RD, routed.offsets_E, None if probes is None else comm.copy_to_tp(probes.vectors_PD)
         )
-        z_RF, observed = terms.observe(z_RF, view, rows)
+        z_RF, observed = terms.activate(gate_up, view, rows)
         y_RD = experts.output(z_RF, routed.offsets_E)
         out_TD = self.dispatcher.combine(y_RD, routed)
         if self.shared is not None:

@@ -281,6 +281,11 @@ class Term:
         """
         return z_RF, None
 
+    def activate(self, gate_up: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, Any] | None:  # noqa: ARG002
+        """What `observe` returns, when a kernel can compute it in one pass with SwiGLU, z being `silu(gate) * up` of the
+        halves of gate_up (R, 2F); `observe` is then not called. None: no kernel can."""
+        return None
+
     def value(self, view: LayerView) -> Tensor:
         """The term's part from this layer and microbatch, a scalar. Parts are summed over layers, microbatches and ranks."""
         raise NotImplementedError

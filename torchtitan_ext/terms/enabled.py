@@ -128,10 +128,29 @@ class Terms:
         drawn = {term.name: term.sample(layer, tokens) for term in self.terms}
         return {name: sample for name, sample in drawn.items() if sample is not None}
 
-    def observe(self, z_RF: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, dict[str, Any]]:
-        """Between activation and down projection: the activations to continue with, and what each term took from them."""
+    def activate(self, gate_up: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, dict[str, Any]]:
+        """SwiGLU, then `observe`; in one pass where a kernel computes what a term needs.
+
+        gate_up: (R, 2F), the experts' gate and up projections."""
+        from torchtitan_ext.ops.swiglu import swiglu
+
+        for term in self.terms:
+            fused = term.activate(gate_up, view, rows)
+            if fused is not None:
+                z_RF, observed = self.observe(fused[0], view, rows, skip=term.name)
+                return z_RF, {term.name: fused[1], **observed}
+        return self.observe(swiglu(gate_up), view, rows)
+
+    def observe(
+        self, z_RF: Tensor, view: LayerView, rows: ExpertRows, skip: str | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Between activation and down projection: the activations to continue with, and what each term took from them.
+
+        skip: the name of a term that has what it needs."""
         observed = {}
         for term in self.terms:
+            if term.name == skip:
+                continue
             z_RF, observed[term.name] = term.observe(z_RF, view, rows)
         return z_RF, observed
 

@@ -126,6 +126,16 @@ class Grams(NamedTuple):
     weights_N: Tensor
 
 
+class Cosines(NamedTuple):
+    """What one kernel computes together with SwiGLU, for N tokens."""
+
+    values_N: Tensor
+    """Sums of squared cosines, with `above_chance` of their excess."""
+    overlaps_N: Tensor
+    """Sums of squared cosines in any case, without a gradient."""
+    weights_N: Tensor
+
+
 class Sketches(NamedTuple):
     """Sketches of this rank's routed rows, in home order."""
 
@@ -193,12 +203,37 @@ class Specialization(Term):
         chosen_N, drawn_N = draws.padded_sample(fraction, *key, **positions)
         return chosen_N, weights_T.index_select(0, chosen_N) / fraction * drawn_N
 
+    def activate(self, gate_up: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, Any] | None:
+        from torchtitan_ext.ops import select
+        from torchtitan_ext.ops.swiglu import swiglu_cosines, swiglu_gram
+
+        if self.options.method == "sketch" or not rows.local or not select.fused(gate_up):
+            return None
+        # Of all tokens, since the kernel has every token's activations at hand; `sample` takes its own from the results.
+        chosen_N, weights_N = self._chosen(view)
+        if gate_up.shape[1] // 2 < self.setting.hidden_dim:
+            z_RF, gram_TKK = swiglu_gram(gate_up, view.rows_TK)
+            gram_NKK = gram_TKK if chosen_N is None else gram_TKK.index_select(0, chosen_N)
+            return z_RF, Grams(rows.sum_hidden(gram_NKK if self.weighted else gram_NKK.detach()), weights_N)
+        z_RF, values_T, overlaps_T = swiglu_cosines(gate_up, view.rows_TK, self._floor)
+        parts = (values_T if self.weighted else values_T.detach(), overlaps_T)
+        if chosen_N is not None:
+            parts = (parts[0].index_select(0, chosen_N), overlaps_T.index_select(0, chosen_N))
+        return z_RF, Cosines(*parts, weights_N)
+
+    @property
+    def _floor(self) -> float:
+        return chance_overlap(self.setting.hidden_dim) if self.options.above_chance else 0.0
+
     def _selected(self, view: LayerView) -> tuple[Tensor, Tensor]:
         """Rows (N, K) and weights (N,) of the tokens whose Gram matrices are taken."""
+        chosen_N, weights_N = self._chosen(view)
+        return view.rows_TK if chosen_N is None else view.rows_TK.index_select(0, chosen_N), weights_N
+
+    def _chosen(self, view: LayerView) -> tuple[Tensor | None, Tensor]:
+        """Indices of the sampled tokens (N,), None for all tokens, and weights (N,)."""
         chosen = view.samples.get(self.name) or self.sample(view.layer, view.tokens)
-        if chosen is None:
-            return view.rows_TK, view.tokens.weights.flatten()
-        return view.rows_TK.index_select(0, chosen[0]), chosen[1]
+        return (None, view.tokens.weights.flatten()) if chosen is None else chosen
 
     def _sketches(self, z_RF: Tensor, view: LayerView, rows: ExpertRows, scaled: bool) -> Sketches:
         import torch
@@ -222,14 +257,15 @@ class Specialization(Term):
         return Sketches(rows.sum_hidden(sketched), rows.sum_hidden(norms))
 
     def value(self, view: LayerView) -> Tensor:
-        above_chance = self.options.above_chance
-        return self._value(view, chance_overlap(self.setting.hidden_dim) if above_chance else 0.0)
+        return self._value(view, self._floor)
 
     def _value(self, view: LayerView, floor: float) -> Tensor:
         from torchtitan_ext.ops.gram import squared_cosines
         from torchtitan_ext.ops.routing import weighted_sum
 
         seen = view.observed
+        if isinstance(seen, Cosines):
+            return weighted_sum(seen.values_N if floor == self._floor else seen.overlaps_N, seen.weights_N)
         if isinstance(seen, Sketches):
             rows_TK = view.rows_TK
             return weighted_sum(

@@ -1,0 +1,149 @@
+"""The kernels as operators torch.ops.torchtitan_ext.*, with fakes that give torch.compile and FakeTensors their shapes.
+
+They have no derivatives of their own. The autograd.Functions that call them do (torchtitan_ext/ops/swiglu.py,
+titan_moe/model/moe.py): under torch.compile an operator of `Library.define` costs a sixth of a `custom_op` per call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("torchtitan_ext", "FRAGMENT")
+
+
+def _operator(schema: str, fake: Callable[..., Any], run: Callable[..., Any]) -> None:
+    """Defines one operator. CPU tensors go through Triton's interpreter (ops/select.py)."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"torchtitan_ext::{name}", fake, lib=LIBRARY)
+
+
+def _activations(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    from torchtitan_ext.kernels import swiglu
+
+    z_RF = _activations(gate_up)
+    swiglu.forward(gate_up.contiguous(), None, {"z": z_RF})
+    return z_RF
+
+
+def _swiglu_backward(gate_up: Tensor, dz_RF: Tensor) -> Tensor:
+    from torchtitan_ext.kernels import swiglu
+
+    out = _like(gate_up)
+    swiglu.backward(gate_up.contiguous(), None, dz_RF.contiguous(), out)
+    return out
+
+
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _cosines_fake(gate_up: Tensor, rows_TK: Tensor, floor: float) -> tuple[Tensor, ...]:  # noqa: ARG001 - the schema
+    tokens, k = rows_TK.shape
+    shapes = ((tokens,), (tokens,), (tokens, k, k), (tokens, k))
+    return _activations(gate_up), *(gate_up.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _cosines(gate_up: Tensor, rows_TK: Tensor, floor: float) -> tuple[Tensor, ...]:
+    from torchtitan_ext.kernels import swiglu
+
+    out = _cosines_fake(gate_up, rows_TK, floor)
+    names = ("z", "values", "overlaps", "slopes", "scales")
+    swiglu.forward(gate_up.contiguous(), rows_TK.contiguous(), dict(zip(names, out, strict=True)), floor)
+    return out
+
+
+def _cosines_backward(
+    gate_up: Tensor, rows_TK: Tensor, dz_RF: Tensor, slopes_TKK: Tensor, scales_TK: Tensor, d_values_T: Tensor
+) -> Tensor:
+    from torchtitan_ext.kernels import swiglu
+
+    out, tensors = _like(gate_up), (slopes_TKK, scales_TK, d_values_T.contiguous())
+    swiglu.backward(gate_up.contiguous(), rows_TK.contiguous(), dz_RF.contiguous(), out, *tensors)
+    return out
+
+
+def _gram_fake(gate_up: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, k = rows_TK.shape
+    return _activations(gate_up), gate_up.new_empty(tokens, k, k, dtype=torch.float32)
+
+
+def _gram(gate_up: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
+    from torchtitan_ext.kernels import swiglu
+
+    z_RF, gram_TKK = _gram_fake(gate_up, rows_TK)
+    swiglu.forward(gate_up.contiguous(), rows_TK.contiguous(), {"z": z_RF, "gram": gram_TKK})
+    return z_RF, gram_TKK
+
+
+def _gram_backward(gate_up: Tensor, rows_TK: Tensor, dz_RF: Tensor, coefficients_TKK: Tensor) -> Tensor:
+    from torchtitan_ext.kernels import swiglu
+
+    out = _like(gate_up)
+    tensors = (rows_TK.contiguous(), dz_RF.contiguous(), out, coefficients_TKK.contiguous())
+    swiglu.backward(gate_up.contiguous(), *tensors)
+    return out
+
+
+def _combine_fake(y_RD: Tensor, rows_TK: Tensor, gates_TK: Tensor | None) -> Tensor:  # noqa: ARG001 - the schema
+    return y_RD.new_empty(rows_TK.shape[0], y_RD.shape[1])
+
+
+def _combine(y_RD: Tensor, rows_TK: Tensor, gates_TK: Tensor | None) -> Tensor:
+    from torchtitan_ext.kernels import combine
+
+    out_TD = _combine_fake(y_RD, rows_TK, gates_TK)
+    gates_TK = None if gates_TK is None else gates_TK.contiguous()
+    combine.forward(y_RD.contiguous(), rows_TK.contiguous(), gates_TK, out_TD)
+    return out_TD
+
+
+def _combine_backward_fake(
+    d_out_TD: Tensor,  # noqa: ARG001 - the schema
+    y_RD: Tensor,
+    rows_TK: Tensor,  # noqa: ARG001
+    gates_TK: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return _like(y_RD), _like(gates_TK)
+
+
+def _combine_backward(d_out_TD: Tensor, y_RD: Tensor, rows_TK: Tensor, gates_TK: Tensor) -> tuple[Tensor, Tensor]:
+    from torchtitan_ext.kernels import combine
+
+    d_y_RD, d_gates_TK = _like(y_RD), _like(gates_TK)
+    inputs = (d_out_TD.contiguous(), y_RD.contiguous(), rows_TK.contiguous(), gates_TK.contiguous())
+    combine.backward(*inputs, d_y_RD, d_gates_TK)
+    return d_y_RD, d_gates_TK
+
+
+_operator("swiglu(Tensor gate_up) -> Tensor", _activations, _swiglu)
+_operator("swiglu_backward(Tensor gate_up, Tensor dz) -> Tensor", _like, _swiglu_backward)
+_operator(
+    "swiglu_cosines(Tensor gate_up, Tensor rows, float floor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _cosines_fake,
+    _cosines,
+)
+_operator(
+    "swiglu_cosines_backward(Tensor gate_up, Tensor rows, Tensor dz, Tensor slopes, Tensor scales, Tensor d_values)"
+    " -> Tensor",
+    _like,
+    _cosines_backward,
+)
+_operator("swiglu_gram(Tensor gate_up, Tensor rows) -> (Tensor, Tensor)", _gram_fake, _gram)
+_operator(
+    "swiglu_gram_backward(Tensor gate_up, Tensor rows, Tensor dz, Tensor coefficients) -> Tensor", _like, _gram_backward
+)
+_operator("combine(Tensor y, Tensor rows, Tensor? gates) -> Tensor", _combine_fake, _combine)
+_operator(
+    "combine_backward(Tensor d_out, Tensor y, Tensor rows, Tensor gates) -> (Tensor, Tensor)",
+    _combine_backward_fake,
+    _combine_backward,
+)
