@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import complaints, environment
+from titan_moe.errors import pip_install
 
 REFUSED = (
     "torchao",
@@ -60,5 +61,5 @@ def test_a_missing_package_is_one_line(tiny_options: list[str], tmp_path: Path) 
         done = run([package], *command)
         assert done.returncode == 2
         assert complaints(done.stderr) == [
-            f"error: this needs the package {package}, which is not installed: pip install {package}"
+            f"error: this needs the package {package}, which is not installed: {pip_install(package)}"
         ]

@@ -13,7 +13,7 @@ import sys
 from argparse import Namespace
 
 from titan_moe import __version__
-from titan_moe.errors import LostRanksError, TrainingError, UserError
+from titan_moe.errors import LostRanksError, TrainingError, UserError, pip_install
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.cpus import limit_threads
 from titan_moe.runtime.home import provide_cache
@@ -69,7 +69,7 @@ def main() -> None:
         if package is None:
             fail(error, None, 1)
             raise
-        status = fail(error, f"this needs the package {package}, which is not installed: pip install {package}", 2)
+        status = fail(error, f"this needs the package {package}, which is not installed: {pip_install(package)}", 2)
     except Exception as error:
         if not is_out_of_memory(error):
             fail(error, None, 1)

@@ -246,7 +246,7 @@ def test_rows_and_files_beyond_the_limits_are_left_out(tmp_path: Path, monkeypat
 def test_zstd_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
-    with pytest.raises(UserError, match=r"a\.jsonl\.zst: zstd files need the package zstandard \(pip install"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst: zstd files need .* \(.* -m pip install zstandard\)"):
         texts(tmp_path)
 
 

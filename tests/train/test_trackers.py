@@ -160,7 +160,7 @@ def test_a_missing_package_is_said_before_anything_starts(
     monkeypatch.setitem(sys.modules, name, None)  # as `import` sees a package that is not there
     for flag in ([], ["--check"]):
         arguments = parse(["train", *flag, *tiny_options, f"--metrics.trackers={name}"])
-        with pytest.raises(UserError, match=rf"^metrics\.trackers: '{name}' needs a package .*: pip install {name}$"):
+        with pytest.raises(UserError, match=rf"^metrics\.trackers: '{name}' needs a package .* -m pip install {name}$"):
             arguments.run(arguments)
     assert not (tmp_path / "runs").exists()
 

@@ -76,13 +76,6 @@ def register_tracker(name: str, factory: TrackerFactory) -> None:
     trackers[name] = factory
 
 
-def check_packages(names: Sequence[str]) -> None:
-    """Raises UserError when a tracker needs a package that is not installed."""
-    for name in names:
-        if name in TRACKER_PACKAGES and name not in trackers and importlib.util.find_spec(name) is None:
-            raise UserError(f"metrics.trackers: {name!r} needs a package that is not installed: pip install {name}")
-
-
 def load_modules(names: Sequence[str], origin: str) -> None:
     """Imports every module or .py file. Raises UserError when one can't be imported."""
     for name in names:

@@ -144,7 +144,7 @@ class Data(Table):
     text_column: str = "text"
     """The key of JSON rows, or the column of Parquet files, that holds the text."""
     tokens: NaturalInt = 0
-    """Budget of training tokens to prepare; 0: all of the corpus."""
+    """Budget of training tokens to prepare; 0: all of the corpus, and of "c4" as many as the run reads."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Share of the documents kept for validation and never trained on."""
     cache_dir: PathText = ""

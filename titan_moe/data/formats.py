@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 from titan_moe.config.extensions import Document
 from titan_moe.data.compression import UnreadableFile, opened
 from titan_moe.data.report import Report, printable
-from titan_moe.errors import UserError
+from titan_moe.errors import UserError, pip_install
 
 # Limits on what one document may need in memory: a small compressed file can hold any amount of text.
 LARGEST_ROW = 1 << 28  # bytes of a JSON row, or characters of a Parquet row's text
@@ -282,7 +282,7 @@ def parquet_rows(path: Path, column: str) -> Rows:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f"data.corpus: {path}: Parquet files need pyarrow (pip install 'titan-moe[hf]')") from None
+        raise UserError(f"data.corpus: {path}: Parquet files need pyarrow ({pip_install('pyarrow')})") from None
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

@@ -21,6 +21,7 @@ from titan_moe.config.checks import check_vocabulary
 from titan_moe.config.tables import Config
 from titan_moe.data.corpora import Document, open_corpus
 from titan_moe.data.files import Corpus
+from titan_moe.data.needs import HUB_CORPORA
 from titan_moe.data.shards import (
     FORMAT_VERSION,
     SPLITS,
@@ -82,14 +83,15 @@ def prepare(config: Config, text: str = "", tokenizer: Tokenizer | None = None, 
             tokenizer = trained_tokenizer(config, opened[-1], root)
         check_vocabulary(config, tokenizer.vocab_size)
         key: list[object] = [source.fingerprint, tokenizer.fingerprint]
-        key = ["text", *key] if text else [*key, data.tokens, data.validation_fraction]
+        budget = 0 if text else token_budget(config)
+        key = ["text", *key] if text else [*key, budget, data.validation_fraction]
         folder = root / "tokens" / digest(*key, FORMAT_VERSION)
         if usable(folder):
             remember(opened)
             return Prepared(tokenizer, folder, read_manifest(folder))
         for corpus in opened:
             corpus.save_digests()
-        splits, budget = (("text",), 0) if text else (SPLITS, data.tokens)
+        splits = ("text",) if text else SPLITS
         documents = (
             ((document, "text") for document in source.documents())
             if text
@@ -104,6 +106,14 @@ def prepare(config: Config, text: str = "", tokenizer: Tokenizer | None = None, 
     if not quiet:
         print("\n  ".join([f"Read {manifest.report[0]}", *manifest.report[1:]]), file=sys.stderr)
     return Prepared(tokenizer, folder, manifest)
+
+
+def token_budget(config: Config) -> int:
+    """Training tokens to prepare; 0: all of the corpus. Of one from a hub, larger than a disk, what the run reads."""
+    training = config.training
+    if config.data.tokens or config.data.corpus not in HUB_CORPORA:
+        return config.data.tokens
+    return training.steps * training.batch_size * training.seq_len
 
 
 def remember(corpora: list[Corpus]) -> None:

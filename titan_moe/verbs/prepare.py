@@ -17,8 +17,10 @@ def run(arguments: Namespace) -> int:
     config = load_config(
         arguments.config, arguments.overrides, world_size=world_size_from_environment(), trust=arguments.trust
     )
+    from titan_moe.data.needs import check_needs
     from titan_moe.data.prepare import prepare
 
+    check_needs(config, has_tokenizer=False)
     tokenizer, folder, manifest = prepare(config, quiet=True)
     for name, split in manifest.splits.items():
         print(

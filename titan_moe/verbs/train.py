@@ -9,7 +9,6 @@ from argparse import ArgumentParser, Namespace
 
 from titan_moe.config.degrees import resolve
 from titan_moe.config.describe import options_help
-from titan_moe.config.extensions import check_packages
 from titan_moe.config.load import load_config, world_size_from_environment
 from titan_moe.runtime.ranks import check_ranks
 from titan_moe.verbs.arguments import add_config
@@ -29,14 +28,16 @@ def run(arguments: Namespace) -> int:
     check_ranks()
     world = world_size_from_environment()
     config = load_config(arguments.config, arguments.overrides, world_size=world, trust=arguments.trust)
-    check_packages(config.metrics.trackers)
     from titan_moe.checkpoint.prepared import prepare_run
     from titan_moe.checkpoint.run_dir import RunDir
+    from titan_moe.data.needs import check_needs
 
     run_dir = RunDir(config, int(os.environ.get("RANK") or "0"))
     if finished := run_dir.finished(config.training.steps):
         print(finished)
         return FINISHED if arguments.check else 0
+    start = config.checkpoint.load_path or config.checkpoint.upcycle_path
+    check_needs(config, has_tokenizer=bool(start) or run_dir.newest() is not None)
     if arguments.check:
         prepare_run(config, run_dir)
         return 0

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from titan_moe.errors import UserError
+from titan_moe.errors import UserError, pip_install
 
 
 def optional(module: str, extra: str) -> Any:
@@ -12,4 +12,6 @@ def optional(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise UserError(f"package {package!r} is not installed: pip install 'titan-moe[{extra}]'") from error
+        raise UserError(
+            f"package {package!r} is not installed: {pip_install(package)} (or all of the extra {extra})"
+        ) from error
