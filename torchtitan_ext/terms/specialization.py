@@ -176,8 +176,6 @@ class Specialization(Term):
         """Method "sample": the tokens (N,) whose activations are used, and their weights."""
         if self.options.method != "sample":
             return None
-        import torch
-
         from torchtitan_ext.ops import draws
 
         weights_T, fraction = tokens.weights.flatten(), self.options.sample_fraction
@@ -187,7 +185,7 @@ class Specialization(Term):
             "columns_S": tokens.sequence_positions,
             "device": weights_T.device,
         }
-        if weights_T.device.type in ("cpu", "meta") and not torch.compiler.is_compiling():
+        if draws.may_count(weights_T.device):
             chosen_N = draws.sample(fraction, *key, **positions)
             return chosen_N, weights_T.index_select(0, chosen_N) / fraction
         chosen_N, drawn_N = draws.padded_sample(fraction, *key, **positions)
