@@ -75,9 +75,22 @@ class _Exchange(torch.autograd.Function):
 
 
 def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    out: Tensor = torch.ops.torchtitan_ext.all_to_all(x, send, receive, group.group_name)
+    return out
+
+
+@torch.library.custom_op("torchtitan_ext::all_to_all", mutates_args=())
+def _all_to_all_op(x: Tensor, send: list[int], receive: list[int], group_name: str) -> Tensor:
+    """A custom operator, so that selective recomputation can keep what it returns and need not send it again."""
     out = x.new_empty(sum(receive), *x.shape[1:])
+    group = _resolve_process_group(group_name)  # type: ignore[arg-type] # a NewType of str
     dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
     return out
+
+
+@_all_to_all_op.register_fake
+def _(x: Tensor, send: list[int], receive: list[int], group_name: str) -> Tensor:  # noqa: ARG001 - the op's signature
+    return x.new_empty(sum(receive), *x.shape[1:])
 
 
 @torch.compiler.disable

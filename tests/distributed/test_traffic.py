@@ -61,7 +61,7 @@ def test_cp_sends_nothing(source: str) -> None:
 
 def test_a_sample_sends_the_rows_of_its_tokens_and_a_mask() -> None:
     words = ["--regularizers.sp.weight=0.1", "--regularizers.sp.method=sample", "--regularizers.sp.sample_fraction=0.4"]
-    mask = LAYERS * ROWS
+    mask = LAYERS * (ROWS + 8 * 8)  # a byte per row, and the number of wanted rows of each expert
     rows = extra(words)["all-to-all"] - mask
     assert rows % (HIDDEN * 8) == 0
     assert 0.2 * LAYERS * 2 * ROWS < rows / (HIDDEN * 8) < 0.6 * LAYERS * 2 * ROWS
@@ -71,6 +71,14 @@ def test_what_the_plain_layer_sends() -> None:
     """Rows to the experts and back, forward and backward; a gate weight with each row; and the counts, 8 experts in int64."""
     total = sum(found["all-to-all"] for found in launch(WORLD, bytes_sent, []))
     assert total == WORLD * LAYERS * (4 * ROWS * DIM * 8 + 2 * ROWS * 8 + 8 * 8)
+
+
+@pytest.mark.parametrize(("mode", "trips"), [("selective", 1), ("full", 2)])
+def test_recomputation_sends_rows_again_only_if_all_is_recomputed(mode: str, trips: int) -> None:
+    """The counts are sent again in both modes."""
+    found = launch(WORLD, bytes_sent, [f"--activation_checkpoint.mode={mode}"])
+    rows = 2 * (trips + 1) * ROWS * DIM * 8 + (trips + 1) * ROWS * 8
+    assert sum(one["all-to-all"] for one in found) == WORLD * LAYERS * (rows + 2 * 8 * 8)
 
 
 def test_bfloat16_on_ranks() -> None:

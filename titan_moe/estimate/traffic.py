@@ -46,6 +46,7 @@ def sizes(model: Transformer, config: Config, degrees: Degrees) -> Sizes:
         compute=torch.finfo(model.dtype).bits // 8,
         exact=torch.finfo(accumulation_dtype(model.dtype)).bits // 8,
         forwards=1 if config.activation_checkpoint.mode == "none" else 2,
+        exchanges=2 if config.activation_checkpoint.mode == "full" else 1,
         moe_layers=len(model.moe_modules()),
         experts=moe.experts,
         top_k=moe.top_k,
@@ -94,9 +95,9 @@ def experts(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
         return []
     s, needs, gradient = sizes(model, config, degrees), model.terms.needs, model.terms.needs_gradient
     layers = s.moe_layers * s.steps
-    outputs = needs.outputs * (s.forwards + gradient.outputs)
-    activations = needs.activations * (s.forwards + gradient.activations)
-    trips = s.forwards + 1  # in every forward pass, and the gradient in the other direction
+    outputs = needs.outputs * (s.exchanges + gradient.outputs)
+    activations = needs.activations * (s.exchanges + gradient.activations)
+    trips = s.exchanges + 1  # there and back, and the gradient in the other direction
     row = s.dim * s.compute
     return [
         Line("all-to-all", "tokens to experts", layers * trips * s.rows * row),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from titan_moe.config.tables import Model
 from titan_moe.model.gemm import Linear, product_dtype
+from titan_moe.model.masks import Mask, attend
 from torchtitan_ext.dtypes import accumulation_dtype
 
 
@@ -62,8 +63,8 @@ class Attention(nn.Module):
         """FLOPs per token of scores and weighted values, forward and backward; the causal mean context is seq_len / 2."""
         return 6 * seq_len * self.heads * self.head_dim
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
-        """(B, S, D) -> (B, S, D). mask_BSS: which (query, key) pairs may attend; None: causal."""
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
+        """(B, S, D) -> (B, S, D). mask: see masks.py; None: causal."""
         batch, seq, _ = x_BSD.shape
         q, k, v = (w(x_BSD).view(batch, seq, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
@@ -73,12 +74,6 @@ class Attention(nn.Module):
             kv = self.gather(torch.cat([k, v], dim=2).flatten(2))
             k, v = kv.view(batch, kv.shape[1], -1, self.head_dim).chunk(2, dim=2)
         dtype = product_dtype(q)
-        out_BHSd = F.scaled_dot_product_attention(
-            q.transpose(1, 2).to(dtype),
-            k.transpose(1, 2).to(dtype),
-            v.transpose(1, 2).to(dtype),
-            attn_mask=None if mask_BSS is None else mask_BSS.unsqueeze(1),
-            is_causal=mask_BSS is None,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
+        out_BHSd = attend(q, k, v, mask)
         return self.wo(out_BHSd.transpose(1, 2).reshape(batch, seq, -1).to(x_BSD.dtype))

@@ -16,6 +16,7 @@ from titan_moe.model.comm import SINGLE_RANK, TPComm
 from titan_moe.model.feed_forward import FeedForward
 from titan_moe.model.gemm import Linear, linear, local
 from titan_moe.model.head import chunked_cross_entropy
+from titan_moe.model.masks import Mask, make_mask
 from titan_moe.model.moe import MoELayer
 from torchtitan_ext.carry import Carry, empty_carry
 from torchtitan_ext.dtypes import accumulation_dtype
@@ -73,7 +74,7 @@ class Block(nn.Module):
         h_BSD: Tensor,
         carry: Carry,
         rotary: tuple[Tensor, Tensor],
-        mask_BSS: Tensor | None,
+        mask: Mask,
         tokens: Tokens,
     ) -> tuple[Tensor, Carry, Tensor | None]:
         """New hidden states, new carry, and the chosen experts (T, k) if this is an MoE layer.
@@ -81,7 +82,7 @@ class Block(nn.Module):
         Under tensor parallelism h_BSD holds this rank's tokens; carry, rotary tables, mask and tokens cover all tokens.
         """
         x_BSD = self.comm.gather_sequence(self.attention_norm(h_BSD))
-        h_BSD = h_BSD + self.comm.reduce_scatter_sequence(self.attention(x_BSD, rotary, mask_BSS))
+        h_BSD = h_BSD + self.comm.reduce_scatter_sequence(self.attention(x_BSD, rotary, mask))
         x_BSD = self.comm.gather_sequence(self.feed_forward_norm(h_BSD))
         x_TD = x_BSD.flatten(0, 1)
         topk_ids = None
@@ -111,8 +112,8 @@ class Transformer(nn.Module):
         self.embedding = nn.Parameter(torch.empty(model.vocab_size, model.dim))
         self.layers = nn.ModuleDict({str(n): Block(model, terms, n) for n in range(model.layers)})
         self.norm = RMSNorm(model.dim, model.norm_eps)
-        self.make_mask: Callable[[Tensor, Tensor | None], Tensor | None] = make_mask
-        """Indices of tokens in their sequence (s,) and document ids (B, s) to an attention mask; None: causal."""
+        self.make_mask: Callable[[Tensor, Tensor | None, torch.dtype], Mask] = make_mask
+        """Indices of tokens in their sequence (s,), document ids (B, s) and the compute type to an attention mask."""
         self.output = None if model.tie_embeddings else Linear(model.dim, model.vocab_size)
         self.to(accumulation_dtype(dtype))
         for moe in self.moe_modules():
@@ -158,11 +159,12 @@ class Transformer(nn.Module):
         rotary = rotary_tables(
             inputs.positions, settings.head_width, settings.rope_theta, accumulation_dtype(self.dtype)
         )
-        mask_BSS = self.make_mask(inputs.sequence_positions, inputs.document_ids if settings.document_mask else None)
+        documents = inputs.document_ids if settings.document_mask else None
+        mask = self.make_mask(inputs.sequence_positions, documents, self.dtype)
         tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.sequence_positions, inputs.fraction)
         routing = []
         for layer in range(settings.layers) if layers is None else layers:
-            h_BSD, carry, topk_ids = self.layers[str(layer)](h_BSD, carry, rotary, mask_BSS, tokens)
+            h_BSD, carry, topk_ids = self.layers[str(layer)](h_BSD, carry, rotary, mask, tokens)
             if topk_ids is not None:
                 routing.append(topk_ids)
         return h_BSD, carry, routing
@@ -184,12 +186,3 @@ class Transformer(nn.Module):
     def output_weight(self) -> Tensor:
         """(V, D), or under tensor parallelism this rank's part of the vocabulary."""
         return local(self.embedding if self.output is None else self.output.weight)
-
-
-def make_mask(indices_S: Tensor, document_ids: Tensor | None) -> Tensor | None:  # noqa: ARG001 - Context.mask needs it
-    """Which (query, key) pairs may attend: causal inside each document, (B, S, S) bool; None: causal everywhere."""
-    if document_ids is None:
-        return None
-    seq = document_ids.shape[1]
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=document_ids.device).tril()
-    return (document_ids.unsqueeze(2) == document_ids.unsqueeze(1)) & causal

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan_moe.model.masks import Mask, Pieces, document_blocks, is_dense
 from titan_moe.model.transformer import Inputs
 from torchtitan_ext.collectives import Group, gathered, reduced
 
@@ -63,12 +64,21 @@ class Context:
 
     @torch.compiler.disable
     @torch.no_grad()
-    def mask(self, indices_s: Tensor, document_ids_Bs: Tensor | None) -> Tensor:
-        """Which (query, key) pairs may attend: (1 or B, s, S) bool. indices_s: this rank's tokens in the sequence."""
-        keys = torch.arange(len(indices_s) * self.group.size(), device=indices_s.device)
-        causal = (keys <= indices_s.unsqueeze(1)).unsqueeze(0)
+    def mask(self, indices_s: Tensor, document_ids_Bs: Tensor | None, dtype: torch.dtype = torch.float32) -> Mask:
+        """Which pairs may attend, dense (1 or B, s, S) or in a GPU's forms. indices_s: this rank's tokens in the sequence."""
+        ranks, seq = self.group.size(), len(indices_s) * self.group.size()
+        dense = is_dense(indices_s.device, dtype)
         if document_ids_Bs is None:
-            return causal
-        return causal & (
-            document_ids_Bs.unsqueeze(2) == self.gather(document_ids_Bs.unsqueeze(2)).squeeze(2).unsqueeze(1)
-        )
+            keys = torch.arange(seq, device=indices_s.device)
+            return (keys <= indices_s.unsqueeze(1)).unsqueeze(0) if dense else pieces(seq, ranks, self.group.rank())
+        documents_BS = self.gather(document_ids_Bs.unsqueeze(2)).squeeze(2)
+        if not dense:
+            return document_blocks(indices_s, document_ids_Bs, documents_BS)
+        causal = torch.arange(seq, device=indices_s.device) <= indices_s.unsqueeze(1)
+        return causal & (document_ids_Bs.unsqueeze(2) == documents_BS.unsqueeze(1))
+
+
+def pieces(seq: int, ranks: int, rank: int) -> Pieces:
+    """Where a rank's two pieces of a sequence end."""
+    piece = seq // (2 * ranks)
+    return Pieces(((rank + 1) * piece, (2 * ranks - rank) * piece))

@@ -28,12 +28,15 @@ CHOICES = {torch.ops.aten.topk.default}
 PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch._higher_order_ops.flex_attention,
     torch.ops.aten._grouped_mm.default,
     torch.ops.titan_moe.grouped_linear.default,
+    torch.ops.torchtitan_ext.all_to_all.default,
 }
 
 

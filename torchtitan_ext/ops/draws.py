@@ -96,6 +96,11 @@ def sample(fraction: float, *key: Tensor | int, rows_B: Tensor, columns_S: Tenso
     return (bits_BS.flatten() < limit).nonzero().squeeze(1)
 
 
+def may_count(device: torch.device) -> bool:
+    """Whether the number of drawn elements may be looked at: not on a GPU, where the host would wait, nor when compiling."""
+    return device.type in ("cpu", "meta") and not torch.compiler.is_compiling()
+
+
 def padded_sample(
     fraction: float, *key: Tensor | int, rows_B: Tensor, columns_S: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -314,8 +314,8 @@ def squared_span_projections(gram_TKK: Tensor) -> Tensor:
     tokens, k, _ = gram_TKK.shape
     if k == 1 or tokens == 0:
         return gram_TKK.sum((1, 2)) * 0.0
-    others = torch.tensor([[b for b in range(k) if b != a] for a in range(k)], device=gram_TKK.device)
     rows = torch.arange(k, device=gram_TKK.device).unsqueeze(1)
+    others = rows[:-1, 0] + (rows[:-1, 0] >= rows)  # row a: the indices without a
     g = gram_TKK[:, rows, others]
     h = gram_TKK[:, others.unsqueeze(2), others.unsqueeze(1)]
     inverse = torch.linalg.pinv(h, hermitian=True, rtol=10 * k * torch.finfo(h.dtype).eps)

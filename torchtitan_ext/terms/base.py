@@ -195,6 +195,8 @@ class Sizes(NamedTuple):
     """Bytes of a number in the dtype of losses and reductions."""
     forwards: int
     """Forward passes of a block for one backward pass: 2 when activations are recomputed."""
+    exchanges: int
+    """Times that rows go to experts and home again for one backward pass: 2 when whole blocks are recomputed."""
     moe_layers: int
     """MoE layers of this rank."""
     experts: int

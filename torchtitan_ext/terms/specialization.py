@@ -186,8 +186,6 @@ class Specialization(Term):
         """Method "sample": the tokens (N,) whose activations are used, and their weights."""
         if self.options.method != "sample":
             return None
-        import torch
-
         from torchtitan_ext.ops import draws
 
         weights_T, fraction = tokens.weights.flatten(), self.options.sample_fraction
@@ -197,7 +195,7 @@ class Specialization(Term):
             "columns_S": tokens.sequence_positions,
             "device": weights_T.device,
         }
-        if weights_T.device.type in ("cpu", "meta") and not torch.compiler.is_compiling():
+        if draws.may_count(weights_T.device):
             chosen_N = draws.sample(fraction, *key, **positions)
             return chosen_N, weights_T.index_select(0, chosen_N) / fraction
         chosen_N, drawn_N = draws.padded_sample(fraction, *key, **positions)
@@ -285,17 +283,16 @@ class Specialization(Term):
         options, s = self.options, sizes
         fraction = options.sample_fraction if options.method == "sample" else 1.0
         rows = int(fraction * s.rows)
-        trips = s.forwards + (
-            1 if self.weighted else 0
-        )  # to the tokens' ranks in every forward pass; the gradient back
+        trips = s.exchanges + (1 if self.weighted else 0)  # to the tokens' ranks; the gradient back
         if options.method == "sketch":
             sketch = options.sketch_dim * s.compute + s.exact
-            sent, keys = s.rows * trips * sketch, s.forwards * s.rows * 4
+            sent, keys = s.rows * trips * sketch, s.exchanges * s.rows * 4
             summed = s.rows * sketch
         else:
             sent = rows * trips * s.hidden * s.compute
             # One byte a row: is it wanted; and how many are, per expert.
-            keys = s.forwards * (s.rows + s.experts * COUNT_BYTES) if options.method == "sample" else 0
+            wanted = s.exchanges * s.rows + s.forwards * s.experts * COUNT_BYTES
+            keys = wanted if options.method == "sample" else 0
             summed = rows * s.top_k * s.exact
         if s.ep > 1:
             yield Line("all-to-all", "sp: activations", s.steps * s.moe_layers * (sent + keys))
