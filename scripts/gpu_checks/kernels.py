@@ -1,11 +1,13 @@
 """The MoE layer with this package's own kernels, and with PyTorch's operations in their place.
 
-`torchtitan_ext/ops/select.py` knows the modules that have kernels. A module's environment variable (its `SWITCH`, else
-TITAN_MOE_KERNELS) set to 0 turns them off. It is read once, so each side runs in a process of its own.
+`torchtitan_ext/ops/select.py` knows which kernels there are for a device, and the environment variable
+TITAN_MOE_KERNELS set to 0 turns them off. It is read once, so each side runs in a process of its own.
 """
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -32,24 +34,25 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 TIMED = torch.bfloat16
-
-
-def switches() -> set[str]:
-    """Environment variables that turn kernels off."""
-    return {getattr(module, "SWITCH", "TITAN_MOE_KERNELS") for module in select.KERNELS}
+OFF = {"TITAN_MOE_KERNELS": "0"}
 
 
 def operations(device: torch.device) -> list[str]:
-    """`module.operation` of every kernel that would run on this device, for some type of a (64, 64) tensor."""
+    """`module.operation` of the kernels that would run on this device, for some type of a (64, 64) tensor; of the Triton
+    kernels the modules."""
     found = []
+    examples = [torch.ones(64, 64, device=device).to(t) for t in (torch.float32, torch.bfloat16, torch.int64)]
     for module in select.KERNELS:
         for name, function in vars(module).items():
             own = callable(function) and getattr(function, "__module__", "") == module.__name__
             if not own or name.startswith("_") or name in ("library", "supports"):
                 continue
-            examples = [torch.ones(64, 64, device=device).to(t) for t in (torch.float32, torch.bfloat16, torch.int64)]
             if any(module.supports(name, example) for example in examples):
                 found.append(f"{module.__name__.rpartition('.')[2]}.{name}")
+    fused = getattr(select, "fused", None)
+    if fused is not None and any(fused(example) for example in examples):
+        folder = importlib.import_module("torchtitan_ext.kernels").__path__
+        found += [f"kernels.{module.name}" for module in pkgutil.iter_modules(folder) if module.name != "operators"]
     return found
 
 
@@ -91,14 +94,13 @@ def stage(report: Report) -> None:
     if not names:
         report.line(f"No kernel of ops/select.py runs on this device ({report.device.type}).")
         return
-    variables = dict.fromkeys(switches(), "0")
-    report.line(f"Kernels: {', '.join(names)}. Off: {' '.join(f'{name}=0' for name in sorted(variables))}.")
+    report.line(f"Kernels: {', '.join(names)}.")
     report.table("terms", "type", "output", "terms", "gradient", "ms on", "ms off", "on / off", "GiB on", "GiB off")
     with tempfile.TemporaryDirectory() as name:
         on, off = Path(name) / "on", Path(name) / "off"
-        times_on, times_off = side(report, on, {}), side(report, off, variables)
+        times_on, times_off = side(report, on, {}), side(report, off, OFF)
         if times_off["operations"]:
-            raise RuntimeError(f"{variables} leaves {times_off['operations']} on")
+            raise RuntimeError(f"{OFF} leaves {times_off['operations']} on")
         for (label, _), (dtype, tolerance) in ((arm, one) for arm in ARMS.items() for one in TOLERANCE.items()):
             outcomes = zip(*(torch.load(folder / f"{label}-{dtype}") for folder in (on, off)), strict=True)
             errors = [report.equal(error(found, wanted), tolerance) for found, wanted in outcomes]

@@ -25,6 +25,11 @@ PEERS: dict[str, tuple[str, Build]] = {
 }
 
 
+def backend_of(report: Report) -> str:
+    """Inductor needs a C++ compiler and half a minute per layer on a CPU; a toy checks the graphs and no more."""
+    return "aot_eager" if report.toy else "inductor"
+
+
 def stage(report: Report) -> None:
     """Eager at all sizes first, then compiled, as compiling takes long and the stage may be stopped."""
     builds: dict[str, Build] = dict(OURS)
@@ -34,8 +39,7 @@ def stage(report: Report) -> None:
         else:
             builds[label] = build
     counts = [128] if report.toy else [65536, 16384]
-    # Inductor needs a C++ compiler and half a minute per layer on a CPU; the toy checks the graphs and no more.
-    backends = {"eager": "", "compiled": "aot_eager" if report.toy else "inductor"}
+    backends = {"eager": "", "compiled": backend_of(report)}
     report.table("scale", "tokens", "layer", "mode", "ms", "TFLOP/s", "peak GiB beyond weights and input")
     best: dict[tuple[str, str], float] = {}
     for mode, count, name in itertools.product(backends, counts, GEOMETRIES[: 1 if report.toy else 3]):

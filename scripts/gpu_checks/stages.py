@@ -32,6 +32,7 @@ STAGES = {
         Stage("ranks", "Expert parallelism, FSDP and sums on one rank", 30, "all_to_all.stage"),
         Stage("syncs", "Host waits for the device", 35, "syncs.stage"),
         Stage("kernels", "Our kernels on and off", 40, "kernels.stage"),
+        Stage("compiled", "The MoE layer compiled and eager", 30, "compiled.stage"),
         Stage("step", "A training step with and without sp and cp", 90, "step.stage"),
         Stage("peers", "A training step against other libraries'", 60, "step.peers"),
         Stage("profile", "The dearest kernels of a step", 25, "step.profile"),

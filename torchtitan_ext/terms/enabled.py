@@ -161,6 +161,8 @@ class Terms:
         """
         import torch
 
+        from torchtitan_ext.carry import Carry
+
         dtype, experts = carry.terms.dtype, view.scores_TE.shape[-1]
         widths = [term.carried_width(experts) for term in self.terms]
         previous = carry.previous.split(widths, dim=1) if sum(widths) else [None] * len(widths)
@@ -186,9 +188,9 @@ class Terms:
             sums = torch.select_scatter(carry.sums, columns.to(carry.sums.dtype), 0, view.layer)
         carried = [term.carried(view) for term, width in zip(self.terms, widths, strict=True) if width]
         after = carried[0] if len(carried) == 1 else torch.cat(carried, dim=1) if carried else carry.previous
-        return carry._replace(
-            terms=carry.terms + torch.stack(values) if values else carry.terms, previous=after, counts=counts, sums=sums
-        )
+        # Not `carry._replace`: compiled by torch 2.11, it returns an empty tuple.
+        terms = carry.terms + torch.stack(values) if values else carry.terms
+        return Carry(terms, after, counts, sums)
 
 
 def token_measures(view: LayerView) -> dict[str, Tensor]:
