@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.commands import environment, titan_moe
 from tests.helpers.random_runs import STEP, VARIANTS, WITHOUT_ARCHITECTURE, random_model, settings, write_run
@@ -139,6 +140,48 @@ def test_a_model_that_no_architecture_computes_is_refused_with_two_ways_out(vari
     with pytest.raises(UserError, match=r"no architecture .* --format gguf.*--model\.moe\.score=sigmoid"):
         verb("export", str(path), "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "form", "line"),
+    [
+        ("safetensors.torch", "hf", "package 'safetensors' is not installed: pip install 'titan-moe[hf]'"),
+        ("tokenizers", "hf", "package 'tokenizers' is not installed: pip install 'titan-moe[hf]'"),
+        ("gguf", "gguf", "package 'gguf' is not installed: pip install 'titan-moe[gguf]'"),
+    ],
+)
+def test_a_missing_package_is_one_line_that_names_the_extra(
+    module: str, form: str, line: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # Python then raises ImportError for it
+    with pytest.raises(UserError) as caught:
+        verb("export", str(run), "--format", form, "--out", str(tmp_path / "out"))
+    assert str(caught.value) == line
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_directory_where_one_is_may_be_the_target(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert verb("export", str(run), "--out", ".") == 0
+    assert (tmp_path / "here" / "config.json").exists()
+    with pytest.raises(UserError, match="is a directory that is not empty"):
+        verb("export", str(run), "--out", str(tmp_path / "here"))
+
+
+def test_a_float64_checkpoint_is_rounded_once(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    network = random_model(settings({}), biased=False, dtype=torch.float64)
+    with torch.no_grad():
+        network.embedding.mul_(1 + 2**-40)
+    path = write_run(tmp_path, network, "float64")
+    assert verb("export", str(path), "--out", str(tmp_path / "out")) == 0
+    (first, *_) = sorted((tmp_path / "out").glob("*.safetensors"))
+    (embedding,) = load_file(first).values()
+    assert torch.equal(embedding, network.embedding.to(torch.float32))
 
 
 def test_it_prints_the_architecture_and_a_mistake_is_exit_status_2(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from titan_moe.config.load import world_size_from_environment
 from titan_moe.errors import UserError
-from titan_moe.runtime.files import own_folder
+from titan_moe.runtime.files import refuse_link
 from titan_moe.verbs.arguments import add_number, path_argument
 
 DTYPES = {"hf": ("float32", "bfloat16"), "gguf": ("f32", "f16", "bf16", "q8_0")}
@@ -61,4 +61,6 @@ def run(arguments: Namespace) -> int:
 def default_target(run: Path, step: int, form: str, dtype: str) -> Path:
     """Where an export of a run goes when the user names no place."""
     name = f"step-{step:08d}-{dtype}"
-    return own_folder(run, "export") / (name if form == "hf" else f"{name}.gguf")
+    folder = run / "export"
+    refuse_link(folder)
+    return folder / (name if form == "hf" else f"{name}.gguf")

@@ -15,7 +15,7 @@ MEASURES = {"loss": "validation loss (nats per token)", "perplexity": "perplexit
 
 
 def model_card(source: Source, form: str) -> str:
-    """README.md of an export. form: what the files are, such as "GGUF in q8_0"."""
+    """README.md of an export. form: what the files are."""
     state, model, moe = source.state, source.model, source.model.moe
     shown = {name: without_none(state.config[name]) for name in TABLES if name in state.config}
     if "regularizers" in shown:
@@ -83,10 +83,10 @@ def used_terms(regularizers: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def without_none(table: dict[str, Any]) -> dict[str, Any]:
-    """A table as TOML can have it."""
-    return {
-        name: without_none(value) if isinstance(value, dict) else value
-        for name, value in table.items()
-        if value is not None
-    }
+def without_none(value: Any) -> Any:
+    """A value as TOML can have it."""
+    if isinstance(value, dict):
+        return {name: without_none(inside) for name, inside in value.items() if inside is not None}
+    if isinstance(value, list):
+        return [without_none(inside) for inside in value if inside is not None]
+    return value

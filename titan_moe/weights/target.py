@@ -1,6 +1,7 @@
 """A new file or directory: written under another name beside it, then renamed, so that it is complete or absent."""
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -34,16 +35,17 @@ def written_beside(path: Path, is_folder: bool) -> Iterator[Path]:
 
     Raises UserError for a target that is taken, and when the disk is full or can't be written."""
     check_target(path, is_folder)
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}")
+    target = Path(os.path.abspath(path))  # "." and ".." have no name
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if is_folder:
             temporary.mkdir()
         yield temporary
         for file in temporary.iterdir() if is_folder else [temporary]:
             fsync_file(file)
-        temporary.rename(path)
-        fsync_folder(path.parent)
+        temporary.rename(target)
+        fsync_folder(target.parent)
     except BaseException as error:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
