@@ -20,9 +20,9 @@ PICTURE = ROOT / "docs" / "images" / "architecture.png"
 
 # Rows of folders of titan_moe/ from top to bottom. A folder imports folders of lower rows only.
 ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
-    (("verbs", "train, plan, inspect, report, sweep, place, prepare"),),
+    (("verbs", "train, plan, inspect, report, sweep, place, prepare, export"),),
     (("analysis", "what the experts do: measures, pages, sweeps"),),
-    (("train", "the training loop, logging, validation"),),
+    (("train", "the training loop, logging, validation"), ("weights", "for other programs")),
     (("checkpoint", "save, resume"), ("estimate", "memory, traffic")),
     (
         ("parallel", "FSDP, expert, context, pipeline, tensor"),
