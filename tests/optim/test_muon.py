@@ -123,6 +123,7 @@ def test_an_expert_without_gradient_only_decays() -> None:
 
 def test_only_hidden_matrices_are_muons() -> None:
     words = ["--optimizer.name=muon", *DEEPSEEK, "--model.tie_embeddings=false", "--model.qk_norm=true"]
+    words += ["--model.moe.shared_gate=true", "--model.qkv_bias=true"]
     config = config_of(words, 1)
     model = build_model(config, VOCABULARY, mesh_of(config, 1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -132,7 +133,11 @@ def test_only_hidden_matrices_are_muons() -> None:
     assert by_adamw | set(by_muon) == set(names.values())
     assert not by_adamw & set(by_muon)
     assert {"embedding", "output.weight", "norm.weight", "layers.1.moe.router.weight"} <= by_adamw
-    assert all(name in ("embedding", "output.weight") or "norm" in name or "router" in name for name in by_adamw)
+    others = ("embedding", "output.weight", "norm", "router", "shared_gate", "bias")
+    assert all(any(part in name for part in others) for name in by_adamw)
+    decayed = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decayed["layers.1.moe.shared_gate.weight"] == decayed["layers.1.moe.router.weight"] == 0.1
+    assert decayed["layers.0.attention.q_norm.weight"] == decayed["layers.0.attention.wq.bias"] == 0
     assert "layers.0.attention.q_norm.weight" in by_adamw
     for block in ("layers.0", "layers.1"):
         assert [by_muon[f"{block}.attention.{w}.weight"] for w in ("wq", "wk", "wv", "wo")] == [8, 8, 8, 0]

@@ -26,7 +26,7 @@ def parameters_at_least(model: Model) -> int:
     """Parameters of the matrices, without an embedding whose size the tokenizer decides."""
     moe = model.moe
     attention = 2 * model.dim * model.head_width * (model.heads + (model.kv_heads or model.heads))
-    dense = 3 * model.dim * moe.hidden_dim * (moe.top_k + moe.shared_experts)
+    dense = 3 * model.dim * moe.dense_width
     sparse = 3 * model.dim * moe.hidden_dim * (moe.experts + moe.shared_experts) + model.dim * moe.experts
     layers = (
         model.layers * attention + moe.first_dense_layers * dense + (model.layers - moe.first_dense_layers) * sparse

@@ -13,7 +13,7 @@ from titan_moe.checkpoint.expert_order import permute_experts, read_order
 from titan_moe.checkpoint.resume import damage
 from titan_moe.checkpoint.run_dir import newest_of
 from titan_moe.checkpoint.state import State, dump, read_state
-from titan_moe.config.tables import Config
+from titan_moe.config.tables import Config, MoE
 from titan_moe.errors import UserError
 from titan_moe.model.init import draw, local_part
 from titan_moe.model.transformer import Transformer
@@ -75,7 +75,7 @@ def check_dense(saved: dict[str, Any], config: Config, origin: str) -> None:
         raise UserError(f"{origin}: a checkpoint of another model: {different[0]} differs")
     if dense["first_dense_layers"] != saved["layers"]:
         raise UserError(f"{origin}: not a dense model: its model.moe.first_dense_layers is not its model.layers")
-    width = dense["hidden_dim"] * (dense["top_k"] + dense["shared_experts"])
+    width = MoE.model_validate(dense).dense_width
     if width != wanted["hidden_dim"]:
         raise UserError(f"{origin}: its layers are {width} wide; model.moe.hidden_dim must be {width} to copy them")
 

@@ -38,12 +38,26 @@ def check_model(config: Config, origin: Origin) -> None:
         raise UserError(
             f"{origin('model.head_dim')}: rotary embeddings need an even head width, not {model.head_width}"
         )
+    if model.rotary_width % 2 or model.rotary_width == 0:
+        raise UserError(
+            f"{origin('model.rope_fraction')} = {model.rope_fraction}: rotary embeddings turn pairs of elements, and that "
+            f"share of a head of {model.head_width} is {model.rotary_width}; choose a fraction that gives an even number"
+        )
     if model.kv_heads and model.heads % model.kv_heads:
         raise UserError(f"{origin('model.kv_heads')} = {model.kv_heads} does not divide model.heads = {model.heads}")
     if moe.first_dense_layers > model.layers:
         raise UserError(
             f"{origin('model.moe.first_dense_layers')} = {moe.first_dense_layers} "
             f"is more than model.layers = {model.layers}"
+        )
+    if moe.dense_hidden_dim and not moe.first_dense_layers:
+        raise UserError(
+            f"{origin('model.moe.dense_hidden_dim')} = {moe.dense_hidden_dim}: the model has no dense layer; "
+            "set model.moe.first_dense_layers, or this to 0"
+        )
+    if moe.shared_gate and not moe.shared_experts:
+        raise UserError(
+            f"{origin('model.moe.shared_gate')}: the model has no shared expert; set model.moe.shared_experts, or this to false"
         )
 
 
@@ -55,8 +69,9 @@ def check_sizes(config: Config, origin: Origin) -> None:
     tokens = {"training.batch_size": training.batch_size, "training.seq_len": training.seq_len}
     heads = {"model.heads": model.heads, "model.head_dim": model.head_width}
     experts = {"model.moe.experts": moe.experts, "model.moe.hidden_dim": moe.hidden_dim}
-    dense = {"model.moe.hidden_dim": moe.hidden_dim, "model.moe.shared_experts": moe.shared_experts + moe.top_k}
-    for other in (vocabulary, tokens, heads, experts, dense):
+    active = {"model.moe.hidden_dim": moe.hidden_dim, "model.moe.shared_experts": moe.shared_experts + moe.top_k}
+    dense = {"model.moe.dense_hidden_dim": moe.dense_width}
+    for other in (vocabulary, tokens, heads, experts, active, dense):
         sizes = other | width
         if math.prod(sizes.values()) > LARGEST_TENSOR:
             largest = max(sizes, key=lambda key: sizes[key])
@@ -120,8 +135,10 @@ def check_float8(config: Config, origin: Origin) -> None:
     model, tp = config.model, config.parallelism.tp
     sizes = {"model.dim": model.dim, "queries: model.heads * head_dim": model.heads * model.head_width}
     sizes["keys and values: model.kv_heads * head_dim"] = (model.kv_heads or model.heads) * model.head_width
-    if model.moe.shared_experts or model.moe.first_dense_layers:
+    if model.moe.shared_experts or (model.moe.first_dense_layers and not model.moe.dense_hidden_dim):
         sizes["model.moe.hidden_dim"] = model.moe.hidden_dim
+    if model.moe.dense_hidden_dim:
+        sizes["model.moe.dense_hidden_dim"] = model.moe.dense_hidden_dim
     for name, size in sizes.items():
         part = size if name == "model.dim" else size // tp
         if part % FLOAT8_MULTIPLE:

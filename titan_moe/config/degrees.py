@@ -116,6 +116,8 @@ def check_tensor_parallel(config: Config, tp: int, origin: Origin) -> None:
         "model.moe.hidden_dim": model.moe.hidden_dim,
         "model.vocab_size": model.vocab_size or config.tokenizer.vocab_size,
     }
+    if model.moe.dense_hidden_dim:
+        sizes["model.moe.dense_hidden_dim"] = model.moe.dense_hidden_dim
     for key, size in sizes.items():
         if size % tp:
             raise UserError(

@@ -5,8 +5,9 @@ python -m titan_moe.config.describe > titan_moe/config/schema.json      updates 
 
 import json
 import textwrap
+from collections.abc import Iterator
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import tomli_w
 from pydantic.fields import FieldInfo
@@ -31,10 +32,8 @@ def options_help(width: int = 110) -> str:
 def type_name(field: FieldInfo) -> str:
     """A field's type with its bounds, for example "int, >= 1" or '"softmax" | "sigmoid"'."""
     annotation: Any = field.annotation
-    if get_origin(annotation) is Literal:
-        return " | ".join(json.dumps(choice) for choice in get_args(annotation))
-    if isinstance(annotation, UnionType):
-        return " | ".join(getattr(part, "__name__", str(part)) for part in get_args(annotation))
+    if get_origin(annotation) in (Literal, Union, UnionType):
+        return " | ".join(choices(annotation))
     name = annotation.__name__
     if get_origin(annotation) is list:
         (item,) = get_args(annotation)  # Annotated[int, ...] for a bounded number
@@ -42,6 +41,17 @@ def type_name(field: FieldInfo) -> str:
     bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [f"{bounds[k]} {getattr(m, k)}" for m in field.metadata for k in bounds if hasattr(m, k)]
     return ", ".join([name, *limits])
+
+
+def choices(annotation: Any) -> Iterator[str]:
+    """The types and values of a union or a Literal."""
+    for part in get_args(annotation):
+        if get_origin(annotation) is Literal:
+            yield json.dumps(part)
+        elif get_origin(part) is Literal:
+            yield from choices(part)
+        else:
+            yield getattr(part, "__name__", str(part))
 
 
 def json_schema() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import tomli
 from pydantic import BaseModel, ValidationError
@@ -224,7 +224,7 @@ def override_value(key: str, raw: str) -> Any:
     if get_origin(kind) is list and not text.startswith("["):
         parts = [part.strip() for part in text.split(",") if part.strip()]
         return parts if kind == list[str] else [toml_value(part) for part in parts]
-    if kind is bool and text.lower() in ("true", "false"):
+    if (kind is bool or bool in get_args(kind)) and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if kind in (int, float) and NUMBER.fullmatch(text):
         value = float(text)
@@ -330,7 +330,11 @@ def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) 
         return config_class().model_validate(values)
     except ValidationError as error:
         mistake = error.errors(include_url=False)[0]
-    parts = [str(part) for part in mistake["loc"] if not str(part).startswith(("list[", "str", "function-"))]
+    parts = [
+        str(part)
+        for part in mistake["loc"]
+        if not str(part).startswith(("list[", "str", "bool", "literal[", "function-"))
+    ]
     # Inside a list or a union pydantic's location is longer than the key: take its longest prefix that has an origin.
     key = ".".join(parts)
     known = [".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in origins]

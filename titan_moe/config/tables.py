@@ -63,13 +63,22 @@ class MoE(Table):
     shared_experts: NaturalInt = 0
     """Experts of the same width that every token passes through, beside the routed ones (DeepSeekMoE)."""
     first_dense_layers: NaturalInt = 0
-    """The first layers that get one dense SwiGLU, as wide as the active experts together, in place of an MoE."""
+    """The first layers that get one dense SwiGLU in place of an MoE."""
+    dense_hidden_dim: NaturalInt = 0
+    """Hidden width of these dense layers; 0: that of the active experts together, (top_k + shared_experts) * hidden_dim."""
+    shared_gate: bool = False
+    """Multiply the shared experts' output by the sigmoid of a linear map of x (Qwen2-MoE); needs shared_experts."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """How router logits become routing scores."""
     normalize_topk: bool = False
     """Divide the gate weights of the chosen experts by their sum."""
     route_scale: Positive = 1.0
     """Factor on the gate weights."""
+
+    @property
+    def dense_width(self) -> int:
+        """`dense_hidden_dim`, or its default."""
+        return self.dense_hidden_dim or self.hidden_dim * (self.top_k + self.shared_experts)
 
 
 class Model(Table):
@@ -85,10 +94,14 @@ class Model(Table):
     """Key and value heads (grouped-query attention); 0: as many as query heads."""
     head_dim: NaturalInt = 0
     """Width of a head; 0: dim / heads."""
-    qk_norm: bool = False
-    """RMSNorm on every head's queries and keys."""
+    qk_norm: bool | Literal["projection"] = False
+    """RMSNorm on queries and keys: on every head's, or over all heads together (\"projection\", as in OLMoE)."""
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values (Qwen2)."""
     rope_theta: Positive = 10000.0
     """Base of the rotary position embedding."""
+    rope_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of a head's width, from its start, that the rotary position embedding turns (GLM-4: 0.5)."""
     norm_eps: Positive = 1e-5
     """Epsilon of RMSNorm."""
     tie_embeddings: bool = True
@@ -103,6 +116,11 @@ class Model(Table):
     def head_width(self) -> int:
         """`head_dim`, or its default."""
         return self.head_dim or self.dim // self.heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Elements of a head that the rotary position embedding turns."""
+        return int(self.head_width * self.rope_fraction)
 
 
 class Regularizers(Table):

@@ -141,8 +141,11 @@ def saved_activations(config: Config, degrees: Degrees) -> int:
     """
     mode = config.activation_checkpoint.mode
     one, two = (_saved(config, degrees, layers, mode) for layers in (1, 2))
-    # A dense first layer counts like the others: it has as many hidden units as an MoE layer has active ones.
+    # A dense first layer counts like the others: it has as many hidden units as an MoE layer has active ones, ...
     total = one + (two - one) * (config.model.layers - 1)
+    if config.model.moe.dense_hidden_dim:  # ... unless the configuration gives it a width of its own.
+        with_dense = _saved(config, degrees, 2, mode, dense=1)
+        total += (with_dense - two) * config.model.moe.first_dense_layers
     if mode == "full":  # the block that is recomputed last is there as a whole
         first, second = (_saved(config, degrees, layers, "none") for layers in (1, 2))
         total += second - first
@@ -164,10 +167,11 @@ class _TokenShards(TPComm):
         return x.chunk(self.tp, dim=1)[0]
 
 
-def _saved(config: Config, degrees: Degrees, layers: int, mode: str) -> int:
+def _saved(config: Config, degrees: Degrees, layers: int, mode: str, dense: int = 0) -> int:
     model, tp = config.model, degrees.tp
     heads, kv_heads = model.heads // tp, (model.kv_heads or model.heads) // tp
-    moe = model.moe.model_copy(update={"hidden_dim": model.moe.hidden_dim // tp, "first_dense_layers": 0})
+    widths = {"hidden_dim": model.moe.hidden_dim // tp, "dense_hidden_dim": model.moe.dense_hidden_dim // tp}
+    moe = model.moe.model_copy(update={**widths, "first_dense_layers": dense})
     size = {"layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": model.head_width, "moe": moe}
     with torch.device("meta"):
         network = Transformer(model.model_copy(update=size), terms_of(config), getattr(torch, config.training.dtype))

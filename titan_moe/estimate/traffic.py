@@ -135,7 +135,8 @@ def tensor(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
     scatters = blocks * (s.forwards + 1 + 2) + 1
     outputs = needs.outputs * layers * s.forwards * settings.moe.top_k * whole
     activations = needs.activations * layers * s.forwards * s.rows * s.hidden * s.compute
-    gates = layers * s.tokens * settings.moe.top_k * s.exact
+    gates = layers * s.tokens * (settings.moe.top_k + settings.moe.shared_gate) * s.exact
+    squares = blocks * (s.forwards + 1) * 2 * s.tokens * s.exact if settings.qk_norm == "projection" else 0
     head = head_here * (whole + 3 * s.tokens * s.exact)
     return [
         Line("all-gather", "tokens to products", s.steps * gathers * own),
@@ -143,6 +144,7 @@ def tensor(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
         Line("all-reduce", "expert outputs for terms", s.steps * outputs),
         Line("all-gather", "activations for terms", s.steps * activations),
         Line("all-reduce", "gradients of gate weights", s.steps * gates),
+        Line("all-reduce", "squared lengths of queries and keys", s.steps * squares),
         Line("all-reduce", "head", s.steps * head),
         Line("all-reduce", "norms' gradients", sum(local(weight).numel() for weight in norms(model)) * s.exact),
     ]

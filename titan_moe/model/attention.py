@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_moe.config.tables import Model
-from titan_moe.model.gemm import Linear, product_dtype
+from titan_moe.model.comm import SINGLE_RANK, TPComm
+from titan_moe.model.gemm import Linear, local, product_dtype
 from titan_moe.model.masks import Mask, attend
 from torchtitan_ext.dtypes import accumulation_dtype
 
@@ -29,15 +30,48 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(dtype), weight.shape, weight, self.eps).to(x.dtype)
 
 
-def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, each (B, S, 1, d/2). Source: RoFormer, Eq. 34, with halves for pairs."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BS.device) / head_dim
+class ProjectionNorm(nn.Module):
+    """RMSNorm over all heads' queries or keys together (OLMoE, Muennighoff et al. 2409.02060), in at least float32.
+
+    Under tensor parallelism a rank has some of the heads and their weights; squared lengths are summed over the ranks.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.comm: TPComm = SINGLE_RANK
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_BSN: Tensor) -> Tensor:
+        """N: this rank's part of the `width` elements."""
+        dtype = accumulation_dtype(x_BSN.dtype)
+        x, weight = x_BSN.to(dtype), local(self.weight).to(x_BSN.dtype).to(dtype)  # rounded as in RMSNorm
+        # Every rank's elements depend on the sum, so its gradient is summed over the ranks too.
+        squares = self.comm.copy_to_tp(self.comm.reduce_from_tp(x.square().sum(-1, keepdim=True)))
+        return (x * torch.rsqrt(squares / self.width + self.eps) * weight).to(x_BSN.dtype)
+
+
+def qk_norm(model: Model, heads: int) -> RMSNorm | ProjectionNorm | None:
+    """The norm of the queries or keys of so many heads, if the model has one."""
+    if model.qk_norm == "projection":
+        return ProjectionNorm(heads * model.head_width, model.norm_eps)
+    return RMSNorm(model.head_width, model.norm_eps) if model.qk_norm else None
+
+
+def rotary_tables(positions_BS: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, each (B, S, 1, width / 2). width: elements of a head that are turned.
+
+    Source: RoFormer, Eq. 34, with halves for pairs."""
+    exponent = torch.arange(0, width, 2, dtype=torch.float64, device=positions_BS.device) / width
     angles = positions_BS.to(torch.float64).unsqueeze(-1) * theta**-exponent
     return angles.cos().to(dtype).unsqueeze(2), angles.sin().to(dtype).unsqueeze(2)
 
 
 def rotate(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x_j, x_{j + d/2}) by their angle."""
+    """Rotates the pairs (x_j, x_{j + w/2}) of the first w elements by their angle, where the tables have w/2 columns."""
+    width = 2 * cos.shape[-1]
+    if width < x_BSHd.shape[-1]:
+        return torch.cat([rotate(x_BSHd[..., :width], cos, sin), x_BSHd[..., width:]], dim=-1)
     first, second = x_BSHd.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BSHd.dtype)
 
@@ -48,12 +82,12 @@ class Attention(nn.Module):
         self.heads = model.heads
         self.kv_heads = model.kv_heads or model.heads
         self.head_dim = model.head_width
-        self.wq = Linear(model.dim, self.heads * self.head_dim)
-        self.wk = Linear(model.dim, self.kv_heads * self.head_dim)
-        self.wv = Linear(model.dim, self.kv_heads * self.head_dim)
+        self.wq = Linear(model.dim, self.heads * self.head_dim, model.qkv_bias)
+        self.wk = Linear(model.dim, self.kv_heads * self.head_dim, model.qkv_bias)
+        self.wv = Linear(model.dim, self.kv_heads * self.head_dim, model.qkv_bias)
         self.wo = Linear(self.heads * self.head_dim, model.dim)
-        self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
+        self.q_norm = qk_norm(model, self.heads)
+        self.k_norm = qk_norm(model, self.kv_heads)
         self.gather: Callable[[Tensor], Tensor] | None = None
         """All-gathers keys and values over ranks (parallel/context.py); None: this rank has whole sequences."""
         self.gathered_width = 2 * self.kv_heads * self.head_dim
@@ -66,8 +100,11 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
         """(B, S, D) -> (B, S, D). mask: see masks.py; None: causal."""
         batch, seq, _ = x_BSD.shape
-        q, k, v = (w(x_BSD).view(batch, seq, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
+        if isinstance(self.q_norm, ProjectionNorm) and isinstance(self.k_norm, ProjectionNorm):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.view(batch, seq, -1, self.head_dim) for x in (q, k, v))
+        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if self.gather is not None:

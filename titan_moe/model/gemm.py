@@ -51,16 +51,18 @@ def full(weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A linear map without bias whose weight keeps its own type."""
+    """A linear map whose weight and bias, if it has one, keep their own type."""
 
-    def __init__(self, inner: int, outer: int) -> None:
+    def __init__(self, inner: int, outer: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outer, inner))
+        self.bias = nn.Parameter(torch.empty(outer)) if bias else None
         self.multiply: Callable[[Tensor, Tensor], Tensor] = linear
         """What stands in for the plain product (model/float8.py)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x, local(self.weight))
+        out = self.multiply(x, local(self.weight))
+        return out if self.bias is None else out + local(self.bias).to(x.dtype)
 
 
 def grouped_linear(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:

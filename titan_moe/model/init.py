@@ -4,7 +4,7 @@ keyed by (seed, global name, expert) and on the CPU, so that a rank draws only i
 Matrices are normal with variance 1 / fan-in, cut off at three deviations, so that a layer's outputs start near unit scale
 at any width (the router's logits too: a small constant would leave the routing of a narrow model uniform). What adds to the
 residual stream is divided by sqrt(2 * layers), as in GPT-2. The embedding has variance 1 / D: tied, it makes logits of
-unit scale.
+unit scale. Norms start at 1, biases at 0.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ def init_weights(model: Transformer, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             std = parameter.shape[-1] ** -0.5
             if name.endswith(RESIDUAL_OUTPUTS):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from titan_moe.config.tables import MoE
 from titan_moe.model.comm import SINGLE_RANK, TPComm
-from titan_moe.model.feed_forward import FeedForward
+from titan_moe.model.feed_forward import FeedForward, SharedGate
 from titan_moe.model.gemm import grouped_linear, local
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.dtypes import accumulation_dtype
@@ -281,6 +281,7 @@ class MoELayer(nn.Module):
         self.router = Router(dim, moe)
         self.experts = Experts(dim, moe)
         self.shared = FeedForward(dim, moe.hidden_dim * moe.shared_experts) if moe.shared_experts else None
+        self.shared_gate = SharedGate(dim) if moe.shared_gate else None
 
     def forward(self, x_TD: Tensor, carry: Carry, tokens: Tokens) -> tuple[Tensor, Carry, Tensor]:
         """Output (T, D), a partial sum under tensor parallelism; the carry with this layer added; the chosen experts (T, k)."""
@@ -302,7 +303,11 @@ class MoELayer(nn.Module):
         y_RD = experts.output(z_RF, routed.offsets_E)
         out_TD = self.dispatcher.combine(y_RD, routed)
         if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD)
+            shared_TD = self.shared(x_TD)
+            if self.shared_gate is not None:
+                factor_T1 = comm.copy_to_tp(self.shared_gate(comm.divide_gradient(x_TD)))
+                shared_TD = shared_TD * factor_T1.to(shared_TD.dtype)
+            out_TD = out_TD + shared_TD
 
         if terms.needs.activations:
             view = view._replace(z_RF=comm.gather_from_tp(rows.home(z_RF)))

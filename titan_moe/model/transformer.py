@@ -65,7 +65,7 @@ class Block(nn.Module):
         self.feed_forward: FeedForward | None = None
         self.moe: MoELayer | None = None
         if layer < moe.first_dense_layers:
-            self.feed_forward = FeedForward(model.dim, moe.hidden_dim * (moe.top_k + moe.shared_experts))
+            self.feed_forward = FeedForward(model.dim, moe.dense_width)
         else:
             self.moe = MoELayer(model.dim, moe, terms, layer - moe.first_dense_layers)
 
@@ -157,7 +157,7 @@ class Transformer(nn.Module):
         """Hidden states (B, S, D), carry, and chosen experts (T, k) per MoE layer. layers: which blocks; None: all."""
         settings = self.settings
         rotary = rotary_tables(
-            inputs.positions, settings.head_width, settings.rope_theta, accumulation_dtype(self.dtype)
+            inputs.positions, settings.rotary_width, settings.rope_theta, accumulation_dtype(self.dtype)
         )
         documents = inputs.document_ids if settings.document_mask else None
         mask = self.make_mask(inputs.sequence_positions, documents, self.dtype)

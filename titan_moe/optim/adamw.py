@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 1711.05101), PyTorch's fused kernel: matrices are decayed, routers too, norms are not."""
+"""AdamW (Loshchilov & Hutter 1711.05101), PyTorch's fused kernel: matrices and routers are decayed, norms and biases not."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any

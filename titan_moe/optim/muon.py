@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 A, B, C = 3.4445, -4.7750, 2.0315  # Jordan's quintic polynomial
 EPS = 1e-7
-BY_ADAMW = ("embedding", "output.weight", "router.weight")
+BY_ADAMW = ("embedding", "output.weight", "router.weight", "shared_gate.weight")
 BY_HEAD = ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight")
 
 
 class Muon(Table):
-    """Muon for hidden matrices, with optimizer.weight_decay; embedding, output head, routers and norms by AdamW."""
+    """Muon for hidden matrices, with optimizer.weight_decay; embedding, output head, routers and norms by AdamW,
+    as are biases and the shared experts' gate."""
 
     lr: Weight = 0.0
     """Peak learning rate of the hidden matrices; 0: optimizer.lr, which suits adjust_lr "match_rms_adamw"."""

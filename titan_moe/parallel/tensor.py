@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from titan_moe.model.attention import RMSNorm
+from titan_moe.model.attention import ProjectionNorm, RMSNorm
 from titan_moe.model.comm import TPComm
 from titan_moe.model.moe import MoELayer
 from titan_moe.model.transformer import Block, Transformer
@@ -132,15 +132,19 @@ SHARD_DIMENSIONS = {
     "attention.wq.weight": 0,
     "attention.wk.weight": 0,
     "attention.wv.weight": 0,
+    "attention.wq.bias": 0,
+    "attention.wk.bias": 0,
+    "attention.wv.bias": 0,
     "attention.wo.weight": 1,
-    "gate.weight": 0,
-    "up.weight": 0,
-    "down.weight": 1,
+    ".gate.weight": 0,
+    ".up.weight": 0,
+    ".down.weight": 1,
 }
 
 
 def shard_dimension(name: str) -> int | None:
-    """The dimension that a parameter is sharded in; None for parameters that are replicated (norms, routers)."""
+    """The dimension that a parameter is sharded in; None for parameters that are replicated (norms of whole tokens or of
+    single heads, routers)."""
     return next((dim for end, dim in SHARD_DIMENSIONS.items() if name.endswith(end)), None)
 
 
@@ -148,13 +152,13 @@ def apply_tensor_parallel(model: Transformer, tp: DeviceMesh) -> None:
     """Shards all weights but the experts' and sets the modules' communication points, in place."""
     comm = GroupTPComm(tp.get_group())
     for name, parameter in list(model.named_parameters()):
-        dim = shard_dimension(name)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        dim = 0 if isinstance(owner, ProjectionNorm) else shard_dimension(name)
         if dim is not None:
             sharded = distribute_tensor(parameter.detach(), tp, [Shard(dim)], src_data_rank=None)
-            owner = model.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], nn.Parameter(sharded))
     for module in model.modules():
-        if isinstance(module, (Transformer, Block, MoELayer)):
+        if isinstance(module, (Transformer, Block, MoELayer, ProjectionNorm)):
             module.comm = comm
 
 
