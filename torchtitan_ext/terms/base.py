@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from torchtitan_ext.collectives import Ranks
+    from torchtitan_ext.ops.router import RouterSums
 
 COUNT_BYTES = 8  # int64
 
@@ -118,6 +119,8 @@ class LayerView(NamedTuple):
     """(T, n), what this term's `carried` returned at the MoE layer before; zeros at the first."""
     observed: Any = None
     """What this term's `observe` returned."""
+    sums: RouterSums | None = None
+    """Functions of the router's logits that a kernel has computed already; None where PyTorch's operations route."""
 
     def detach(self) -> LayerView:
         """The same values without gradients. `observed` stays as it is: each `Term.observe` detaches it if not `weighted`."""
@@ -126,6 +129,8 @@ class LayerView(NamedTuple):
         tensors: dict[str, Any] = {
             name: value.detach() for name, value in self._asdict().items() if isinstance(value, torch.Tensor)
         }
+        if self.sums is not None:
+            tensors["sums"] = self.sums.detach()
         return self._replace(**tensors)
 
 
