@@ -3,6 +3,7 @@
 T tokens, F hidden width, D model width.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -21,6 +21,7 @@ from torchtitan_ext.carry import Carry
 from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.ops import select
 from torchtitan_ext.ops.response import response_through, safe_sqrt
+from torchtitan_ext.ops.router import RouterSums, choose_experts, route
 from torchtitan_ext.ops.routing import labelled_counts, normalize_scores
 from torchtitan_ext.terms import LayerView, Terms, Tokens
 
@@ -32,6 +33,8 @@ class Choice(NamedTuple):
     scores_TE: Tensor  # normalised to sum to 1
     topk_ids_TK: Tensor
     gates_TK: Tensor
+    sums: RouterSums | None = None
+    """Where one kernel computes it all."""
 
 
 class Router(nn.Module):
@@ -45,9 +48,16 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.experts, dim))
         self.register_buffer("expert_bias", torch.zeros(moe.experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor) -> Choice:
+    def forward(self, x_TD: Tensor, weights_T: Tensor | None = None) -> Choice:
+        """weights: of the tokens, for the sums."""
         dtype = accumulation_dtype(x_TD.dtype)
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        if weights_T is not None and select.fused(logits_TE):
+            moe = self.moe
+            topk_ids_TK = choose_experts(logits_TE, self.expert_bias, moe.top_k, moe.score)
+            options = (moe.score, moe.normalize_topk, moe.route_scale)
+            scores_TE, gates_TK, sums = route(logits_TE, topk_ids_TK, weights_T, *options)
+            return Choice(logits_TE, scores_TE, topk_ids_TK, gates_TK, sums)
         if self.moe.score == "softmax":
             log_scores_TE = logits_TE  # up to a constant per token
             raw_TE = scores_TE = logits_TE.softmax(-1)
@@ -286,7 +296,7 @@ class MoELayer(nn.Module):
     def forward(self, x_TD: Tensor, carry: Carry, tokens: Tokens) -> tuple[Tensor, Carry, Tensor]:
         """Output (T, D), a partial sum under tensor parallelism; the carry with this layer added; the chosen experts (T, k)."""
         comm, terms, experts = self.comm, self.terms, self.experts
-        choice = self.router(comm.divide_gradient(x_TD))
+        choice = self.router(comm.divide_gradient(x_TD), tokens.weights.flatten())
         probes = terms.probes(self.router.weight, self.layer, tokens)
         samples = terms.samples(self.layer, tokens)
         sampled_N = next(iter(samples.values()))[0] if len(samples) == 1 else None
@@ -322,7 +332,10 @@ class MoELayer(nn.Module):
     def view(self, choice: Choice, routed: Routed, tokens: Tokens) -> LayerView:
         """What terms see of the router's choice."""
         weights_T = tokens.weights.flatten()
-        counts_E = labelled_counts(choice.topk_ids_TK, choice.scores_TE.shape[1], weights_T)
+        if choice.sums is not None:
+            counts_E = choice.sums.counts_E
+        else:
+            counts_E = labelled_counts(choice.topk_ids_TK, choice.scores_TE.shape[1], weights_T)
         return LayerView(
             self.layer,
             tokens,

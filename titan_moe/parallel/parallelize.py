@@ -23,7 +23,7 @@ from titan_moe.parallel.runner import Runner
 from titan_moe.parallel.tensor import apply_tensor_parallel, sum_norm_gradients
 
 # Saved in every mode: a top-k tie that falls the other way in the recomputation would send rows to other experts.
-CHOICES = {torch.ops.aten.topk.default}
+CHOICES = {torch.ops.aten.topk.default, torch.ops.torchtitan_ext.choose_experts.default}
 # Saved in mode "selective": operations that are expensive to recompute.
 PRODUCTS = {
     torch.ops.aten.mm.default,

@@ -1,6 +1,6 @@
 """The kernels as operators torch.ops.torchtitan_ext.*, with fakes that give torch.compile and FakeTensors their shapes.
 
-They have no derivatives of their own. The autograd.Functions that call them do (torchtitan_ext/ops/swiglu.py,
+They have no derivatives of their own. The autograd.Functions that call them do (torchtitan_ext/ops/swiglu.py and router.py,
 titan_moe/model/moe.py): under torch.compile an operator of `Library.define` costs a sixth of a `custom_op` per call.
 """
 
@@ -146,4 +146,73 @@ _operator(
     "combine_backward(Tensor d_out, Tensor y, Tensor rows, Tensor gates) -> (Tensor, Tensor)",
     _combine_backward_fake,
     _combine_backward,
+)
+
+
+def _choose_fake(logits_TE: Tensor, bias_E: Tensor, top_k: int, sigmoid: bool) -> Tensor:  # noqa: ARG001 - the schema
+    return logits_TE.new_empty(logits_TE.shape[0], top_k, dtype=torch.int64)
+
+
+def _choose(logits_TE: Tensor, bias_E: Tensor, top_k: int, sigmoid: bool) -> Tensor:
+    from torchtitan_ext.kernels import router
+
+    ids_TK = _choose_fake(logits_TE, bias_E, top_k, sigmoid)
+    router.choose(logits_TE.contiguous(), bias_E.contiguous(), ids_TK, sigmoid)
+    return ids_TK
+
+
+def _route_fake(logits_TE: Tensor, ids_TK: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    (tokens, experts), k = logits_TE.shape, ids_TK.shape[1]
+    shapes = ((tokens, experts), (tokens, k), (tokens,), (tokens,), (tokens,), (tokens,))
+    counts_E = logits_TE.new_empty(experts, dtype=torch.int64)
+    return *(logits_TE.new_empty(shape) for shape in shapes), counts_E, logits_TE.new_empty(experts)
+
+
+def _route(
+    logits_TE: Tensor, ids_TK: Tensor, weights_T: Tensor, sigmoid: bool, normalize: bool, scale: float
+) -> tuple[Tensor, ...]:
+    from torchtitan_ext.kernels import router
+
+    out = _route_fake(logits_TE, ids_TK)[:-2]
+    parts = (router.programs(*logits_TE.shape), logits_TE.shape[1])
+    counts_PE, shares_PE = logits_TE.new_empty(parts, dtype=torch.int32), logits_TE.new_empty(parts)
+    inputs = (logits_TE.contiguous(), ids_TK.contiguous(), weights_T.contiguous())
+    router.forward(*inputs, (*out, counts_PE, shares_PE), sigmoid, normalize, scale)
+    return *out, counts_PE.sum(0), shares_PE.sum(0)
+
+
+def _route_backward(
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    weights_T: Tensor,
+    d_scores_TE: Tensor | None,
+    d_gates_TK: Tensor | None,
+    d_lse_T: Tensor | None,
+    d_largest_mass_T: Tensor | None,
+    d_shares_E: Tensor | None,
+    sigmoid: bool,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    from torchtitan_ext.kernels import router
+
+    given = (d_scores_TE, d_gates_TK, d_lse_T, d_largest_mass_T, d_shares_E)
+    gradients, out = tuple(None if x is None else x.contiguous() for x in given), _like(logits_TE)
+    inputs = (logits_TE.contiguous(), ids_TK.contiguous(), weights_T.contiguous())
+    router.backward(*inputs, gradients, out, sigmoid, normalize, scale)
+    return out
+
+
+_operator("choose_experts(Tensor logits, Tensor bias, int top_k, bool sigmoid) -> Tensor", _choose_fake, _choose)
+_operator(
+    "route(Tensor logits, Tensor ids, Tensor weights, bool sigmoid, bool normalize, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _route_fake,
+    _route,
+)
+_operator(
+    "route_backward(Tensor logits, Tensor ids, Tensor weights, Tensor? d_scores, Tensor? d_gates, Tensor? d_lse,"
+    " Tensor? d_largest_mass, Tensor? d_shares, bool sigmoid, bool normalize, float scale) -> Tensor",
+    _like,
+    _route_backward,
 )

@@ -33,9 +33,11 @@ def _load_activations(gate_up, row, col, mask, F: tl.constexpr):
 @triton.jit
 def _add_products(x, total, PRECISION: tl.constexpr):
     if PRECISION == "native":
-        return tl.dot(x, tl.trans(x), total)
-    wide = x.to(tl.float32)
-    return tl.dot(wide, tl.trans(wide), total, input_precision=PRECISION)
+        total = tl.dot(x, tl.trans(x), total)
+    else:
+        wide = x.to(tl.float32)
+        total = tl.dot(wide, tl.trans(wide), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -51,10 +53,10 @@ def _row_scale(peak):
 def _tile(rows, tokens, K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, MODE: tl.constexpr):
     """Token, choice among its k and row of each row of the tile, and whether there is such a row."""
     place = tl.arange(0, M)
-    token = tl.program_id(0).to(tl.int64) * (M // KP) + place // KP
+    token = tl.program_id(0) * (M // KP) + place // KP
     choice = place % KP
     valid = (token < tokens) & (choice < K)
-    row = token
+    row = token.to(tl.int64)  # R * 2F may exceed 2^31
     if MODE != PLAIN:
         row = tl.load(rows + token * K + choice, mask=valid, other=0).to(tl.int64)
     return token, choice, row, valid
@@ -129,7 +131,7 @@ def forward_kernel(
         counted = pair & ((square > floor) | (square != square))  # NaN counts, so that it reaches the loss
         per_row = tl.sum(tl.where(counted, square - floor, 0.0), 1)
         total = tl.sum(tl.reshape(per_row, (M // KP, KP)), 1)
-        first = tl.program_id(0).to(tl.int64) * (M // KP) + tl.arange(0, M // KP)
+        first = tl.program_id(0) * (M // KP) + tl.arange(0, M // KP)
         tl.store(values + first, total, mask=first < tokens)
         total = tl.sum(tl.reshape(tl.sum(tl.where(pair, square, 0.0), 1), (M // KP, KP)), 1)
         tl.store(overlaps + first, total, mask=first < tokens)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from torchtitan_ext.collectives import Ranks
+    from torchtitan_ext.ops.router import RouterSums
 
 COUNT_BYTES = 8  # int64
 
@@ -120,6 +121,8 @@ class LayerView(NamedTuple):
     """What this term's `observe` returned."""
     samples: Mapping[str, tuple[Tensor, Tensor]] = {}
     """By term name, what `Term.sample` returned."""
+    sums: RouterSums | None = None
+    """Functions of the router's logits that a kernel has computed already; None where PyTorch's operations route."""
 
     def detach(self) -> LayerView:
         """The same values without gradients. `observed` stays as it is: each `Term.observe` detaches it if not `weighted`."""
@@ -128,6 +131,8 @@ class LayerView(NamedTuple):
         tensors: dict[str, Any] = {
             name: value.detach() for name, value in self._asdict().items() if isinstance(value, torch.Tensor)
         }
+        if self.sums is not None:
+            tensors["sums"] = self.sums.detach()
         return self._replace(**tensors)
 
 

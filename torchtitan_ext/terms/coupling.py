@@ -149,7 +149,7 @@ class Coupling(Term):
             return view.previous.sum() * 0.0
         if self.options.source == "transition":
             return transition_coupling(view.previous, view.scores_TE, top_k, view.weights_T, self.ranks.data)
-        target_T = coupling_target_mass(view.scores_TE, top_k)
+        target_T = coupling_target_mass(view.scores_TE, top_k) if view.sums is None else view.sums.largest_mass_T
         return weighted_sum(joint_coupling(view.previous.squeeze(1), target_T, self.options.form), view.weights_T)
 
     def traffic(self, sizes: Sizes) -> Iterable[Line]:

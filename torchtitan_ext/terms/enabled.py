@@ -198,6 +198,11 @@ def token_measures(view: LayerView) -> dict[str, Tensor]:
     from torchtitan_ext.metrics import token_entropy
     from torchtitan_ext.ops.routing import weighted_sum
 
+    if view.sums is not None:
+        return {
+            "entropy": weighted_sum(view.sums.entropy_T, view.weights_T),
+            "topk_mass": weighted_sum(view.sums.chosen_mass_T, view.weights_T),
+        }
     mass_T = view.scores_TE.gather(1, view.topk_ids_TK).sum(1)
     return {
         "entropy": weighted_sum(token_entropy(view.scores_TE), view.weights_T),

@@ -73,6 +73,8 @@ class LoadBalance(Term):
             return load_balance_loss(scores, ids, load_shares(load), weights=weights)
         counts_E = view.counts_E if scope == "microbatch" else all_sum(view.counts_E, self.ranks.data)
         load = load_shares(counts_E.to(weights.dtype))
+        if view.sums is not None:
+            return len(load) * (load * view.sums.shares_E).sum()
         return load_balance_loss(view.scores_TE, view.topk_ids_TK, load, weights=view.weights_T)
 
     def traffic(self, sizes: Sizes) -> Iterable[Line]:

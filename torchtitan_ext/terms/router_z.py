@@ -33,4 +33,8 @@ class RouterZ(Term):
     Options = RouterZOptions
 
     def value(self, view: LayerView) -> Tensor:
+        if view.sums is not None:
+            from torchtitan_ext.ops.routing import weighted_sum
+
+            return weighted_sum(view.sums.lse_T.square(), view.weights_T)
         return router_z_loss(view.logits_TE, weights=view.weights_T)
