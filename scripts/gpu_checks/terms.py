@@ -93,7 +93,7 @@ def bias_per_token() -> Iterator[None]:
         return chosen
 
     if kernel is not None:
-        moe_module.choose_experts = choose  # type: ignore[attr-defined]
+        moe_module.choose_experts = choose  # type: ignore[assignment]
     try:
         yield
     finally:
