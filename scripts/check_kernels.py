@@ -54,7 +54,6 @@ def swiglu_jobs() -> Iterator[Job]:
         ("alone", s.PLAIN, 1, 1744, "bf16"),
         ("cosines", s.COSINES, 4, 672, "bf16"),
         ("cosines", s.COSINES, 6, 1744, "bf16"),
-        ("cosines", s.COSINES, 8, 768, "bf16"),
         ("cosines", s.COSINES, 4, 672, "fp32"),
         ("Gram", s.GRAM, 6, 872, "bf16"),
     )
@@ -79,18 +78,40 @@ def combine_jobs() -> Iterator[Job]:
     k, dim, size = 6, 768, BYTES["bf16"]
     constants = {"D": dim, "K": k, "BLOCK": c.BLOCK}
     name = f"bf16, k={k}, D={dim}"
-    for gated in (True, False):
-        moved = (k + 1) * dim * size + 8 * k + 4 * k * gated
-        what = "combine" if gated else "sum of rows"
-        yield Job(f"{what}, {name}", c.combine_kernel, "bf16", constants | {"GATED": gated}, c.WARPS, moved)
+    moved = (k + 1) * dim * size + 12 * k
+    yield Job(f"combine, {name}", c.combine_kernel, "bf16", constants | {"GATED": True}, c.WARPS, moved)
     constants |= {"KP": triton.next_power_of_2(k)}
     moved = (2 * k + 1) * dim * size + 16 * k
     yield Job(f"combine backward, {name}", c.combine_backward_kernel, "bf16", constants, c.WARPS, moved)
 
 
+def router_jobs() -> Iterator[Job]:
+    import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    from torchtitan_ext.kernels import router as r
+
+    names = ("HAS_SCORES", "HAS_GATES", "HAS_LSE", "HAS_MASS", "HAS_SHARES")
+    for experts, k, sigmoid in ((64, 4, False), (96, 6, False), (256, 8, True)):
+        constants = r.sizes(experts, k) | {"SIGMOID": sigmoid}
+        name = f"{'sigmoid' if sigmoid else 'softmax'}, k={k}, E={experts}"
+        choice, both = {"KP": triton.next_power_of_2(k)}, {"NORMALIZE": sigmoid}
+        row, parts = (
+            4 * experts,
+            8 * experts // constants["TOKENS"],
+        )  # a row of float32, and a token's part of partial sums
+        moved = row + 8 * k
+        yield Job(f"router choice, {name}", r.choose_kernel, "fp32", constants | choice, r.WARPS, moved)
+        moved = 2 * row + 12 * k + 20 + parts
+        yield Job(f"router forward, {name}", r.forward_kernel, "fp32", constants | choice | both, r.WARPS, moved)
+        # The gradients of lb, z, cp and the gates; of the scores themselves only with terms that read them.
+        given = dict.fromkeys(names, True) | {"HAS_SCORES": False}
+        moved = 2 * row + 12 * k + 12
+        yield Job(f"router backward, {name}", r.backward_kernel, "fp32", constants | both | given, r.WARPS, moved)
+
+
 def jobs(quick: bool) -> list[Job]:
-    """All kernels; quick: both ways of SwiGLU with cosines, and the gradients of combine."""
-    every = [*swiglu_jobs(), *combine_jobs()]
+    """All kernels; quick: both ways of SwiGLU with cosines, and the gradient of the largest router."""
+    every = [*swiglu_jobs(), *combine_jobs(), *router_jobs()]
     return [every[2], every[3], every[-1]] if quick else every
 
 
@@ -124,9 +145,8 @@ def usage(binary: Any) -> Usage:
             subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         ]
-    counted = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", reports[0])}
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", reports[1])) + (counted["STACK"] > 0)
-    return Usage(counted["REG"], binary.metadata.shared, spills)
+    (registers,) = re.findall(r"REG:(\d+)", reports[0])
+    return Usage(int(registers), binary.metadata.shared, len(re.findall(r"\b(?:STL|LDL)\b", reports[1])))
 
 
 def main() -> int:

@@ -35,7 +35,8 @@ ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
 )
 LIBRARY = (
     ("terms", "one file\nper loss"),
-    ("ops", "kernels"),
+    ("ops", "operations"),
+    ("kernels", "Triton"),
     ("carry", "sums over\nlayers"),
     ("metrics", "routing\nmeasures"),
 )
@@ -122,7 +123,7 @@ def draw_folders(axis: Any) -> None:
     y = bottom - 1.2
     part = (width - 0.15 * (len(LIBRARY) - 1)) / len(LIBRARY)
     for number, (name, words) in enumerate(LIBRARY):
-        title = f"{name}/" if name in ("terms", "ops") else f"{name}.py"
+        title = f"{name}/" if name in ("terms", "ops", "kernels") else f"{name}.py"
         box(axis, 0.75 + number * (part + 0.15), y, part, 0.95, title, words, GREEN, GREEN_EDGE)
     axis.text(0.4, y + 0.47, "torchtitan\n_ext", rotation=90, va="center", ha="center", size=10, color=GREEN_EDGE)
     arrow(axis, (7.05, top + height), (7.05, y + 0.1), FAINT)

@@ -63,6 +63,23 @@ def test_shapes_without_storage(device: str, monkeypatch: pytest.MonkeyPatch) ->
         assert operators.combine(z, rows, None).shape == (TOKENS, WIDTH)
 
 
+def test_the_environment_decides_which_tensors_go_to_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for kernels, interpret, devices in (
+        ("", "0", ("cuda",)),
+        ("0", "1", ()),
+        ("interpret", "1", ("cpu", "cuda")),
+        ("interpret", "0", ("cuda",)),
+    ):
+        monkeypatch.setenv("TITAN_MOE_KERNELS", kernels)
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        assert select._triton_devices() == devices
+    assert "needs the package triton and TRITON_INTERPRET=1" in caplog.text
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert select._triton_devices() == ()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_graph_under_torch_compile(backend: str) -> None:

@@ -60,7 +60,7 @@ def _largest(key, expert, K: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def choose_kernel(
     logits,  # (T, E) float32
     bias,  # (E,) float32, added to the scores
@@ -94,7 +94,7 @@ def choose_kernel(
     tl.store(ids + token[:, None].to(tl.int64) * K + choice[None, :], number.to(tl.int64), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
     logits,  # (T, E) float32
     ids,  # (T, K) int64: the chosen experts
@@ -155,7 +155,7 @@ def forward_kernel(
     tl.store(shares + program * E + expert, tl.sum(score * weight[:, None], 0), mask=expert < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def backward_kernel(
     logits,
     ids,
@@ -225,13 +225,16 @@ def backward_kernel(
 def sizes(experts: int, k: int) -> dict[str, int]:
     """The kernels' constants. Fewer tokens per program where there are many experts, so that rows stay in registers."""
     padded = triton.next_power_of_2(experts)
-    return {"E": experts, "EP": padded, "K": k, "TOKENS": max(1, min(8, 1024 // padded))}
+    return {"E": experts, "EP": padded, "K": k, "TOKENS": _tokens_per_program(experts)}
+
+
+def _tokens_per_program(experts: int) -> int:
+    return max(1, min(8, 512 // int(triton.next_power_of_2(experts))))
 
 
 def programs(tokens: int, experts: int) -> int:
     """Programs of a launch, which are the rows of `counts` and `shares`."""
-    padded = triton.next_power_of_2(experts)
-    return int(triton.cdiv(tokens, max(1, min(8, 1024 // padded))))
+    return int(triton.cdiv(tokens, _tokens_per_program(experts)))
 
 
 def choose(logits_TE: Tensor, bias_E: Tensor, ids_TK: Tensor, sigmoid: bool) -> None:

@@ -62,7 +62,7 @@ def _tile(rows, tokens, K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, MODE
     return token, choice, row, valid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
     gate_up,  # (R, 2F)
     rows,  # (T, K) int64: the row of token i's a-th expert; not read if PLAIN
@@ -106,14 +106,14 @@ def forward_kernel(
         inside = (norm_a >= 7.888609052210118e-31) & (norm_a <= 1.2676506002282294e30)
         if tl.sum((valid & (inside == 0)).to(tl.int32), 0) > 0:
             peak = tl.zeros((M,), dtype=tl.float32)
-            for start in tl.range(0, F, BLOCK):
+            for start in tl.range(0, F, BLOCK, num_stages=STAGES):
                 col = start + tl.arange(0, BLOCK)
                 mask = valid[:, None] & (col < F)[None, :]
                 _, _, _, x = _load_activations(gate_up, row, col, mask, F)
                 peak = tl.maximum(peak, tl.max(tl.abs(x.to(tl.float32)), 1))
             scale = _row_scale(peak)
             acc = tl.zeros((M, M), dtype=tl.float32)
-            for start in tl.range(0, F, BLOCK):
+            for start in tl.range(0, F, BLOCK, num_stages=STAGES):
                 col = start + tl.arange(0, BLOCK)
                 mask = valid[:, None] & (col < F)[None, :]
                 _, _, _, x = _load_activations(gate_up, row, col, mask, F)
@@ -141,7 +141,7 @@ def forward_kernel(
         tl.store(slopes + at, c, mask=same)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def backward_kernel(
     gate_up,  # (R, 2F)
     rows,  # (T, K) int64, not read if PLAIN

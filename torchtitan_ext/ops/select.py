@@ -73,7 +73,12 @@ def fused(x: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _tensor_cores() -> bool:
-    """Whether the GPU multiplies bfloat16 and tf32: compute capability 8.0 or more. True where there is no GPU to ask."""
+    """Whether the GPU multiplies bfloat16 and tf32. A function of its own, since torch.compile warns of traced caches."""
+    return _capable()
+
+
+@functools.cache
+def _capable() -> bool:
+    """Compute capability 8.0 or more. True where there is no GPU to ask."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)

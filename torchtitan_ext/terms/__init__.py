@@ -1,6 +1,6 @@
 """The loss terms: one file each, a registry of them, and `Terms`, the enabled terms of a run.
 
-`base.py` says what a term is. A model calls `Terms.probes`, `Terms.observe` and `Terms.add` in each MoE layer
+`base.py` says what a term is. A model calls `Terms.probes`, `Terms.activate` and `Terms.add` in each MoE layer
 (titan_moe/model/moe.py) and adds `Terms.objective` to the cross-entropy.
 """
 
