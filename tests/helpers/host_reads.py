@@ -1,7 +1,7 @@
 """Counts where a GPU would make the host wait: reads of tensors, shapes that depend on data, tensors made from Python lists.
 
-It runs on a CPU, where these are the same calls; `tolist` in a backward pass is not seen. Reads on a CPU's own paths (kernels in C, products expert by expert) don't
-count: `gpu_paths` takes the branches that a GPU takes.
+It runs on a CPU, where these are the same calls; `tolist` in a backward pass is not seen. Reads on a CPU's own paths
+(kernels in C, products expert by expert) don't count: `gpu_paths` takes the branches that a GPU takes.
 """
 
 import sys
