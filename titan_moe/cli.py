@@ -14,8 +14,8 @@ from argparse import Namespace
 
 from titan_moe import __version__
 from titan_moe.errors import LostRanksError, TrainingError, UserError, pip_install
-from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.cpus import limit_threads
+from titan_moe.runtime.gpus import prepare_process
 from titan_moe.runtime.home import provide_cache
 from titan_moe.runtime.log import log_file
 from titan_moe.verbs.arguments import Parser
@@ -40,7 +40,7 @@ def main() -> None:
     """Entry point of the console script."""
     use_utf8()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    keep_freed_memory()
+    prepare_process()
     limit_threads()
     try:
         provide_cache()

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "training.max_grad_norm",
     "training.skip_spikes",
     "training.deterministic",
+    "training.gc_freq",
     "optimizer.lr",
     "optimizer.weight_decay",
     "lr_scheduler",

@@ -38,7 +38,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.copies: dict[str, Tensor] = {}
         # One thread for the whole run: memory that a thread allocated is not all returned to the system when it ends.
-        self.writer = ThreadPoolExecutor(1, initializer=use_all_cpus)
+        self.writer = ThreadPoolExecutor(1, initializer=start_writer, initargs=(next(model.parameters()).device,))
         self.pending: Future[None] | None = None
         self.outdated = False
         """Whether a checkpoint was saved since old ones were deleted."""
@@ -142,6 +142,13 @@ class Saver:
     def barrier(self) -> None:
         if self.group is not None:
             dist.barrier(self.group)
+
+
+def start_writer(device: torch.device) -> None:
+    """Begins the writing thread: on every CPU, and with the training thread's GPU, for a new thread has the first one."""
+    use_all_cpus()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def readable_steps(run_dir: RunDir) -> list[int]:

@@ -7,9 +7,11 @@ from titan_moe.config import extensions
 from titan_moe.config.degrees import Origin, check_degrees, resolve
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
+from titan_moe.runtime.gpus import gpu_here
 from torchtitan_ext.terms import REGISTRY, ModelFacts
 
 FLOAT8_MULTIPLE = 16
+GROUPED_MULTIPLE = 8
 NAME_BYTES = 255  # of a directory, on most file systems
 LARGEST_TENSOR = 2**41  # numbers, 8 terabytes in float32
 
@@ -21,6 +23,8 @@ def check_config(config: Config, origin: Origin, world_size: int) -> None:
     check_degrees(config, resolve(config.parallelism, world_size, origin), origin)
     check_regularizers(config, origin)
     check_float8(config, origin)
+    if gpu_here():
+        check_grouped_products(config, origin)
     check_start(config, origin)
     check_names(config, origin)
 
@@ -145,6 +149,21 @@ def check_float8(config: Config, origin: Origin) -> None:
             raise UserError(
                 f"{origin('float8.enable')}: float8 products need multiples of {FLOAT8_MULTIPLE} on every rank, and {name} "
                 f"is {size}{f' over parallelism.tp = {tp}' if part != size else ''}"
+            )
+
+
+def check_grouped_products(config: Config, origin: Origin) -> None:
+    """Raises UserError for sizes that a GPU's grouped product refuses: rows of bfloat16 must be multiples of 16 bytes."""
+    if config.training.dtype != "bfloat16" or config.model.layers == config.model.moe.first_dense_layers:
+        return
+    hidden, tp = config.model.moe.hidden_dim, config.parallelism.tp
+    for key, size, ranks in (("model.dim", config.model.dim, 1), ("model.moe.hidden_dim", hidden, tp)):
+        if size // ranks % GROUPED_MULTIPLE:
+            over = f" / parallelism.tp = {ranks}" if ranks > 1 else ""
+            up, step = -(-size // (ranks * GROUPED_MULTIPLE)) * ranks * GROUPED_MULTIPLE, ranks * GROUPED_MULTIPLE
+            raise UserError(
+                f"{origin(key)} = {size}{over}: the experts' products on a GPU need a multiple of {GROUPED_MULTIPLE} on every "
+                f"rank; {up} or another multiple of {step} would do"
             )
 
 

@@ -196,6 +196,8 @@ class Training(Table):
     skip_spikes: Weight = 0.0
     """Leave out the update of a step whose gradient norm is more than so many standard deviations above the mean of the latest
     128 steps, at most ten in a row; 0: never."""
+    gc_freq: PositiveInt = 50
+    """Steps between two runs of Python's garbage collector, which is off otherwise: it would stop ranks at different times."""
     deterministic: bool = False
     """Refuse operations whose result differs from run to run (slower on GPUs)."""
 

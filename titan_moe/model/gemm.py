@@ -1,7 +1,8 @@
 """Matrix products: the dense one, and the grouped one that every expert layer goes through.
 
 `grouped_linear` is the one seam for expert products: replace it to try another kernel. On a GPU it is PyTorch's grouped
-GEMM. On a CPU it is one product per expert, written into place; that also covers float64, which the grouped GEMM refuses.
+GEMM, which is for bfloat16. On a CPU, and for float32 and float64, it is one product per expert, written into place; on a GPU
+that is slow, because the host has to read the sizes of the products.
 
 R routed rows sorted by expert, D inner width, N outer width, E experts.
 """
@@ -71,7 +72,7 @@ def grouped_linear(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tenso
     offsets_E: (E,) int32, the end of each expert's rows; an expert may have none.
     """
     weight_END = weight_END.to(x_RD.dtype)
-    if x_RD.is_cuda and x_RD.dtype != torch.float64:
+    if x_RD.is_cuda and x_RD.dtype == torch.bfloat16:
         return F.grouped_mm(x_RD, weight_END.transpose(1, 2), offs=offsets_E)
     result: Tensor = torch.ops.titan_moe.grouped_linear(x_RD, weight_END, offsets_E)
     return result

@@ -81,7 +81,8 @@ def start_processes(device: torch.device, timeout_seconds: int) -> None:
         store, rank, ranks = join(timeout)
         # torchrun's store outlives a restart, and still has the addresses of the ranks that ran before.
         store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+        gpu = device if device.type == "cuda" else None  # NCCL connects at once, and never guesses the device
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout, device_id=gpu)
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
         raise LostRanksError(f"not all ranks started within {timeout_seconds} s: {reason}") from error

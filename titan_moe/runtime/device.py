@@ -38,6 +38,8 @@ def pick_device() -> torch.device:
 
 
 def make_deterministic() -> None:
+    """Only operations that give the same result every time; to be called before the first product on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses products on a GPU
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -53,6 +53,7 @@ class Heartbeat:
         """Tells the other ranks why this one fails, so that their errors name the cause."""
         with contextlib.suppress(dist.DistError):
             self.store.set(f"failed/{self.rank}", f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
+            self.store.set("failed/any", "1")
 
     def explain(self, error: Exception) -> LostRanksError:
         """An error that names the ranks that failed or have no heartbeat. error: what the failed collective raised."""
@@ -97,10 +98,11 @@ class Heartbeat:
         self.store.set(f"exiting/{self.rank}", "1")
         return lost
 
-    def failures(self) -> list[str]:
-        """What ranks have told about their failures."""
+    def failures(self, store: dist.Store | None = None) -> list[str]:
+        """What ranks have told about their failures. store: another connection to it."""
+        store = store or self.store
         keys = [(rank, f"failed/{rank}") for rank in range(self.ranks)]
-        return [f"rank {rank} failed: {self.store.get(key).decode()}" for rank, key in keys if self.store.check([key])]
+        return [f"rank {rank} failed: {store.get(key).decode()}" for rank, key in keys if store.check([key])]
 
     def wait_for_questions(self, silent: Iterable[int]) -> None:
         """On rank 0, which may host the store: waits until the other ranks have asked it too, or `WINDOW` seconds."""
@@ -145,18 +147,24 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def watched(log: Path, timeout_seconds: int) -> Iterator[Callable[[], None]]:
+def watched(
+    log: Path,
+    timeout_seconds: int,
+    monitor: Callable[[Heartbeat], contextlib.AbstractContextManager[None]] | None = None,
+) -> Iterator[Callable[[], None]]:
     """Watches over a rank of a distributed run; without a process group it does nothing.
 
     A collective that fails in the block raises LostRanksError, which names the ranks that are gone. A rank that makes no
-    progress for `timeout_seconds` writes its stacks to `log` and exits. Yields the function that reports progress.
+    progress for `timeout_seconds` writes its stacks to `log` and exits. monitor: around the block, `monitor.monitored` on a
+    GPU. Yields the function that reports progress.
     """
     if not dist.is_initialized():
         yield lambda: None
         return
     heartbeat, watchdog = Heartbeat(), Watchdog(log, timeout_seconds)
     try:
-        yield watchdog.reset
+        with monitor(heartbeat) if monitor else contextlib.nullcontext():
+            yield watchdog.reset
     except Exception as error:
         if is_collective_failure(error):
             raise heartbeat.explain(error) from error

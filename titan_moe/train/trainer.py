@@ -37,6 +37,7 @@ from titan_moe.runtime.binding import bind_threads
 from titan_moe.runtime.device import make_deterministic, peak_flops, peak_memory_gib
 from titan_moe.runtime.stopping import Stopping
 from titan_moe.train.build import build_model
+from titan_moe.train.garbage import collected_every
 from titan_moe.train.profiling import profiler
 from titan_moe.train.step import measure, train_step
 from titan_moe.train.step_log import HostFacts, StepLog
@@ -108,6 +109,7 @@ class Trainer:
             self.stopping.signals(),
             profiler(config.profiling, self.run_dir.profile) as profile,
             contextlib.closing(self.loader.steps(start)) as data,
+            collected_every(config.training.gc_freq) as self.collect_garbage,
         ):
             first = start == 0 or self.validation_is_missing(start)
             if first and not self.validate(start):
@@ -140,6 +142,7 @@ class Trainer:
             if step == start + 1 and self.device.type == "cpu":
                 bind_threads()  # after what the first step starts: a compiler's processes keep all CPUs
             profile.step()
+            self.collect_garbage(step)
             last = step == steps
             if last or due(step, config.validation.interval):
                 self.validate(step, to_the_end=last)

@@ -45,6 +45,7 @@ def run(arguments: Namespace) -> int:
     from titan_moe.runtime.device import pick_device
     from titan_moe.runtime.heartbeat import watched
     from titan_moe.runtime.log import start_log
+    from titan_moe.runtime.monitor import monitored
 
     device, timeout = pick_device(), config.parallelism.timeout_seconds
     start_processes(device, timeout)
@@ -53,7 +54,7 @@ def run(arguments: Namespace) -> int:
     from titan_moe.train.trainer import Trainer  # takes seconds, so after the checks
 
     start_log(run_dir.log, run_dir.rank)
-    with watched(run_dir.log, timeout) as progress:
+    with watched(run_dir.log, timeout, monitored if device.type == "cuda" else None) as progress:
         mesh = Mesh(resolve(config.parallelism, world, str), device)
         limit_waiting(timeout)
         status = Trainer(config, prepared, run_dir, mesh, progress).run()
