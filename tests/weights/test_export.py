@@ -13,7 +13,7 @@ import torch
 
 from tests.helpers.commands import environment, titan_moe
 from tests.helpers.random_runs import STEP, VARIANTS, WITHOUT_ARCHITECTURE, random_model, settings, write_run
-from tests.helpers.strangers import verb
+from tests.helpers.strangers import copied_run, edit_state, program, verb
 from titan_moe.errors import UserError
 
 pytest.importorskip("safetensors")
@@ -56,6 +56,31 @@ def test_the_card_has_losses_tokens_and_no_path_of_this_machine(run: Path, tmp_p
         assert str(run.parent).encode() not in text
     stored = json.loads((tmp_path / "out" / "titan_moe.json").read_text())
     assert stored["model"] == json.loads(settings({}).model_dump_json())
+
+
+def test_a_strangers_run_is_exported_without_its_modules_and_files(run: Path, tmp_path: Path) -> None:
+    """What it names is neither imported nor read, and its words are no Markdown in the card."""
+    module, marker = program(tmp_path)
+    copy = copied_run(run, tmp_path)
+
+    def change(state: dict[str, Any]) -> None:
+        state["config"]["extensions"]["modules"] = [str(module)]
+        state["config"]["data"]["corpus"] = "a|<script>\n# heading"
+        state["config"]["tokenizer"]["path"] = "/dev/zero"
+
+    edit_state(copy, change)
+    assert verb("export", str(copy), "--out", str(tmp_path / "out")) == 0
+    assert not marker.exists()
+    assert "| text | a script heading |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_nothing_is_written_through_a_link_in_a_strangers_run(run: Path, tmp_path: Path) -> None:
+    copy = copied_run(run, tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (copy / "export").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a symbolic link, and nothing is written through one"):
+        verb("export", str(copy))
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def damage(run: Path) -> str:
