@@ -38,7 +38,7 @@ def test_files_of_two_ranks_are_those_of_one_bit_by_bit(world: int, options: lis
     assert len(shards) == world
     for form in ("hf", "gguf"):
         for name in ("one", "two"):
-            words = [str(tmp_path / name / "run"), "--format", form, "--out", str(tmp_path / f"{form}-{name}")]
+            words = [str(tmp_path / name / "run"), "--format", form, "--output", str(tmp_path / f"{form}-{name}")]
             assert verb("export", *words) == 0
     assert (tmp_path / "gguf-one").read_bytes() == (tmp_path / "gguf-two").read_bytes()
     files = {path.name: path.read_bytes() for path in (tmp_path / "hf-one").iterdir()}
