@@ -16,7 +16,8 @@ from tests.helpers.random_runs import STEP, VARIANTS, WITHOUT_ARCHITECTURE, rand
 from tests.helpers.strangers import copied_run, edit_state, program, verb
 from titan_moe.errors import UserError
 
-pytest.importorskip("safetensors")
+for package in ("safetensors", "tokenizers", "gguf"):
+    pytest.importorskip(package)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,6 @@ def test_the_default_place_is_in_the_run_and_an_empty_directory_is_filled(run: P
 def test_the_types_of_training_are_types_of_both_formats(
     form: str, dtype: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("gguf")
     assert verb("export", str(run), "--format", form, "--dtype", dtype, "--output", str(tmp_path / "out")) == 0
     short = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     assert capsys.readouterr().out.endswith(f" parameters in {dtype if form == 'hf' else short}\n")
