@@ -29,7 +29,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
         {"tie_embeddings": False, "head_dim": 24, "rope_theta": 5e5, "first_dense_layers": 1},
         False,
     ),
-    "renormalised": ({"normalize_topk": True}, False),
+    "renormalised": ({"normalize_topk": True, "norm_eps": 1e-6}, False),
+    "one expert a token": ({"top_k": 1, "shared_experts": 1}, False),
+    "one expert a token, renormalised": ({"top_k": 1, "normalize_topk": True}, False),
+    "one expert a token, sigmoid": ({"top_k": 1, "score": "sigmoid", "normalize_topk": True}, True),
+    "all experts": ({"top_k": 8, "qk_norm": True}, False),
     "renormalised, scaled, no shared kv heads": (
         {"normalize_topk": True, "route_scale": 1.5, "kv_heads": 0, "head_dim": 24},
         False,
@@ -138,6 +142,7 @@ def write_run(
     run.write_tokenizer(pieces.model)
     row = {"kind": "validation", "step": STEP, "loss": 5.25, "perplexity": 190.6, "bits_per_byte": 2.125}
     run.metrics.write_text(json.dumps(row) + "\n")
+    run.write_config(config)
     run.close()
     return run.path
 

@@ -1,21 +1,24 @@
-"""An export does not depend on the ranks that wrote the checkpoint, and needs memory for a layer, not for the model."""
+"""An export does not depend on the ranks of the checkpoint, needs memory for a layer, and leaves nothing when it is stopped."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers.commands import environment
+from tests.helpers.commands import environment, start
 from tests.helpers.random_runs import random_model, settings, tokenizer, write_run
 from tests.helpers.ranks import launch
 from tests.helpers.steps import config_of, mesh_of
 from tests.helpers.strangers import verb
 from titan_moe.train.build import build_model
 
-pytest.importorskip("safetensors")
+for package in ("safetensors", "tokenizers", "gguf"):
+    pytest.importorskip(package)
 
 OPTIONS = ["--model.moe.score=sigmoid", "--model.moe.shared_experts=1", "--training.dtype=float32"]
 
@@ -38,7 +41,7 @@ def test_files_of_two_ranks_are_those_of_one_bit_by_bit(world: int, options: lis
     assert len(shards) == world
     for form in ("hf", "gguf"):
         for name in ("one", "two"):
-            words = [str(tmp_path / name / "run"), "--format", form, "--out", str(tmp_path / f"{form}-{name}")]
+            words = [str(tmp_path / name / "run"), "--format", form, "--output", str(tmp_path / f"{form}-{name}")]
             assert verb("export", *words) == 0
     assert (tmp_path / "gguf-one").read_bytes() == (tmp_path / "gguf-two").read_bytes()
     files = {path.name: path.read_bytes() for path in (tmp_path / "hf-one").iterdir()}
@@ -71,3 +74,20 @@ def test_memory_is_that_of_a_layer(form: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PEAK, str(run), form, str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
     assert int(done.stdout.splitlines()[-1]) * 1024 < 3 * layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_a_signal_in_the_middle_leaves_nothing(form: str, number: int, status: int, tmp_path: Path) -> None:
+    network = random_model(settings({"experts": 32, "hidden_dim": 256}, dim=128, layers=12), biased=False)
+    run, out = write_run(tmp_path / "runs", network), tmp_path / "new" / "out"
+    out.parent.mkdir()
+    process = start("export", str(run), "--format", form, "--output", str(out))
+    while not list(out.parent.iterdir()):  # the temporary name
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == status
+    assert not list(out.parent.iterdir())

@@ -37,7 +37,7 @@ ALL = VARIANTS | WITHOUT_ARCHITECTURE
 def export(network: Any, folder: Path, *words: str, pieces: Tokenizer | None = None) -> Path:
     """The exported file of a run with this network."""
     run, out = write_run(folder, network, pieces=pieces), folder / "model.gguf"
-    assert verb("export", str(run), "--format", "gguf", "--out", str(out), *words) == 0
+    assert verb("export", str(run), "--format", "gguf", "--output", str(out), *words) == 0
     return out
 
 

@@ -27,7 +27,7 @@ transformers = pytest.importorskip("transformers")
 
 def export(network: Any, folder: Path, *words: str, dtype: str = "float32") -> Path:
     """The exported directory of a run with this network."""
-    assert verb("export", str(write_run(folder, network, dtype)), "--out", str(folder / "export"), *words) == 0
+    assert verb("export", str(write_run(folder, network, dtype)), "--output", str(folder / "export"), *words) == 0
     return folder / "export"
 
 

@@ -17,7 +17,7 @@ def check_target(path: Path, is_folder: bool) -> None:
     refuse_link(path)
     above = next(part for part in path.absolute().parents if part.exists())
     if not above.is_dir():
-        raise UserError(f"--out = {str(path)!r}: {str(above)!r} is a file; name a path below a directory")
+        raise UserError(f"--output = {str(path)!r}: {str(above)!r} is a file; name a path below a directory")
     if not path.exists() or (is_folder and path.is_dir() and not any(path.iterdir())):
         return
     if is_folder and path.is_dir():
@@ -26,7 +26,7 @@ def check_target(path: Path, is_folder: bool) -> None:
         problem = "is a directory; name a file in it"
     else:
         problem = "exists already; remove it or name another one"
-    raise UserError(f"--out = {str(path)!r} {problem}")
+    raise UserError(f"--output = {str(path)!r} {problem}")
 
 
 @contextlib.contextmanager
@@ -52,5 +52,5 @@ def written_beside(path: Path, is_folder: bool) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise UserError(f"--out = {str(path)!r}: can't be written: {error.strerror or error}") from error
+            raise UserError(f"--output = {str(path)!r}: can't be written: {error.strerror or error}") from error
         raise
