@@ -24,7 +24,7 @@ class LlamaCpp:
         options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.server = xllamacpp.Server(options)
-        (self.letter,) = self.tokenize("e", special=False)
+        self.letter = self.tokenize("e", special=False)[-1]
 
     def log_probabilities(self, ids: list[int], best: int) -> dict[int, float]:
         """Of the `best` most probable tokens after `ids`, the first one first."""

@@ -29,7 +29,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
         {"tie_embeddings": False, "head_dim": 24, "rope_theta": 5e5, "first_dense_layers": 1},
         False,
     ),
-    "renormalised": ({"normalize_topk": True}, False),
+    "renormalised": ({"normalize_topk": True, "norm_eps": 1e-6}, False),
+    "one expert a token": ({"top_k": 1, "shared_experts": 1}, False),
+    "one expert a token, renormalised": ({"top_k": 1, "normalize_topk": True}, False),
+    "one expert a token, sigmoid": ({"top_k": 1, "score": "sigmoid", "normalize_topk": True}, True),
+    "all experts": ({"top_k": 8, "qk_norm": True}, False),
     "renormalised, scaled, no shared kv heads": (
         {"normalize_topk": True, "route_scale": 1.5, "kv_heads": 0, "head_dim": 24},
         False,
@@ -122,14 +126,17 @@ def random_model(model: Model, biased: bool, dtype: torch.dtype = torch.float32)
     return network
 
 
-def write_run(folder: Path, network: Transformer, dtype: str = "float32") -> Path:
-    """A run directory in `folder` with one checkpoint of the network, without optimizer state."""
+def write_run(
+    folder: Path, network: Transformer, dtype: str = "float32", pieces: Tokenizer | None = None, rank: int = 0
+) -> Path:
+    """A run directory in `folder` with one checkpoint of the network, without optimizer state; a collective of its ranks."""
+    pieces = pieces or tokenizer()
     config = Config(
         job=Job(name="run", output_dir=str(folder)),
         model=network.settings,
         training=Training(seq_len=SEQ, dtype=dtype),  # type: ignore[arg-type]
     )
-    run = RunDir(config)
+    run = RunDir(config, rank)
     run.open()
     facts = {
         "format_version": FORMAT_VERSION,
@@ -137,15 +144,18 @@ def write_run(folder: Path, network: Transformer, dtype: str = "float32") -> Pat
         "torch": torch.__version__,
         "config": dump(config),
         "data": "",
-        "tokenizer": tokenizer().fingerprint,
+        "tokenizer": pieces.fingerprint,
         "scales": None,
         "norms": [],
         "skipped": 0,
     }
     Saver(run, network, None, Checkpoint()).save(STEP, facts)  # type: ignore[arg-type]
-    run.write_tokenizer(tokenizer().model)
+    if rank != 0:
+        return run.path
+    run.write_tokenizer(pieces.model)
     row = {"kind": "validation", "step": STEP, "loss": 5.25, "perplexity": 190.6, "bits_per_byte": 2.125}
     run.metrics.write_text(json.dumps(row) + "\n")
+    run.write_config(config)
     run.close()
     return run.path
 

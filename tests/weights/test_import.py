@@ -39,13 +39,13 @@ def check_logits(theirs: Any, ours: Transformer) -> None:
 def test_logits_are_those_of_transformers(name: str, shards: bool, tmp_path: Path) -> None:
     theirs = save(name, tmp_path / "theirs", max_shard_size="60KB" if shards else "1GB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == shards
-    assert verb("import", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")) == 0
+    assert verb("import", str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")) == 0
     check_logits(theirs, imported(tmp_path / "ours"))
 
 
 def test_the_layout_of_deepseek_moe_is_read_without_its_code(tmp_path: Path) -> None:
     theirs = save_deepseek(tmp_path / "theirs")
-    assert verb("import", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")) == 0
+    assert verb("import", str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")) == 0
     check_logits(theirs, imported(tmp_path / "ours"))
 
 
@@ -60,8 +60,8 @@ def test_an_export_of_the_import_has_the_same_tensors_bit_by_bit(name: str, tmp_
     from safetensors.torch import load_file
 
     save(name, tmp_path / "theirs")
-    verb("import", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours"))
-    assert verb("export", str(tmp_path / "ours"), "--out", str(tmp_path / "back"), "--dtype", "float32") == 0
+    verb("import", str(tmp_path / "theirs"), "--output", str(tmp_path / "ours"))
+    assert verb("export", str(tmp_path / "ours"), "--output", str(tmp_path / "back"), "--dtype", "float32") == 0
     before = load_file(tmp_path / "theirs" / "model.safetensors")
     after: dict[str, Any] = {}
     for file in (tmp_path / "back").glob("*.safetensors"):

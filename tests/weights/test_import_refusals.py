@@ -154,7 +154,7 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(name: str, source: Path, t
     shutil.copytree(source, copy)
     damage(copy)
     with pytest.raises(UserError, match=message) as caught:
-        verb("import", str(copy), "--out", str(tmp_path / "ours"))
+        verb("import", str(copy), "--output", str(tmp_path / "ours"))
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.iterdir()) == [copy]
 
@@ -173,7 +173,7 @@ def test_a_file_that_is_cut_while_it_is_read_leaves_nothing(
 
     monkeypatch.setattr(Shards, "read", fails)
     with pytest.raises(UserError, match=NORM):
-        verb("import", str(source), "--out", str(tmp_path / "ours"))
+        verb("import", str(source), "--output", str(tmp_path / "ours"))
     assert not list(tmp_path.iterdir())
 
 
@@ -184,7 +184,7 @@ def test_the_command_line(source: Path, tmp_path: Path) -> None:
     assert "no such directory" in absent.stderr
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    full = titan_moe("import", str(source), "--out", str(tmp_path / "full"))
+    full = titan_moe("import", str(source), "--output", str(tmp_path / "full"))
     assert full.returncode == 2
     assert "is a directory that is not empty" in full.stderr
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
@@ -199,7 +199,7 @@ def test_layers_that_predict_further_ahead_are_left_out_and_said(
     tensors["model.layers.3.eh_proj.weight"] = torch.zeros(64, 128)
     safetensors.save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError, match="the files have 4"):
-        verb("import", str(folder), "--out", str(tmp_path / "ours"))
+        verb("import", str(folder), "--output", str(tmp_path / "ours"))
     edit(folder, num_nextn_predict_layers=1)
-    assert verb("import", str(folder), "--out", str(tmp_path / "ours")) == 0
+    assert verb("import", str(folder), "--output", str(tmp_path / "ours")) == 0
     assert "not imported: 1 tensors that the model itself does not use" in capsys.readouterr().out

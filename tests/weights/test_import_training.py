@@ -22,7 +22,7 @@ TERMS = [f"--regularizers.{name}.weight=0.01" for name in ("sp", "cp")]
 
 def imported(name: str, folder: Path) -> Path:
     save(name, folder / "theirs")
-    assert verb("import", str(folder / "theirs"), "--out", str(folder / name)) == 0
+    assert verb("import", str(folder / "theirs"), "--output", str(folder / name)) == 0
     return folder / name
 
 
@@ -62,9 +62,9 @@ def test_a_tokenizer_json_goes_with_the_run(options: list[str], tmp_path: Path) 
     (tmp_path / "theirs" / "tokenizer.model").unlink()
     byte_level().save(str(tmp_path / "theirs" / "tokenizer.json"))
     with pytest.raises(UserError, match=r"nothing says which symbol ends a document"):
-        verb("import", str(tmp_path / "theirs"), "--out", str(tmp_path / "olmoe"))
+        verb("import", str(tmp_path / "theirs"), "--output", str(tmp_path / "olmoe"))
     (tmp_path / "theirs" / "tokenizer_config.json").write_text(f'{{"eos_token": "{END}"}}')
-    verb("import", str(tmp_path / "theirs"), "--out", str(tmp_path / "olmoe"))
+    verb("import", str(tmp_path / "theirs"), "--output", str(tmp_path / "olmoe"))
     words = [f"--checkpoint.load_path={tmp_path / 'olmoe'}", "--job.name=tuned", "--training.dtype=float32"]
     train(config_of(tmp_path / "olmoe", options, *words, "--training.steps=2"))
     found = train(config_of(tmp_path / "olmoe", options, *words, "--training.steps=4"))
@@ -72,7 +72,7 @@ def test_a_tokenizer_json_goes_with_the_run(options: list[str], tmp_path: Path) 
     run = tmp_path / "runs" / "tuned"
     assert (run / "tokenizer.json").read_bytes() == (tmp_path / "olmoe" / "tokenizer.json").read_bytes()
     assert not (run / "tokenizer.model").exists()
-    assert verb("export", str(run), "--out", str(tmp_path / "back")) == 0
+    assert verb("export", str(run), "--output", str(tmp_path / "back")) == 0
     text = "def f(x):\n\treturn x"
     here, there = (tokenizers.Tokenizer.from_file(str(tmp_path / one / "tokenizer.json")) for one in ("theirs", "back"))
     assert here.encode(text).ids == there.encode(text, add_special_tokens=False).ids

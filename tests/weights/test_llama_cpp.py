@@ -17,13 +17,14 @@ from tests.helpers.random_runs import (
     logits,
     random_model,
     settings,
-    tokenizer,
     tokens,
     write_run,
 )
 from tests.helpers.strangers import verb
 from tests.helpers.texts import texts
+from tests.helpers.tokenizer_kinds import KINDS
 from titan_moe.config.tables import Model
+from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.weights.entries import Entry
 from titan_moe.weights.gguf_names import block_entries, first_entries, last_entries
 
@@ -33,10 +34,10 @@ llama_cpp = pytest.importorskip("tests.helpers.llama_cpp")
 ALL = VARIANTS | WITHOUT_ARCHITECTURE
 
 
-def export(network: Any, folder: Path, *words: str) -> Path:
+def export(network: Any, folder: Path, *words: str, pieces: Tokenizer | None = None) -> Path:
     """The exported file of a run with this network."""
-    run, out = write_run(folder, network), folder / "model.gguf"
-    assert verb("export", str(run), "--format", "gguf", "--out", str(out), *words) == 0
+    run, out = write_run(folder, network, pieces=pieces), folder / "model.gguf"
+    assert verb("export", str(run), "--format", "gguf", "--output", str(out), *words) == 0
     return out
 
 
@@ -69,10 +70,13 @@ def test_log_probabilities_and_greedy_text_of_llama_cpp_are_ours(variant: str, t
     assert served.greedy(ids[:8], 50) == greedy(network, ids[:8], 50)
 
 
-def test_ids_of_a_thousand_texts_are_ours(tmp_path: Path) -> None:
-    """The names of control symbols are letters where llama.cpp is asked for that, and symbols otherwise."""
-    served = llama_cpp.LlamaCpp(export(random_model(settings({}), False), tmp_path), 64)
-    ours = tokenizer()
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_of_a_thousand_texts_are_ours(kind: str, tmp_path: Path) -> None:
+    """The names of control symbols are letters where llama.cpp is asked for that, and symbols otherwise. The embedding has
+    rows beyond the pieces, which must have names too."""
+    ours = KINDS[kind]()
+    network = random_model(settings({"vocab_size": ours.vocab_size + 5}), biased=False)
+    served = llama_cpp.LlamaCpp(export(network, tmp_path, pieces=ours), 64)
     given = texts()
     assert not [text for text in given if served.tokenize(text, special=False) != ours.encode(text)]
     text = "a </s> b"

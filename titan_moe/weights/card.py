@@ -1,5 +1,6 @@
 """The model card: what the model is, what it was trained on and with, what it reached, and how the files were made."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ MEASURES = {"loss": "validation loss (nats per token)", "perplexity": "perplexit
 
 
 def model_card(source: Source, form: str) -> str:
-    """README.md of an export. form: what the files are, such as "GGUF in q8_0"."""
+    """README.md of an export. form: what the files are."""
     state, model, moe = source.state, source.model, source.model.moe
     shown = {name: without_none(state.config[name]) for name in TABLES if name in state.config}
     if "regularizers" in shown:
@@ -25,7 +26,7 @@ library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# {source.run.name}
+# {plain(source.run.name)}
 
 A Mixture-of-Experts language model with {source.parameters:,} parameters: {model.layers} layers, {moe.experts} experts in an
 MoE layer, of which each token uses {moe.top_k}, a vocabulary of {model.vocab_size:,} pieces, sequences of
@@ -44,7 +45,8 @@ The complete tables of its configuration, with the weights of its loss terms:
 
 ## How these files were made
 
-titan_moe {state.titan_moe} with PyTorch {state.torch} trained the model; the weights are those after step {state.step:,}.
+titan_moe {plain(state.titan_moe)} with PyTorch {plain(state.torch)} trained the model, for {state.step:,}
+steps up to these weights.
 `titan-moe export` of titan_moe {__version__} wrote them as {form}.
 """
 
@@ -73,7 +75,12 @@ def facts(source: Source) -> dict[str, Any]:
 
 def corpus(named: Any) -> str:
     """Names of the corpora; of paths only the last part, since a card may be published."""
-    return ", ".join(Path(str(name)).name for name in (named if isinstance(named, list) else [named]))
+    return ", ".join(plain(Path(str(name)).name) for name in (named if isinstance(named, list) else [named]))
+
+
+def plain(name: str) -> str:
+    """A name from a run that someone else may have made, without characters that mean something in Markdown or HTML."""
+    return " ".join(re.sub(r"[^\w.+-]", " ", name).split())[:100]
 
 
 def used_terms(regularizers: dict[str, Any]) -> dict[str, Any]:
@@ -83,10 +90,10 @@ def used_terms(regularizers: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def without_none(table: dict[str, Any]) -> dict[str, Any]:
-    """A table as TOML can have it."""
-    return {
-        name: without_none(value) if isinstance(value, dict) else value
-        for name, value in table.items()
-        if value is not None
-    }
+def without_none(value: Any) -> Any:
+    """A value as TOML can have it."""
+    if isinstance(value, dict):
+        return {name: without_none(inside) for name, inside in value.items() if inside is not None}
+    if isinstance(value, list):
+        return [without_none(inside) for inside in value if inside is not None]
+    return value

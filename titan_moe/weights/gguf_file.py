@@ -12,6 +12,7 @@ from torch import Tensor
 
 from titan_moe import __version__
 from titan_moe.config.tables import Model
+from titan_moe.data.tokenizer import SPACE
 from titan_moe.errors import UserError
 from titan_moe.weights.entries import Entry
 from titan_moe.weights.gguf_names import block_entries, first_entries, last_entries, shared_experts
@@ -23,6 +24,7 @@ from titan_moe.weights.tokenizer import Kind, Pieces
 
 ARCHITECTURE = "glm4moe"
 BLOCK = 32  # consecutive weights of a row that share a scale in q8_0
+SPACE_BYTE = "<0x20>"
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 
 
@@ -131,14 +133,19 @@ def add_facts(writer: Any, gguf: Any, source: Source, dtype: str) -> None:
 def add_tokenizer(writer: Any, pieces: Pieces, vocabulary: int) -> None:
     """The pieces with their scores. vocabulary: rows of the embedding; those beyond the pieces are unused."""
     more = vocabulary - len(pieces.texts)
+    texts, kinds = list(pieces.texts), list(pieces.kinds)
+    if not pieces.has_space and SPACE_BYTE in texts:
+        # llama.cpp writes every space as U+2581 and looks for a piece; without one it would take that character's bytes.
+        space = texts.index(SPACE_BYTE)
+        texts[space], kinds[space] = SPACE, Kind.NORMAL
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([*pieces.texts, *(f"[unused {number}]" for number in range(more))])
+    writer.add_token_list([*texts, *(f"[unused {number}]" for number in range(more))])
     writer.add_token_scores([*pieces.scores, *[0.0] * more])
-    writer.add_token_types([*map(int, pieces.kinds), *[int(Kind.UNUSED)] * more])
+    writer.add_token_types([*map(int, kinds), *[int(Kind.UNUSED)] * more])
     for name, i in (("bos", pieces.bos), ("eos", pieces.eos), ("unk", pieces.unknown), ("pad", pieces.pad)):
         if i >= 0:
             getattr(writer, f"add_{name}_token_id")(i)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(pieces.adds_space)
+    writer.add_add_space_prefix(pieces.adds_space and pieces.has_space)

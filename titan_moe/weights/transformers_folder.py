@@ -26,7 +26,6 @@ from titan_moe.weights.source import Source
 from titan_moe.weights.target import check_target, written_beside
 from titan_moe.weights.tokenizer import Pieces, write_json, write_tokenizer
 
-DTYPES = ("bfloat16", "float32")
 METADATA_FILE = "titan_moe.json"
 FORMAT_VERSION = 1
 
@@ -34,7 +33,7 @@ FORMAT_VERSION = 1
 def export_folder(source: Source, out: Path, dtype: str) -> list[str]:
     """Writes the directory `out`. Returns what to tell the user, in lines. Raises UserError.
 
-    dtype: of `DTYPES`; tensors that Transformers keeps in float32 are written so."""
+    dtype: "float32" or "bfloat16"; tensors that Transformers keeps in float32 are written so."""
     save_file = optional("safetensors.torch", "hf").save_file
     failure = optional("safetensors", "hf").SafetensorError
     optional("tokenizers", "hf")
@@ -56,7 +55,7 @@ def export_folder(source: Source, out: Path, dtype: str) -> list[str]:
             try:
                 save_file(tensors, folder / file, metadata={"format": "pt"})
             except failure as error:
-                raise UserError(f"--out = {str(out)!r}: can't be written: {error}") from error
+                raise UserError(f"--output = {str(out)!r}: can't be written: {error}") from error
             # The package makes files that only their owner may read.
             (folder / file).chmod((folder / "tokenizer.json").stat().st_mode)
             index |= dict.fromkeys(tensors, file)
