@@ -27,6 +27,7 @@ VERBS = {  # verb: (module in titan_moe.verbs, one line of `titan-moe --help`)
     "inspect": ("inspect", "measure routing and expert specialization of checkpoints"),
     "place": ("place", "order experts so that little routed traffic leaves a rank"),
     "report": ("report", "write a page of curves, heat maps and tables about runs"),
+    "import": ("import_model", "make a checkpoint to start from out of another program's model"),
     "export": ("export", "write weights for Transformers or llama.cpp"),
     "sweep": ("sweep", "run a grid of configurations and compare them"),
 }

@@ -69,6 +69,19 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "dense": ({"first_dense_layers": 3}, False),
     "dense, qk_norm": ({"first_dense_layers": 3, "qk_norm": True}, False),
 }
+# The same for models that GGUF does not have.
+WITHOUT_GGUF: dict[str, tuple[dict[str, Any], bool]] = {
+    "norms of whole projections": ({"qk_norm": "projection", "kv_heads": 2}, False),
+    "biases, gated shared experts, dense width": (
+        {"qkv_bias": True, "shared_experts": 2, "shared_gate": True, "first_dense_layers": 1, "dense_hidden_dim": 40},
+        False,
+    ),
+    "biases": ({"qkv_bias": True, "normalize_topk": True, "route_scale": 2.0}, False),
+    "half rotary, biases": (
+        {"score": "sigmoid", "rope_fraction": 0.5, "qkv_bias": True, "first_dense_layers": 1, "dense_hidden_dim": 40},
+        True,
+    ),
+}
 # The same for models that only GGUF has.
 WITHOUT_ARCHITECTURE: dict[str, tuple[dict[str, Any], bool]] = {
     "biased": ({}, True),

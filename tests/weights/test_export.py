@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from tests.helpers.commands import environment, titan_moe
-from tests.helpers.random_runs import STEP, VARIANTS, WITHOUT_ARCHITECTURE, random_model, settings, write_run
+from tests.helpers.random_runs import (
+    STEP,
+    VARIANTS,
+    WITHOUT_ARCHITECTURE,
+    WITHOUT_GGUF,
+    random_model,
+    settings,
+    write_run,
+)
 from tests.helpers.strangers import copied_run, edit_state, program, verb
 from titan_moe.errors import UserError, pip_install
 
@@ -252,3 +260,31 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path) -
     assert done.stderr.startswith(f"error: --output = '{tmp_path / 'out'}': can't be written")
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variant", WITHOUT_GGUF)
+def test_gguf_refuses_options_that_it_does_not_have(variant: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path, random_model(settings(WITHOUT_GGUF[variant][0]), biased=False))
+    with pytest.raises(UserError, match=r"--format gguf: the file has no model\..*; use --format hf"):
+        verb("export", str(run), "--format", "gguf", "--output", str(tmp_path / "out.gguf"))
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qk_norm": "projection", "shared_experts": 1}, r"qk_norm = 'projection' with dense layers, shared experts"),
+        ({"qk_norm": "projection", "head_dim": 24}, r"olmoe, has no model\.head_dim"),
+        ({"rope_fraction": 0.5}, r"qwen2_moe, has no model\.rope_fraction below 1"),
+        ({"qk_norm": True, "qkv_bias": True}, r"qwen3_moe, has no model\.qkv_bias"),
+        (
+            {"score": "sigmoid", "shared_experts": 1, "shared_gate": True},
+            r"glm4_moe, has no model\.moe\.shared_gate",
+        ),
+    ],
+)
+def test_options_without_an_architecture_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path, random_model(settings(options), biased=False))
+    with pytest.raises(UserError, match=message):
+        verb("export", str(run), "--output", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

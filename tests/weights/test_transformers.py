@@ -10,6 +10,7 @@ import torch
 
 from tests.helpers.random_runs import (
     VARIANTS,
+    WITHOUT_GGUF,
     greedy,
     logits,
     random_model,
@@ -23,6 +24,8 @@ from titan_moe.weights.entries import Entry
 from titan_moe.weights.names import layer_entries, outer_entries
 
 transformers = pytest.importorskip("transformers")
+
+ALL = VARIANTS | WITHOUT_GGUF
 
 
 def export(network: Any, folder: Path, *words: str, dtype: str = "float32") -> Path:
@@ -46,10 +49,10 @@ def entries(name: str, model: Any) -> list[Entry]:
     return [*outer_entries(names, model), *layers]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL)
 def test_logits_and_greedy_text_of_transformers_are_ours(variant: str, tmp_path: Path) -> None:
     """float32 sums of some hundred numbers in another order; logits are up to 6, and 1e-5 is 20 roundings of that."""
-    options, biased = VARIANTS[variant]
+    options, biased = ALL[variant]
     network = random_model(settings(options), biased)
     folder = export(network, tmp_path)
     model = load(folder)
@@ -68,7 +71,7 @@ def check_parameters(model: Any, network: Any) -> None:
     """The parameters that Transformers has in memory are bitwise ours; it keeps the experts of a layer in two tensors."""
     ours, loaded, seen = network.state_dict(), model.state_dict(), set()
     for entry in entries(model.config.model_type, network.settings):
-        name = entry.name.replace("block_sparse_moe", "mlp")
+        name = entry.name.replace("block_sparse_moe", "mlp").replace("mlp.moe_statics", "mlp.gate.moe_statics")
         part: Any = slice(None)
         of_expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
         if of_expert:
@@ -83,12 +86,12 @@ def check_parameters(model: Any, network: Any) -> None:
     assert loaded.keys() - tied == seen - tied
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL)
 def test_every_tensor_of_ours_is_in_the_files_bit_by_bit_and_goes_back(variant: str, tmp_path: Path) -> None:
     """Except experts' down projections with a factor that is no power of two, which may be off by a rounding."""
     from safetensors.torch import load_file
 
-    options, biased = VARIANTS[variant]
+    options, biased = ALL[variant]
     network = random_model(settings(options), biased)
     ours = network.state_dict()
     folder = export(network, tmp_path)
@@ -118,7 +121,7 @@ def test_every_tensor_of_ours_is_in_the_files_bit_by_bit_and_goes_back(variant: 
 
 
 def test_every_architecture_is_tested() -> None:
-    chosen = {fitting(settings(options), biased).model_type for options, biased in VARIANTS.values()}
+    chosen = {fitting(settings(options), biased).model_type for options, biased in ALL.values()}
     assert chosen == set(ARCHITECTURES)
 
 

@@ -10,6 +10,7 @@ import io
 import pickle
 import warnings
 import zipfile
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -163,11 +164,31 @@ class _TensorsOnly(DefaultLoadPlanner):
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is not a tensor")
 
 
-def write_tensors(folder: Path, state: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+class _Lazy(DefaultSavePlanner):
+    """Asks for each tensor when its turn to be written comes."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self.read = read
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self.read(write_item.index.fqn)
+
+
+def write_lazily(folder: Path, shapes: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Writes a checkpoint from one process with one tensor in memory at a time. Raises OSError.
+
+    shapes: tensors on the meta device, by name. read: the tensor of a name, with the shape and type of that one."""
+    write_tensors(folder, shapes, None, _Lazy(read))
+
+
+def write_tensors(
+    folder: Path, state: dict[str, Tensor], group: dist.ProcessGroup | None, planner: SavePlanner | None = None
+) -> None:
     """Writes this rank's shards; a collective. Raises OSError, for example when the disk is full."""
     writer = FileSystemWriter(str(folder), thread_count=1)
     try:
-        save(state, storage_writer=writer, process_group=group, no_dist=group is None)
+        save(state, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         for failure, _ in error.failures.values():
             cause: BaseException | None = failure

@@ -36,6 +36,7 @@ WRITTEN = (
     "config.toml",
     "metrics.jsonl",
     "tokenizer.model",
+    "tokenizer.json",
 )
 """What a run writes into its directory, and what trackers write."""
 NUMBERS = {  # fields that a row of metrics.jsonl must have
@@ -52,7 +53,6 @@ class RunDir:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.profile = self.path / "profile"
-        self.tokenizer = self.path / "tokenizer.model"
         self.log = self.path / "logs" / f"rank-{rank}.log"
         self.lock = FileLock(self.path / ".lock")
 
@@ -84,8 +84,11 @@ class RunDir:
         self.lock.release()
 
     def write_tokenizer(self, model: bytes) -> None:
-        if not self.tokenizer.is_file() or self.tokenizer.read_bytes() != model:
-            write_file(self.tokenizer, model)
+        from titan_moe.data.stored import tokenizer_file  # takes longer than all else here
+
+        path = self.path / tokenizer_file(model)
+        if not path.is_file() or path.read_bytes() != model:
+            write_file(path, model)
 
     def write_config(self, config: Config) -> None:
         """Writes config.toml, and remembers it as this user's own."""

@@ -44,6 +44,8 @@ class State(BaseModel):
     """SHA-256 of the source of each of `extensions.modules`."""
     step_tokens: Natural = 0
     """Tokens of all ranks in a microbatch; 0: unknown."""
+    imported: str = ""
+    """The architecture that the weights were imported from; empty for a checkpoint of a run."""
 
     def model_table(self, origin: str) -> dict[str, Any]:
         """The table [model], options that it lacks with their defaults. Raises UserError."""

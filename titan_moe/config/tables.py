@@ -170,10 +170,11 @@ class Data(Table):
 
 
 class Tokenizer(Table):
-    """The tokenizer: sentencepiece."""
+    """The tokenizer: sentencepiece, or a tokenizer.json."""
 
     path: str = ""
-    """A sentencepiece .model (LLaMA-2's, Mistral's); empty: train one on the corpus, once."""
+    """A sentencepiece .model (LLaMA-2's, Mistral's), or a tokenizer.json with its tokenizer_config.json beside it; empty: train
+    one on the corpus, once."""
     vocab_size: Annotated[int, Field(ge=300, lt=2**24)] = 4096
     """Pieces of the tokenizer that is trained when `path` is empty."""
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import read_manifest
-from titan_moe.data.tokenizer import Tokenizer
+from titan_moe.data.tokenizer import Tokenizer, is_json, tokenizer_of
 from titan_moe.errors import UserError
 from titan_moe.runtime.files import read_file
 
 TOKENIZER_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"
 TOKENIZER_BYTES = 64 << 20
 
 
@@ -17,8 +18,9 @@ def stored_tokenizer(run: Path, fingerprint: str, cache: Path) -> Tokenizer | No
     """The tokenizer with this fingerprint, from a run directory or else from the cache; None if neither has it.
 
     Raises UserError when the run directory has another one, or one that can't be read."""
-    path = run / TOKENIZER_FILE
-    if path.is_symlink() or path.exists():
+    for path in (run / JSON_FILE, run / TOKENIZER_FILE):
+        if not path.is_symlink() and not path.exists():
+            continue
         try:
             model = read_file(path, TOKENIZER_BYTES)
         except OSError as error:
@@ -27,7 +29,7 @@ def stored_tokenizer(run: Path, fingerprint: str, cache: Path) -> Tokenizer | No
             raise UserError(
                 f"{path}: not the tokenizer that the run's checkpoints were trained with; bring that one back"
             )
-        return Tokenizer(model, str(path))
+        return tokenizer_of(model, str(path))
     for path in sorted((cache / "tokenizers").glob("*.model")):
         try:
             model = read_file(path, TOKENIZER_BYTES)
@@ -36,6 +38,11 @@ def stored_tokenizer(run: Path, fingerprint: str, cache: Path) -> Tokenizer | No
         if hashlib.sha256(model).hexdigest() == fingerprint:
             return Tokenizer(model, str(path))
     return None
+
+
+def tokenizer_file(model: bytes) -> str:
+    """The name that a tokenizer's file has in a run directory."""
+    return JSON_FILE if is_json(model) else TOKENIZER_FILE
 
 
 def stored_text(data: str, tokenizer: Tokenizer, cache: Path) -> Prepared | None:

@@ -173,11 +173,27 @@ def _sentences(texts: Iterable[str], length: int = 2000) -> Iterator[str]:
 
 
 def read_tokenizer(path: str, origin: str) -> Tokenizer:
-    """A tokenizer from a .model file; `~` is the home directory. Raises UserError."""
+    """A tokenizer from a .model file or a tokenizer.json; `~` is the home directory. Raises UserError."""
     try:
         model = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise UserError(f"{origin} = {path!r}: can't be read: {error.strerror}") from error
     except (ValueError, RuntimeError) as error:  # a NUL character; no home directory
         raise UserError(f"{origin} = {path!r}: {error}") from error
-    return Tokenizer(model, f"{origin} = {path!r}")
+    return tokenizer_of(model, f"{origin} = {path!r}", Path(path).expanduser().parent)
+
+
+def is_json(model: bytes) -> bool:
+    """Whether the content of a tokenizer's file is a tokenizer.json; else it is a sentencepiece model."""
+    return model[:1] == b"{"
+
+
+def tokenizer_of(model: bytes, origin: str, folder: Path | None = None) -> Tokenizer:
+    """A tokenizer from the content of a sentencepiece model or a tokenizer.json. Raises UserError.
+
+    folder: where a tokenizer_config.json names the symbols that begin and end a document; None: the content is complete."""
+    if not is_json(model):
+        return Tokenizer(model, origin)
+    from titan_moe.data.json_tokenizer import JsonTokenizer, complete  # imports an optional package
+
+    return JsonTokenizer(model if folder is None else complete(model, folder, origin), origin)

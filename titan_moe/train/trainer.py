@@ -275,6 +275,11 @@ class Trainer:
         step = 0
         if newest is not None:
             state = read_state(newest, "checkpoint")
+            if state.imported:
+                raise UserError(
+                    f"job.name: {self.run_dir.path} has imported weights and is no run to go on with; start one from them by "
+                    f"--job.name=NAME --checkpoint.load_path={self.run_dir.path}"
+                )
             both = check_unchanged(state.config, self.config, newest)
             self.check_data(state, newest)
             load_checkpoint(newest, self.model, self.optimizer)

@@ -47,8 +47,8 @@ class Architecture:
     """Keys whose value follows from several of our options."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """Keys whose value is always this one: with another value the architecture computes something else than our model."""
-    rotary: dict[str, Any] = field(default_factory=dict)
-    """Keys of `rope_parameters` that are always these."""
+    rotary: dict[str, Callable[[Model], Any]] = field(default_factory=dict)
+    """Further keys of `rope_parameters`."""
     window: bool = False
     """Whether attention has a window, which must then be no shorter than any text."""
 
@@ -62,7 +62,8 @@ class Architecture:
         known |= {key: compute(model) for key, compute in self.computed.items()}
         if self.window:
             known["sliding_window"] = max(positions, LONGEST)
-        rotary = {"rope_type": "default", "rope_theta": model.rope_theta, **self.rotary}
+        rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+        rotary |= {key: compute(model) for key, compute in self.rotary.items()}
         return {
             "architectures": [self.class_name],
             "model_type": self.model_type,
@@ -122,6 +123,18 @@ ARCHITECTURES = {
             {"sliding_window": None},
         ),
         Architecture(
+            "olmoe",
+            "OlmoeForCausalLM",
+            {
+                "num_experts": "moe.experts",
+                "num_experts_per_tok": "moe.top_k",
+                "intermediate_size": "moe.hidden_dim",
+                "norm_topk_prob": "moe.normalize_topk",
+            },
+            {},
+            {"attention_bias": False, "clip_qkv": None},
+        ),
+        Architecture(
             "lara_mini",
             "LaraMiniForCausalLM",
             QWEN_FIELDS,
@@ -159,9 +172,9 @@ ARCHITECTURES = {
                 "routed_scaling_factor": "moe.route_scale",
                 "use_qk_norm": "qk_norm",
             },
-            {"intermediate_size": dense_width},
-            {"n_group": 1, "topk_group": 1, "attention_bias": False, "num_nextn_predict_layers": 0},
-            {"partial_rotary_factor": 1.0},  # the default rotates half of each head
+            {"intermediate_size": dense_width, "attention_bias": lambda model: model.qkv_bias},
+            {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0},
+            {"partial_rotary_factor": lambda model: model.rope_fraction},  # the default rotates half of each head
         ),
     )
 }
@@ -172,7 +185,30 @@ def fitting(model: Model, biased: bool) -> Architecture:
     """The architecture that computes what the model computes. Raises UserError when there is none.
 
     biased: whether a balancing bias is not zero. A bias of zeros chooses as none does."""
+    architecture = by_routing(model, biased)
+    of_type = architecture.model_type
+    refused = {
+        "model.qkv_bias": model.qkv_bias and of_type not in ("qwen2_moe", "glm4_moe"),
+        "model.rope_fraction below 1": model.rope_fraction < 1 and of_type != "glm4_moe",
+        "model.moe.shared_gate": model.moe.shared_gate and of_type != "qwen2_moe",
+        "model.head_dim": of_type == "olmoe" and model.head_width * model.heads != model.dim,
+    }
+    for what, wrong in refused.items():
+        if wrong:
+            raise UserError(f"the architecture of Transformers with the rest of this model, {of_type}, has no {what}")
+    return architecture
+
+
+def by_routing(model: Model, biased: bool) -> Architecture:
+    """The architecture by router, norms and kinds of layers. Raises UserError when there is none."""
     moe = model.moe
+    if model.qk_norm == "projection":
+        if moe.first_dense_layers or moe.shared_experts or moe.score == "sigmoid" or biased:
+            raise UserError(
+                "no architecture of Transformers has model.qk_norm = 'projection' with dense layers, shared experts, sigmoid "
+                "scores or a balancing bias"
+            )
+        return ARCHITECTURES["olmoe"]
     has_moe, dense = moe.first_dense_layers < model.layers, moe.first_dense_layers > 0
     if not has_moe:
         return ARCHITECTURES["qwen3_moe" if model.qk_norm else "qwen2_moe"]
@@ -187,7 +223,7 @@ def fitting(model: Model, biased: bool) -> Architecture:
             raise refusal("softmax scores with a balancing bias (balancer.rate) and model.qk_norm")
         return ARCHITECTURES["ernie4_5_moe"]
     if not model.qk_norm:
-        plain = moe.normalize_topk and not dense and not moe.shared_experts
+        plain = moe.normalize_topk and not dense and not moe.shared_experts and not model.qkv_bias
         return ARCHITECTURES["mixtral" if plain else "qwen2_moe"]
     if not moe.shared_experts:
         return ARCHITECTURES["qwen3_moe"]

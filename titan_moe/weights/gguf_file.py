@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from titan_moe import __version__
+from titan_moe.config.tables import Model
 from titan_moe.data.tokenizer import SPACE
+from titan_moe.errors import UserError
 from titan_moe.weights.entries import Entry
 from titan_moe.weights.gguf_names import block_entries, first_entries, last_entries, shared_experts
 from titan_moe.weights.names import dense_width, kv_heads
@@ -26,12 +28,26 @@ SPACE_BYTE = "<0x20>"
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 
 
+def check_options(model: Model) -> None:
+    """Raises UserError for an option of [model] that this file does not have."""
+    refused = {
+        "model.qk_norm = 'projection'": model.qk_norm == "projection",
+        "model.qkv_bias": model.qkv_bias,
+        "model.rope_fraction below 1": model.rope_fraction < 1,
+        "model.moe.shared_gate": model.moe.shared_gate,
+    }
+    for what, wrong in refused.items():
+        if wrong:
+            raise UserError(f"--format gguf: the file has no {what}; use --format hf")
+
+
 def export_file(source: Source, out: Path, dtype: str) -> list[str]:
     """Writes the file `out`. Returns what to tell the user, in lines. Raises UserError.
 
     dtype: of `FILE_TYPES`. Norms, routers and balancing biases are always f32."""
     gguf = optional("gguf", "gguf")
     check_target(out, is_folder=False)
+    check_options(source.model)
     pieces = Pieces(source.tokenizer, source.run / "tokenizer.model")
     groups = [list(first_entries(source.model))]
     groups += [list(block_entries(source.model, layer)) for layer in range(source.model.layers)]

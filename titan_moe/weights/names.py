@@ -36,7 +36,7 @@ class Names:
     scales_gates: bool = False
     """Whether it has a factor on the gate weights. Without one, `model.moe.route_scale` goes into the experts' down."""
     qkv_bias: bool = False
-    """Whether q, k and v have biases. Ours have none; the file gets zeros."""
+    """Whether q, k and v always have biases. Where ours have none the file gets zeros."""
     interleaved_rotary: bool = False
     float32_router: bool = False
     """Whether Transformers keeps router and balancing bias in float32."""
@@ -48,11 +48,12 @@ NAMES: dict[str, Names] = {
     "qwen2_moe": Names(shared="shared_expert", gated_shared=True, qkv_bias=True),
     "qwen3_moe": Names(),
     "mixtral": Names(moe="block_sparse_moe", parts=("w1", "w3", "w2")),
+    "olmoe": Names(),
     "lara_mini": Names(shared="shared_expert", fused_experts=True),
     "ernie4_5_moe": Names(
         shared="shared_experts",
         empty_shared=False,
-        balancing_bias="gate.moe_statics.e_score_correction_bias",
+        balancing_bias="moe_statics.e_score_correction_bias",
         bias_shape=(1,),
         interleaved_rotary=True,
         float32_router=True,
@@ -67,9 +68,17 @@ NAMES: dict[str, Names] = {
 }
 
 
+# Architectures that are imported and not written: dense ones, and one that is not in Transformers.
+ONLY_IMPORTED: dict[str, Names] = {
+    "llama": Names(),
+    "qwen3": Names(),
+    "deepseek": Names(shared="shared_experts", empty_shared=False),
+}
+
+
 def dense_width(model: Model) -> int:
     """Hidden width of the first dense layers."""
-    return model.moe.hidden_dim * (model.moe.top_k + model.moe.shared_experts)
+    return model.moe.dense_width
 
 
 def kv_heads(model: Model) -> int:
@@ -106,12 +115,13 @@ def attention_entries(names: Names, model: Model, file: str, ours: str) -> Itera
         rows = count * width
         change: Change = InterleavedRotary(count) if names.interleaved_rotary and kind != "v" else SAME
         yield Entry(f"{file}.{kind}_proj.weight", (rows, model.dim), f"{ours}.w{kind}.weight", change=change)
-        if names.qkv_bias:
-            yield Entry(f"{file}.{kind}_proj.bias", (rows,))
+        if names.qkv_bias or model.qkv_bias:
+            yield Entry(f"{file}.{kind}_proj.bias", (rows,), f"{ours}.w{kind}.bias" if model.qkv_bias else "")
     yield Entry(f"{file}.o_proj.weight", (model.dim, model.heads * width), f"{ours}.wo.weight")
     if model.qk_norm:
         for kind in "qk":
-            yield Entry(f"{file}.{kind}_norm.weight", (width,), f"{ours}.{kind}_norm.weight")
+            normed = (heads[kind] if model.qk_norm == "projection" else 1) * width
+            yield Entry(f"{file}.{kind}_norm.weight", (normed,), f"{ours}.{kind}_norm.weight")
 
 
 def mlp_entries(file: str, ours: str, dim: int, width: int, down: Change = SAME) -> Iterator[Entry]:
@@ -131,10 +141,11 @@ def moe_entries(names: Names, model: Model, file: str, ours: str) -> Iterator[En
     yield from expert_entries(names, model, f"{file}.experts", f"{ours}.experts")
     width = moe.hidden_dim * moe.shared_experts
     if names.shared and (width or names.empty_shared):
-        halved = Scaled(2.0) if names.gated_shared else SAME
+        halved = Scaled(2.0) if names.gated_shared and not moe.shared_gate else SAME
         yield from mlp_entries(f"{file}.{names.shared}", f"{ours}.shared" if width else "", dim, width, halved)
         if names.gated_shared:
-            yield Entry(f"{file}.{names.shared}_gate.weight", (1, dim), value=HALF_GATE)
+            gate = f"{ours}.shared_gate.weight" if moe.shared_gate else ""
+            yield Entry(f"{file}.{names.shared}_gate.weight", (1, dim), gate, value=HALF_GATE)
 
 
 def expert_entries(names: Names, model: Model, file: str, ours: str) -> Iterator[Entry]:

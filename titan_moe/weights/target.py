@@ -42,8 +42,9 @@ def written_beside(path: Path, is_folder: bool) -> Iterator[Path]:
         if is_folder:
             temporary.mkdir()
         yield temporary
-        for file in temporary.iterdir() if is_folder else [temporary]:
-            fsync_file(file)
+        for file in temporary.rglob("*") if is_folder else [temporary]:
+            if file.is_file():
+                fsync_file(file)
         temporary.rename(target)
         fsync_folder(target.parent)
     except BaseException as error:

@@ -11,7 +11,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from titan_moe.data.stored import TOKENIZER_FILE
+from titan_moe.data.json_tokenizer import CONFIG_FILE, JsonTokenizer
+from titan_moe.data.stored import JSON_FILE, TOKENIZER_FILE
 from titan_moe.data.tokenizer import SPACE, Tokenizer
 from titan_moe.errors import UserError
 from titan_moe.weights.packages import optional
@@ -36,6 +37,10 @@ class Pieces:
 
     def __init__(self, tokenizer: Tokenizer, origin: Path) -> None:
         """origin: names the model in messages. Raises UserError for a model that has no exact counterpart."""
+        if isinstance(tokenizer, JsonTokenizer):
+            raise UserError(
+                f"{origin.parent}: its tokenizer is a tokenizer.json, which a GGUF file can't hold; use --format hf"
+            )
         proto: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(
             tokenizer.model
         )
@@ -69,6 +74,19 @@ class Pieces:
             if text[:cut] in rank and text[cut:] in rank
         ]
         return [(left, right) for *_, left, right in sorted(found)]
+
+
+def write_json(tokenizer: JsonTokenizer, folder: Path, length: int) -> None:
+    """Writes a run's tokenizer.json as it is, and a tokenizer_config.json."""
+    (folder / JSON_FILE).write_bytes(tokenizer.model)
+    names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": length,
+        "clean_up_tokenization_spaces": False,
+        **{key: tokenizer.json.id_to_token(i) for key, i in names.items()},
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_tokenizer(pieces: Pieces, folder: Path, length: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from titan_moe import __version__
+from titan_moe.data.json_tokenizer import JsonTokenizer
 from titan_moe.errors import UserError
 from titan_moe.weights.architectures import Architecture, fitting
 from titan_moe.weights.card import model_card
@@ -23,7 +24,7 @@ from titan_moe.weights.names import layer_entries, outer_entries
 from titan_moe.weights.packages import optional
 from titan_moe.weights.source import Source
 from titan_moe.weights.target import check_target, written_beside
-from titan_moe.weights.tokenizer import Pieces, write_tokenizer
+from titan_moe.weights.tokenizer import Pieces, write_json, write_tokenizer
 
 METADATA_FILE = "titan_moe.json"
 FORMAT_VERSION = 1
@@ -38,12 +39,16 @@ def export_folder(source: Source, out: Path, dtype: str) -> list[str]:
     optional("tokenizers", "hf")
     check_target(out, is_folder=True)
     architecture = fitting(source.model, source.biased)
-    pieces = Pieces(source.tokenizer, source.run / "tokenizer.model")
+    own = source.tokenizer
+    pieces = own if isinstance(own, JsonTokenizer) else Pieces(own, source.run / "tokenizer.model")
     shards = list(shards_of(architecture, source))
     index: dict[str, str] = {}
     size = 0
     with written_beside(out, is_folder=True) as folder:
-        write_tokenizer(pieces, folder, source.training.seq_len)
+        if isinstance(pieces, JsonTokenizer):
+            write_json(pieces, folder, source.training.seq_len)
+        else:
+            write_tokenizer(pieces, folder, source.training.seq_len)
         for number, entries in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors = shard(source, entries, getattr(torch, dtype))
@@ -91,13 +96,13 @@ def shard(source: Source, entries: list[Entry], dtype: torch.dtype) -> dict[str,
     }
 
 
-def symbols(pieces: Pieces) -> dict[str, Any]:
+def symbols(pieces: Pieces | JsonTokenizer) -> dict[str, Any]:
     """Ids of the symbols that begin and end a document and fill a batch."""
     ids = {"bos_token_id": pieces.bos, "eos_token_id": pieces.eos, "pad_token_id": pieces.pad}
     return {key: i if i >= 0 else None for key, i in ids.items()}
 
 
-def config(source: Source, architecture: Architecture, pieces: Pieces, dtype: str) -> dict[str, Any]:
+def config(source: Source, architecture: Architecture, pieces: Pieces | JsonTokenizer, dtype: str) -> dict[str, Any]:
     """The content of config.json."""
     return architecture.config(source.model, source.training.seq_len) | symbols(pieces) | {"dtype": dtype}
 
