@@ -54,7 +54,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
         self.gather: Callable[[Tensor], Tensor] | None = None
-        """All-gathers keys and values over ranks (parallel/context.py); None: this rank has whole sequences."""
+        """From keys and values of these tokens (B, S, 2 * H * d) to those of all tokens that they may attend to: all-gathers
+        over ranks (parallel/context.py), or appends to a cache (generate/cache.py). None: these are all tokens."""
         self.gathered_width = 2 * self.kv_heads * self.head_dim
         """Numbers per token that `gather` exchanges, over all tensor-parallel ranks."""
 
