@@ -16,7 +16,8 @@ from tests.helpers.commands import ROOT
 from tests.helpers.ranks import launch
 from tests.helpers.runs import Make, train
 from tests.helpers.spy import spy_on
-from titan_moe.analysis.inspect.inspection import Options, chosen_checkpoints, inspect
+from titan_moe.analysis.inspect.inspection import Options, inspect
+from titan_moe.checkpoint.chosen import chosen_checkpoints
 from titan_moe.checkpoint.dcp import load_checkpoint
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.checkpoint.state import read_state

@@ -13,7 +13,6 @@ from tests.helpers.commands import titan_moe
 from tests.helpers.ranks import launch
 from tests.helpers.runs import train
 from tests.helpers.steps import BASE, VOCABULARY, batch_of, config_of, mesh_of
-from titan_moe.analysis.inspect.inspection import chosen_checkpoints, from_checkpoint
 from titan_moe.analysis.place.placement import (
     assign,
     in_order,
@@ -25,6 +24,7 @@ from titan_moe.analysis.place.placement import (
     source_in_order,
     traffic,
 )
+from titan_moe.checkpoint.chosen import chosen_checkpoints, from_checkpoint
 from titan_moe.checkpoint.expert_order import permute_experts, read_order, write_order
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.errors import UserError

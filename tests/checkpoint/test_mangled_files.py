@@ -18,9 +18,9 @@ from tests.helpers.commands import TINY, environment
 from tests.helpers.runs import train
 from tests.helpers.strangers import copied_run, sign, verb
 from titan_moe import cli
-from titan_moe.analysis.inspect.inspection import from_checkpoint
 from titan_moe.analysis.report.report import differences, facts, summary
 from titan_moe.analysis.report.runs import read_runs
+from titan_moe.checkpoint.chosen import from_checkpoint
 from titan_moe.checkpoint.resume import damage
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.checkpoint.state import read_state

@@ -89,7 +89,8 @@ class Attention(nn.Module):
         self.q_norm = qk_norm(model, self.heads)
         self.k_norm = qk_norm(model, self.kv_heads)
         self.gather: Callable[[Tensor], Tensor] | None = None
-        """All-gathers keys and values over ranks (parallel/context.py); None: this rank has whole sequences."""
+        """From keys and values of these tokens (B, S, 2 * H * d) to those of all tokens that they may attend to: all-gathers
+        over ranks (parallel/context.py), or appends to a cache (generate/cache.py). None: these are all tokens."""
         self.gathered_width = 2 * self.kv_heads * self.head_dim
         """Numbers per token that `gather` exchanges, over all tensor-parallel ranks."""
 

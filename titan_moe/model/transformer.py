@@ -175,11 +175,14 @@ class Transformer(nn.Module):
         hidden_TD = self.comm.gather_sequence_replicated(self.norm(h_BSD)).flatten(0, 1)
         return chunked_cross_entropy(hidden_TD, self.output_weight, inputs.labels.flatten(), weights_T, self.comm)
 
-    def logits(self, inputs: Inputs) -> Tensor:
-        """(B, S, V), for evaluation of short texts."""
+    def logits(self, inputs: Inputs, chosen_N: Tensor | None = None) -> Tensor:
+        """Logits of short texts, (B, S, V). chosen_N: indices into the flattened (B, S) of the only tokens whose logits are
+        computed; the result is (N, V)."""
         carry = self.empty_carry(inputs.tokens.numel(), inputs.tokens.device)
         h_BSD, _, _ = self.run_blocks(inputs, self.embed(inputs.tokens), carry)
         hidden_TD = self.comm.gather_sequence_replicated(self.norm(h_BSD)).flatten(0, 1)
+        if chosen_N is not None:
+            return self.comm.gather_from_tp(linear(hidden_TD[chosen_N], self.output_weight))
         return self.comm.gather_from_tp(linear(hidden_TD, self.output_weight)).unflatten(0, inputs.tokens.shape)
 
     @property

@@ -30,8 +30,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     check_ranks()
-    from titan_moe.analysis.inspect.inspection import Options, from_checkpoint, inspect, write_results
+    from titan_moe.analysis.inspect.inspection import Options, inspect, write_results
     from titan_moe.analysis.processes import ranks_of
+    from titan_moe.checkpoint.chosen import from_checkpoint
 
     options = Options(arguments.text, arguments.sequences, arguments.cluster_tokens, arguments.examples)
     world = world_size_from_environment()

@@ -25,9 +25,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     check_ranks()
-    from titan_moe.analysis.inspect.inspection import Options, from_checkpoint
+    from titan_moe.analysis.inspect.inspection import Options
     from titan_moe.analysis.place.place import write_placement
     from titan_moe.analysis.processes import ranks_of
+    from titan_moe.checkpoint.chosen import from_checkpoint
 
     world = world_size_from_environment()
     (checkpoint,), config = from_checkpoint([arguments.runs], False, arguments.overrides, world, arguments.trust)

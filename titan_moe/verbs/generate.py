@@ -1,0 +1,114 @@
+"""Continues prompts with a checkpoint's model. The new text goes to stdout as it is made, all else to stderr.
+
+examples: titan-moe generate runs/debug --prompt "def main(" --temperature 0
+          titan-moe generate runs/debug --prompt "import" --prompt "class" --top-p 0.9 --stop "\\n\\n" --seed 1
+          titan-moe generate runs/debug --interactive
+"""
+
+import re
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+
+from titan_moe.config.load import world_size_from_environment
+from titan_moe.errors import UserError
+from titan_moe.verbs.arguments import add_number, add_overrides, add_trust, path_argument
+
+ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("path", type=path_argument, metavar="RUN", help="a run directory or one of its checkpoints")
+    meaning = "text to continue; several make a batch (an empty one starts a new document)"
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=meaning)
+    meaning = "read prompts from stdin, one a line, each a new document"
+    parser.add_argument("--interactive", action="store_true", help=meaning)
+    meaning = "new tokens per prompt, at most"
+    add_number(parser, "--max-tokens", 128, meaning)
+    add_number(parser, "--tokens", 0, "the same as --max-tokens, when not 0", 0)
+    add_fraction(
+        parser, "--temperature", 1.0, "divides the logits; 0: always the most probable token", lambda x: x >= 0
+    )
+    add_number(parser, "--top-k", 0, "sample from this many most probable tokens; 0: from all", 0)
+    meaning = "sample from the most probable tokens that together have this probability; 1: from all"
+    add_fraction(parser, "--top-p", 1.0, meaning, lambda x: 0 < x <= 1)
+    meaning = "sample from tokens with at least this fraction of the largest probability; 0: from all"
+    add_fraction(parser, "--min-p", 0.0, meaning, lambda x: 0 <= x <= 1)
+    meaning = "divides positive logits of tokens in the text, multiplies negative ones; 1: off"
+    add_fraction(parser, "--repetition-penalty", 1.0, meaning, lambda x: x > 0)
+    meaning = "end a text before this string (\\n and \\t as in C); may be given several times"
+    parser.add_argument("--stop", action="append", default=[], type=stop_string, metavar="TEXT", help=meaning)
+    add_number(parser, "--seed", 0, "of the random numbers; a text does not depend on the other prompts", 0)
+    add_trust(parser)
+    add_overrides(parser)
+
+
+def add_fraction(
+    parser: ArgumentParser, option: str, default: float, meaning: str, valid: Callable[[float], bool]
+) -> None:
+    """Adds an option for a number. UserError names the option, the value and the meaning."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not (valid(value) and abs(value) < float("inf")):
+            raise UserError(f"{option} = {text[:80]!r}: {meaning}")
+        return value
+
+    parser.add_argument(option, type=number, default=default, metavar="X", help=f"{meaning} (default: {default:g})")
+
+
+def stop_string(text: str) -> str:
+    """A stop string, with its escapes resolved. Raises UserError for an empty one."""
+    if not text:
+        raise UserError("--stop = '': is empty; give the text to end before")
+    return re.sub(r"\\[nt\\]", lambda escape: ESCAPES[escape.group()], text)
+
+
+def run(arguments: Namespace) -> int:
+    if not arguments.prompt and not arguments.interactive:
+        raise UserError("--prompt: none is given; give one or several, or --interactive")
+    if world_size_from_environment() > 1:
+        raise UserError("WORLD_SIZE: generate runs on one process; start it without torchrun")
+    for prompt in arguments.prompt:
+        check_text(prompt)
+    from titan_moe.checkpoint.chosen import from_checkpoint
+    from titan_moe.generate.load import load_model
+    from titan_moe.generate.loop import Options, generate
+    from titan_moe.generate.sampling import Sampling
+    from titan_moe.generate.terminal import converse, write_pieces
+    from titan_moe.runtime.device import pick_device
+
+    a = arguments
+    (checkpoint,), config = from_checkpoint([a.path], False, a.overrides, 1, a.trust)
+    loaded = load_model(checkpoint, config, pick_device())
+    sampling = Sampling(a.repetition_penalty, a.temperature, a.top_k, a.top_p, a.min_p)
+    options = Options(a.tokens or a.max_tokens, tuple(a.stop), a.seed, sampling)
+
+    def answer(prompts: list[str]) -> None:
+        texts = [[loaded.tokenizer.bos, *loaded.tokenizer.encode(prompt)] for prompt in prompts]
+        write_pieces(generate(loaded.model, loaded.tokenizer, texts, options), prompts)
+
+    def answer_line(line: str) -> None:
+        try:
+            check_text(line)
+        except UserError as error:  # a wrong line does not end the session
+            print(f"error: {error}", file=sys.stderr)
+            return
+        answer([line])
+
+    if a.prompt:
+        answer(a.prompt)
+    if a.interactive:
+        converse(answer_line)
+    return 0
+
+
+def check_text(text: str) -> None:
+    """Raises UserError for what is not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt = {text[:80]!a}: is not UTF-8 text") from None
