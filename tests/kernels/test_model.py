@@ -1,5 +1,7 @@
 """A small model trains through the kernels as it does without them: same loss, terms, measures and gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,8 @@ from titan_moe.model.init import init_weights
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.parallelize import recompute
 from torchtitan_ext.ops import select
-from torchtitan_ext.terms import Setting, build_terms
+from torchtitan_ext.terms import ExpertRows, LayerView, Setting, Terms, build_terms
+from torchtitan_ext.terms.specialization import Specialization
 
 SEQ, VOCAB = 10, 40
 MOE = MoE(experts=6, top_k=3, hidden_dim=20)
@@ -111,13 +114,32 @@ def test_bfloat16_is_no_further_from_float32_than_pytorch(monkeypatch: pytest.Mo
     torch.testing.assert_close(found[0][0], exact[0][0], rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "selective"])
 def test_recomputation_does_not_change_the_step(mode: str) -> None:
     wanted = step(network("exact", torch.float32))
     model = network("exact", torch.float32)
     for block in model.blocks():
         recompute(block, ActivationCheckpoint(mode=mode))  # type: ignore[arg-type]
     compare(step(model), wanted, 1e-7)
+
+
+def test_a_term_that_overrides_only_observe_is_observed() -> None:
+    """Its class inherits sp's `activate`, which would pass over the new `observe`."""
+    seen = []
+
+    class Watched(Specialization):
+        def observe(self, z_RF: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, Any]:
+            seen.append(z_RF.shape)
+            return super().observe(z_RF, view, rows)
+
+    model, other = network("exact", torch.float32), network("exact", torch.float32)
+    options = Specialization.Options(weight=0.02)
+    for layer in model.moe_modules():
+        layer.terms = model.terms = Terms(
+            [Watched(options, t.setting) if t.name == "sp" else t for t in layer.terms.terms]
+        )
+    compare(step(model), step(other), 2e-5)
+    assert len(seen) == 2
 
 
 @pytest.mark.slow

@@ -55,6 +55,12 @@ def _union(needs: Iterable[Needs]) -> Needs:
     return Needs(*(any(flags) for flags in zip(Needs(), *needs, strict=True)))
 
 
+def _activates(term: type[Term]) -> bool:
+    """Whether `activate` is as specific as `observe`: not where a subclass of a built-in term has only overridden `observe`."""
+    activate, observe = (next(c for c in term.__mro__ if name in vars(c)) for name in ("activate", "observe"))
+    return issubclass(activate, observe)
+
+
 class Terms:
     """The enabled terms, in the order of `Carry.terms`."""
 
@@ -67,6 +73,8 @@ class Terms:
         self.needs_gradient = _union(term.needs for term in terms if term.weighted)
         """The same of terms with a weight above 0: what gradients pass through."""
         self._weights: tuple[Any, Any] = (None, None)
+        self.joining = tuple(term for term in terms if _activates(type(term)))
+        """Terms whose `activate` may be called in place of `observe`."""
 
     def objective(self, terms: Tensor, factors: Mapping[str, float] | None = None) -> Tensor:
         """The weighted sum of `Carry.terms` (N,), to be added to the cross-entropy.
@@ -134,7 +142,7 @@ class Terms:
         gate_up: (R, 2F), the experts' gate and up projections."""
         from torchtitan_ext.ops.swiglu import swiglu
 
-        for term in self.terms:
+        for term in self.joining:
             fused = term.activate(gate_up, view, rows)
             if fused is not None:
                 z_RF, observed = self.observe(fused[0], view, rows, skip=term.name)
