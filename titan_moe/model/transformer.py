@@ -92,7 +92,7 @@ class Block(nn.Module):
             assert self.feed_forward is not None
             out_TD = self.feed_forward(x_TD)
             # Copies: FSDP's hooks on a block's inputs and outputs do not allow outputs that alias inputs.
-            carry = carry._replace(terms=carry.terms.clone(), previous=carry.previous.clone())
+            carry = Carry(carry.terms.clone(), carry.previous.clone(), carry.counts, carry.sums)
         return h_BSD + self.comm.reduce_scatter_sequence(out_TD.view_as(x_BSD)), carry, topk_ids
 
 

@@ -167,9 +167,8 @@ class Terms:
             sums = torch.select_scatter(carry.sums, columns.to(carry.sums.dtype), 0, view.layer)
         carried = [term.carried(view) for term, width in zip(self.terms, widths, strict=True) if width]
         after = carried[0] if len(carried) == 1 else torch.cat(carried, dim=1) if carried else carry.previous
-        return carry._replace(
-            terms=carry.terms + torch.stack(values) if values else carry.terms, previous=after, counts=counts, sums=sums
-        )
+        terms = carry.terms + torch.stack(values) if values else carry.terms
+        return type(carry)(terms, after, counts, sums)  # not `_replace`: torch 2.11 compiles that to an empty tuple
 
 
 def token_measures(view: LayerView) -> dict[str, Tensor]:
