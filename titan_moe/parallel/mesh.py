@@ -17,6 +17,10 @@ from torchtitan_ext.collectives import Group, Ranks
 
 T = TypeVar("T")
 
+PREPARATION = datetime.timedelta(days=1)  # for rank 0 to read and tokenise the text, while the others wait
+_host_groups: list[Group] = []
+"""On GPUs: the group in which ranks wait for rank 0. NCCL's watchdog would end them after `parallelism.timeout_seconds`."""
+
 
 class Mesh:
     """This process's coordinates and groups. With one process all groups are None and nothing is communicated."""
@@ -83,6 +87,8 @@ def start_processes(device: torch.device, timeout_seconds: int) -> None:
         store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
         gpu = device if device.type == "cuda" else None  # NCCL connects at once, and never guesses the device
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout, device_id=gpu)
+        if gpu is not None:
+            _host_groups.append(dist.new_group(backend="gloo", timeout=PREPARATION))
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
         raise LostRanksError(f"not all ranks started within {timeout_seconds} s: {reason}") from error
@@ -98,15 +104,15 @@ def from_first(make: Callable[[], T]) -> T:
     """Calls `make()` on rank 0, then on the other ranks, which exit with status 2 if it failed on rank 0."""
     if not dist.is_initialized():
         return make()
-    done = [False]
+    done, group = [False], _host_groups[0] if _host_groups else None
     if dist.get_rank() == 0:
         try:
             result = make()
             done[0] = True
         finally:
-            dist.broadcast_object_list(done)
+            dist.broadcast_object_list(done, group=group)
         return result
-    dist.broadcast_object_list(done)
+    dist.broadcast_object_list(done, group=group)
     if not done[0]:
         sys.exit(2)
     return make()
@@ -114,4 +120,5 @@ def from_first(make: Callable[[], T]) -> T:
 
 def stop_processes() -> None:
     if dist.is_initialized():
+        _host_groups.clear()
         dist.destroy_process_group()

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -98,7 +99,7 @@ class Heartbeat:
         self.store.set(f"exiting/{self.rank}", "1")
         return lost
 
-    def failures(self, store: dist.Store | None = None) -> list[str]:
+    def failures(self, store: Any = None) -> list[str]:
         """What ranks have told about their failures. store: another connection to it."""
         store = store or self.store
         keys = [(rank, f"failed/{rank}") for rank in range(self.ranks)]
