@@ -14,6 +14,7 @@ from titan_moe.config.tables import Config
 from titan_moe.data.tokenizer import read_tokenizer
 from titan_moe.errors import UserError
 from titan_moe.estimate.counts import count, meta_model
+from titan_moe.estimate.roofline import step_lines
 from titan_moe.estimate.traffic import sizes, traffic
 from titan_moe.model.comm import TPComm
 from titan_moe.model.gemm import local
@@ -22,14 +23,16 @@ from titan_moe.model.terms import terms_of
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.parallelize import CHOICES, PRODUCTS, parallelize
+from titan_moe.runtime.cards import card_named
 from titan_moe.runtime.device import GIB
 from torchtitan_ext.dtypes import accumulation_dtype
 
 LLAMA_2_VOCABULARY = 32000
 
 
-def plan_text(config: Config, world: int) -> str:
-    """Parameters, FLOPs, and for one of `world` ranks: memory by kind and bytes by collective."""
+def plan_text(config: Config, world: int, card: str = "") -> str:
+    """Parameters, FLOPs, and for one of `world` ranks: memory by kind and bytes by collective; with a card's name also the
+    time of a step by its data sheet."""
     vocab_size, source = vocabulary(config)
     settings = config.model.model_copy(update={"vocab_size": vocab_size})
     config = config.model_copy(update={"model": settings})
@@ -60,6 +63,8 @@ def plan_text(config: Config, world: int) -> str:
     if moved:
         lines.append("a rank hands over in a step")
         lines += [f"  {f'{line.collective}, {line.what}':<40} {in_words(line.bytes)}" for line in moved]
+    if card:
+        lines += step_lines(model, config, degrees, card, card_named(card))
     return "\n".join(lines)
 
 

@@ -4,6 +4,8 @@ Rows that happen to stay on their rank are counted as sent; under expert paralle
 routing decides. tests/distributed/test_traffic.py counts the real ones.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from titan_moe.config.degrees import Degrees, layers_per_stage, micro_batch_size, micro_steps
@@ -59,34 +61,55 @@ def sizes(model: Transformer, config: Config, degrees: Degrees) -> Sizes:
     )
 
 
-def sharding(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
-    """FSDP's gathers and reductions, HSDP's sums, and the routers' gradients."""
-    if degrees.token_ranks == 1:
-        return []
+class Shards(NamedTuple):
+    """What FSDP and HSDP exchange of the parameters that are sharded over the same ranks; bytes that a rank hands over."""
+
+    ranks: int
+    gathered: int
+    reduced: int
+    summed: int
+    """Over the replicas."""
+
+
+def shards(model: Transformer, config: Config, degrees: Degrees) -> list[Shards]:
+    """Of all parameters but the experts', then of the experts'."""
     s = sizes(model, config, degrees)
-    gathered = reduced = summed = 0
     reductions = 1 if config.parallelism.defer_reduction and degrees.pp == 1 else s.steps
     whole = {id(weight) for weight in routers(model)}
     inside = {id(p) for block in model.blocks() for p in block.parameters()}
     expert = {id(p) for moe in model.moe_modules() for p in moe.experts.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) in whole:
-            continue
-        own = local(parameter).numel()
-        ranks = degrees.expert_fsdp if id(parameter) in expert else degrees.fsdp
-        again = id(parameter) in inside and config.parallelism.reshard_after_forward
-        if ranks > 1:
-            gathered += own * s.compute * s.steps * (2 if again else 1)
-            reduced += own * ranks * s.exact * reductions
-        if degrees.dp_replicate > 1:
-            summed += own * s.exact * reductions
-    replicated = sum(weight.numel() for weight in routers(model)) * s.exact
+    found = []
+    for ranks, experts_too in ((degrees.fsdp, False), (degrees.expert_fsdp, True)):
+        gathered = reduced = summed = 0
+        for parameter in model.parameters():
+            if id(parameter) in whole or (id(parameter) in expert) != experts_too:
+                continue
+            own = local(parameter).numel()
+            again = id(parameter) in inside and config.parallelism.reshard_after_forward
+            if ranks > 1:
+                gathered += own * s.compute * s.steps * (2 if again else 1)
+                reduced += own * ranks * s.exact * reductions
+            if degrees.dp_replicate > 1:
+                summed += own * s.exact * reductions
+        found.append(Shards(ranks, gathered, reduced, summed))
+    return found
+
+
+def sharding(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:
+    """FSDP's gathers and reductions, HSDP's sums, and the routers' gradients."""
+    if degrees.token_ranks == 1:
+        return []
+    found = shards(model, config, degrees)
     return [
-        Line("all-gather", "sharded parameters", gathered),
-        Line("reduce-scatter", "their gradients", reduced),
-        Line("all-reduce", "gradients of replicas", summed),
-        Line("all-reduce", "routers' gradients", replicated),
+        Line("all-gather", "sharded parameters", sum(one.gathered for one in found)),
+        Line("reduce-scatter", "their gradients", sum(one.reduced for one in found)),
+        Line("all-reduce", "gradients of replicas", sum(one.summed for one in found)),
+        Line("all-reduce", "routers' gradients", router_gradients(model, config, degrees)),
     ]
+
+
+def router_gradients(model: Transformer, config: Config, degrees: Degrees) -> int:
+    return sum(weight.numel() for weight in routers(model)) * sizes(model, config, degrees).exact
 
 
 def experts(model: Transformer, config: Config, degrees: Degrees) -> list[Line]:

@@ -9,18 +9,9 @@ from collections.abc import Callable
 import torch
 
 from titan_moe.errors import UserError
+from titan_moe.runtime.cards import find_card
 
 GIB = 1024**3
-
-# Dense bfloat16 peak in FLOP/s, from the vendors' data sheets.
-PEAK_BFLOAT16 = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "MI300X": 1307e12,
-}
 
 
 def pick_device() -> torch.device:
@@ -67,10 +58,9 @@ def peak_allocated(work: Callable[[], object]) -> int:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s, to compute MFU: from the data sheet for a known GPU, else measured with a large matrix product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for known, peak in PEAK_BFLOAT16.items():
-            if known in name:
-                return peak
+        card = find_card(torch.cuda.get_device_name(device))
+        if card is not None:
+            return card.bfloat16
     size = 1024 if device.type == "cpu" else 8192
     a = torch.ones(size, size, dtype=torch.float32 if device.type == "cpu" else dtype, device=device)
     seconds = []
