@@ -97,6 +97,17 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f, num_hidden_layers=2),
         r"config\.json says 2 layers.*the files have 3",
     ),
+    "more experts than files": (lambda f: edit(f, num_local_experts=9), r"experts\.8\.gate_proj\.weight is missing"),
+    "fewer experts than files": (
+        lambda f: edit(f, num_local_experts=7),
+        r"experts\.7\..* is no tensor of the architecture",
+    ),
+    "a billion experts": (
+        lambda f: edit(
+            f, num_local_experts=2**30, hidden_size=2, head_dim=24, moe_intermediate_size=1, mlp_only_layers=[]
+        ),
+        r"config\.json says 1073741824 experts in 3 layers, but the files have",
+    ),
     "only pickled weights": (only_pickles, r"only pickled weights \(pytorch_model\.bin\)"),
     "file of another directory": (outside, r"names '\.\./other\.safetensors', which is no safetensors file"),
     "missing tensor": (lambda f: change(f, lambda t: t.pop(NORM)), rf"{NORM} is missing in its files"),

@@ -42,6 +42,7 @@ def import_folder(source: Path, out: Path, tokenizer_path: str = "") -> list[str
     kind, model = model_of(facts)
     names = (NAMES | ONLY_IMPORTED)[kind]
     shards = Shards(source)
+    shards.check_experts(model.moe.experts, model.layers - model.moe.first_dense_layers)
     entries = list(entries_of(names, model))
     further = facts.count("num_nextn_predict_layers", 0) if kind == "glm4_moe" else 0
     left_out = shards.check(entries, model.layers, further, model.tie_embeddings)

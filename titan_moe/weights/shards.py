@@ -50,6 +50,14 @@ class Shards:
                     raise UserError(f"{folder}: {name} is in both {self.file_of[name]} and {file}")
                 self.file_of[name] = file
 
+    def check_experts(self, experts: int, layers: int) -> None:
+        """Raises UserError where there are fewer tensors than experts, before a list of all names is made."""
+        if layers * experts > len(self.file_of):
+            raise UserError(
+                f"{self.folder}: config.json says {experts} experts in {layers} layers, but the files have "
+                f"{len(self.file_of)} tensors in all"
+            )
+
     def check(self, entries: Iterable[Entry], layers: int, further: int, tied: bool) -> list[str]:
         """Raises UserError unless these tensors are there with their shapes, and no others.
 
