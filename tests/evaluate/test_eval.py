@@ -141,7 +141,7 @@ def test_tasks_on_local_files_have_all_measures(run: Path, data: Path, capsys: p
     assert values["boolq", "acc"]["standard_error"] == pytest.approx((sum(hits) / 4 * (1 - sum(hits) / 4) / 3) ** 0.5)
     assert "| boolq | acc | " in capsys.readouterr().out
     with pytest.raises(
-        UserError, match="--tasks: arc_challenge: .*give --data=DIR with arc_challenge/validation.jsonl"
+        UserError, match=r"--tasks: arc_challenge: .*give --data=DIR with arc_challenge/validation\.jsonl"
     ):
         verb("eval", str(run), "--tasks=arc_challenge", f"--data={data}")
 
