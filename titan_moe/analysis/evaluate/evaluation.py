@@ -52,7 +52,7 @@ def run_tasks(
                     tasks=[str(Path(folder, f"{task.harness}.yaml")) if task.local else task.harness],
                     task_manager=manager,
                     limit=limit or None,
-                    bootstrap_iters=0,
+                    bootstrap_iters=1000,  # of measures whose standard error has no formula
                     confirm_run_unsafe_code=task.name in UNSAFE,
                 )
             except (OSError, ImportError, ValueError) as error:
