@@ -13,7 +13,7 @@ from titan_moe.generate.loop import Options, complete
 from titan_moe.generate.sampling import Sampling
 
 
-class LanguageModel(TemplateLM):  # type: ignore[misc]
+class LanguageModel(TemplateLM):
     """Every rank has the whole model and scores its part of the documents, which the harness hands out and gathers.
 
     A text starts with the token that starts a document, as in training. Longer texts are cut from the left.
