@@ -26,6 +26,7 @@ VERBS = {  # verb: (module in titan_moe.verbs, one line of `titan-moe --help`)
     "plan": ("plan", "count parameters, FLOPs, and the memory and traffic of a rank, without training"),
     "inspect": ("inspect", "measure routing and expert specialization of checkpoints"),
     "place": ("place", "order experts so that little routed traffic leaves a rank"),
+    "eval": ("eval", "evaluate a checkpoint on tasks and texts"),
     "generate": ("generate", "continue prompts with a checkpoint's model"),
     "report": ("report", "write a page of curves, heat maps and tables about runs"),
     "import": ("import_model", "make a checkpoint to start from out of another program's model"),

