@@ -143,13 +143,15 @@ def test_weights_are_never_read_under_another_tokenizers_ids(tiny_config: Make, 
     assert first.tokenizer == second.tokenizer
     elsewhere = tiny_config("--job.name=elsewhere", *words)
     train(elsewhere)
-    refused = tiny_config("--job.name=x", *words, start, f"--tokenizer.path={RunDir(elsewhere).tokenizer}")
+    refused = tiny_config(
+        "--job.name=x", *words, start, f"--tokenizer.path={RunDir(elsewhere).path / 'tokenizer.model'}"
+    )
     with pytest.raises(UserError, match="its weights belong to another tokenizer"):
         train(refused)
 
 
 def test_a_run_directory_with_another_tokenizer_is_refused(finished: RunDir, tiny_config: Make) -> None:
-    finished.tokenizer.write_bytes(finished.tokenizer.read_bytes()[:-1])
+    (finished.path / "tokenizer.model").write_bytes((finished.path / "tokenizer.model").read_bytes()[:-1])
     with pytest.raises(
         UserError, match=r"tokenizer\.model: not the tokenizer that the run's checkpoints were trained with"
     ):
@@ -159,10 +161,10 @@ def test_a_run_directory_with_another_tokenizer_is_refused(finished: RunDir, tin
 def test_a_run_of_an_earlier_version_has_no_tokenizer_and_gets_it_when_it_goes_on(
     finished: RunDir, tiny_config: Make
 ) -> None:
-    model = finished.tokenizer.read_bytes()
-    finished.tokenizer.unlink()
+    model = (finished.path / "tokenizer.model").read_bytes()
+    (finished.path / "tokenizer.model").unlink()
     train(tiny_config())
-    assert finished.tokenizer.read_bytes() == model
+    assert (finished.path / "tokenizer.model").read_bytes() == model
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "__0_0.distcp", "state.json"])
