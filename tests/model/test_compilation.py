@@ -82,7 +82,9 @@ def test_auto_compiles_on_a_gpu() -> None:
 def test_the_log_says_how_long_compilation_took(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("titan_moe"), "propagate", True)
+    logger = logging.getLogger("titan_moe")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])  # other tests leave theirs
     time, double = CompileTime(), torch.compile(lambda x: x * 2, backend="eager")
     with caplog.at_level(logging.INFO, "titan_moe"):
         time.report()
