@@ -127,6 +127,7 @@ def evaluated(run: Path, data: Path) -> Any:
     return json.loads(next((run / "eval").glob(f"*{'-'.join(DOCUMENTS)}.json")).read_text())
 
 
+@pytest.mark.slow
 def test_tasks_on_local_files_have_all_measures(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The accuracy is that of the written log-likelihoods; a task without data is named."""
     pytest.importorskip("lm_eval")
