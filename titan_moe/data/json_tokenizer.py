@@ -13,6 +13,7 @@ import numpy as np
 
 from titan_moe.data.tokenizer import SAMPLE, SPACE, Tokenizer
 from titan_moe.errors import UserError
+from titan_moe.runtime.optional import optional
 
 CONFIG_FILE = "tokenizer_config.json"
 
@@ -75,10 +76,7 @@ class JsonTokenizer(Tokenizer):
 
 def parsed(model: bytes, origin: str) -> tuple[dict[str, Any], Any]:
     """The JSON of a tokenizer.json, and the tokenizer of package `tokenizers`. Raises UserError."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise UserError(f"{origin}: package 'tokenizers' is not installed: pip install 'titan-moe[hf]'") from error
+    tokenizers = optional("tokenizers", "hf", origin)
     try:
         stored = json.loads(model)
         if not isinstance(stored, dict):

@@ -14,10 +14,10 @@ from titan_moe import __version__
 from titan_moe.config.tables import Model
 from titan_moe.data.tokenizer import SPACE
 from titan_moe.errors import UserError
+from titan_moe.runtime.optional import optional
 from titan_moe.weights.entries import Entry
 from titan_moe.weights.gguf_names import block_entries, first_entries, last_entries, shared_experts
 from titan_moe.weights.names import dense_width, kv_heads
-from titan_moe.weights.packages import optional
 from titan_moe.weights.source import Source
 from titan_moe.weights.target import check_target, written_beside
 from titan_moe.weights.tokenizer import Kind, Pieces

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from titan_moe.checkpoint.state import one_line, read_json
 from titan_moe.errors import UserError
+from titan_moe.runtime.optional import optional
 from titan_moe.weights.entries import Entry
-from titan_moe.weights.packages import optional
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -15,7 +15,7 @@ from titan_moe.data.json_tokenizer import CONFIG_FILE, JsonTokenizer
 from titan_moe.data.stored import JSON_FILE, TOKENIZER_FILE
 from titan_moe.data.tokenizer import SPACE, Tokenizer
 from titan_moe.errors import UserError
-from titan_moe.weights.packages import optional
+from titan_moe.runtime.optional import optional
 
 BYTE_PAIRS = 2  # sentencepiece's TrainerSpec.BPE
 SAMPLE = "def f(x):\n\treturn  x +  1\n\n  \u00e9\u4e2d\U0001f600 end \r\n" + " " * 9 + "a" * 9 + "0123"

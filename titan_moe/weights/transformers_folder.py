@@ -17,11 +17,11 @@ from torch import Tensor
 from titan_moe import __version__
 from titan_moe.data.json_tokenizer import JsonTokenizer
 from titan_moe.errors import UserError
+from titan_moe.runtime.optional import optional
 from titan_moe.weights.architectures import Architecture, fitting
 from titan_moe.weights.card import model_card
 from titan_moe.weights.entries import Entry
 from titan_moe.weights.names import layer_entries, outer_entries
-from titan_moe.weights.packages import optional
 from titan_moe.weights.source import Source
 from titan_moe.weights.target import check_target, written_beside
 from titan_moe.weights.tokenizer import Pieces, write_json, write_tokenizer

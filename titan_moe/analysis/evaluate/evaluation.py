@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_moe.analysis.evaluate.tasks import PREFIX, UNSAFE, Task, resolved
-from titan_moe.errors import UserError
+from titan_moe.errors import UserError, pip_install
 from titan_moe.generate.load import Loaded
 from titan_moe.runtime.files import own_folder, write_file
 
@@ -31,9 +31,7 @@ def run_tasks(
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError(
-            "--tasks: needs the package lm_eval (pip install 'titan-moe[eval]'); --text needs none"
-        ) from None
+        raise UserError(f"--tasks: needs the package lm_eval ({pip_install('lm-eval')}); --text needs none") from None
     from titan_moe.analysis.evaluate.language_model import LanguageModel
 
     model, manager = LanguageModel(loaded, batch_size), TaskManager()
