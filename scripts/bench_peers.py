@@ -7,8 +7,9 @@
 
 layer: forward and backward of ours with sp and cp, and of TorchTitan's `MoE` (which supports bfloat16 only) and
 Transformers' Mixtral block, both without regularizers. step: forward, backward, clipping and AdamW of ours with lb, z,
-sp and cp, and of Transformers' Mixtral with its load-balancing loss. Runs alternate; a ratio is the median of paired
-ratios, with a 95% interval. Needs the extra `bench`; prints a note for a library that is not installed, and skips
+sp and cp, and of Transformers' Mixtral with its load-balancing loss. Runs alternate; each pair gets new tokens, as a
+training step does, so that experts get other numbers of rows. A ratio is the median of paired ratios, with a 95%
+interval. Needs the extra `bench`; prints a note for a library that is not installed, and skips
 it.
 """
 
@@ -26,7 +27,7 @@ from titan_moe.config.tables import Model, Optimizer
 from titan_moe.estimate.counts import count
 from titan_moe.model.gemm import CPU_MULTIPLIES_BFLOAT16
 from titan_moe.model.init import init_weights
-from titan_moe.model.transformer import Transformer
+from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.optim import build_optimizer
 from titan_moe.runtime.allocator import keep_freed_memory
 from titan_moe.runtime.device import peak_flops
@@ -45,11 +46,10 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> 
     optimizer.zero_grad()
 
 
-def our_step(settings: Model, dtype: torch.dtype) -> tuple[Work, Transformer]:
+def our_step(settings: Model, dtype: torch.dtype, inputs: Inputs) -> tuple[Work, Transformer]:
     model = Transformer(settings, build_terms(WEIGHTS, Setting(settings.moe.top_k, settings.moe.hidden_dim)), dtype)
     init_weights(model, seed=0)
     optimizer = build_optimizer(model, Optimizer())
-    inputs = inputs_of(2, TOKENS // 2)
 
     def step() -> None:
         out = model(inputs)
@@ -58,21 +58,27 @@ def our_step(settings: Model, dtype: torch.dtype) -> tuple[Work, Transformer]:
     return step, model
 
 
-def transformers_step(settings: Model, dtype: torch.dtype) -> Work:
+def transformers_step(settings: Model, dtype: torch.dtype, tokens: Tensor) -> Work:
     import transformers
 
     model: Any = transformers.MixtralForCausalLM(mixtral_config(settings, TOKENS, WEIGHTS["lb"]))
     model.to(dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-    tokens = inputs_of(2, TOKENS // 2).tokens
     return lambda: update(model, optimizer, model(input_ids=tokens, labels=tokens).loss)
 
 
-def compare(peer: str, ours: Work, theirs: Work, pairs: int, flops: float, peak: float) -> None:
-    ours()
-    theirs()
+def new_tokens(inputs: Inputs) -> None:
+    inputs.labels.copy_(inputs.tokens.random_(VOCABULARY).roll(-1, 1))
+
+
+def compare(peer: str, ours: Work, theirs: Work, renew: Work, pairs: int, flops: float, peak: float) -> None:
+    for _ in range(3):
+        renew()
+        ours()
+        theirs()
     times = []
     for pair in range(pairs):
+        renew()
         if pair % 2:
             b, a = seconds(theirs), seconds(ours)
         else:
@@ -100,7 +106,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     settings = GEOMETRY[options.geometry].model_copy(update={"layers": options.layers, "vocab_size": VOCABULARY})
     if options.what == "profile":
-        step, _ = our_step(settings, dtype)
+        step, _ = our_step(settings, dtype, inputs_of(2, TOKENS // 2))
         step()
         with torch.profiler.profile() as profile:
             step()
@@ -121,18 +127,20 @@ def main() -> None:
     )
     if options.what == "step":
         if installed["transformers"]:
-            step, model = our_step(settings, dtype)
+            inputs = inputs_of(2, TOKENS // 2)
+            step, model = our_step(settings, dtype, inputs)
+            theirs = transformers_step(settings, dtype, inputs.tokens)
             flops = count(model, TOKENS // 2).flops_per_token * TOKENS
-            compare("Transformers", step, transformers_step(settings, dtype), options.pairs, flops, peak)
+            compare("Transformers", step, theirs, lambda: new_tokens(inputs), options.pairs, flops, peak)
         return
     moe = settings.moe
     flops = 6 * TOKENS * settings.dim * (3 * moe.top_k * moe.hidden_dim + moe.experts)
     x_TD = torch.randn(TOKENS, settings.dim).to(dtype)
     ours = our_layer(settings, {"sp": WEIGHTS["sp"], "cp": WEIGHTS["cp"]}, x_TD)
     if installed["torchtitan"] and dtype == torch.bfloat16:
-        compare("TorchTitan", ours, torchtitan_layer(settings, x_TD), options.pairs, flops, peak)
+        compare("TorchTitan", ours, torchtitan_layer(settings, x_TD), x_TD.normal_, options.pairs, flops, peak)
     if installed["transformers"]:
-        compare("Transformers", ours, transformers_layer(settings, x_TD), options.pairs, flops, peak)
+        compare("Transformers", ours, transformers_layer(settings, x_TD), x_TD.normal_, options.pairs, flops, peak)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,38 @@ def test_grouped_linear(dtype: torch.dtype) -> None:
     assert not ours[1][3].any()
 
 
+@pytest.mark.parametrize("counts", [[1, 40, 17, 0, 200, 3], [0, 0, 300], [5, 16, 1, 1, 1]])
+def test_grouped_linear_in_bfloat16_with_float32_weights(counts: list[int]) -> None:
+    """Equals a float64 computation on the rounded values, for numbers of rows that are and are not multiples of 16.
+
+    Output and gradients are rounded to bfloat16 once, and the sums in between are float32: 2^-7 of the largest value
+    covers both. The gradient of the weight is float32 and holds bfloat16 values.
+    """
+    source = torch.Generator().manual_seed(0)
+    rows, experts = sum(counts), len(counts)
+    x = torch.randn(rows, 32, generator=source).bfloat16().requires_grad_()
+    weight = torch.randn(experts, 24, 32, generator=source).requires_grad_()
+    offsets = torch.tensor(counts).cumsum(0).int()
+    out = grouped_linear(x, weight, offsets)
+    probe = torch.randn(out.shape, generator=source).bfloat16()
+    ours = (out, *torch.autograd.grad(out, (x, weight), probe))
+    assert [part.dtype for part in ours] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert torch.equal(ours[2].bfloat16().float(), ours[2])
+
+    exact_x, exact_weight = x.detach().double(), weight.detach().bfloat16().double()
+    start = 0
+    for e, count in enumerate(counts):
+        part = slice(start, start := start + count)
+        wanted = (
+            exact_x[part] @ exact_weight[e].t(),
+            probe[part].double() @ exact_weight[e],
+            probe[part].double().t() @ exact_x[part],
+        )
+        for value, right in zip((ours[0][part], ours[1][part], ours[2][e]), wanted, strict=True):
+            bound = 2**-7 * float(right.abs().max()) if right.numel() else 0.0
+            torch.testing.assert_close(value.double(), right, rtol=0, atol=bound)
+
+
 def test_grouped_linear_is_a_well_behaved_operator() -> None:
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)

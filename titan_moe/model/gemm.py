@@ -69,11 +69,11 @@ class Linear(nn.Module):
 def grouped_linear(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:
     """Row r times the transposed weight of its expert: (R, D), (E, N, D) -> (R, N), in the type of x.
 
-    offsets_E: (E,) int32, the end of each expert's rows; an expert may have none.
+    offsets_E: (E,) int32, the end of each expert's rows; an expert may have none. A float32 master weight is rounded to the
+    type of x first; on a CPU expert by expert, so that there is no second copy of all weights.
     """
-    weight_END = weight_END.to(x_RD.dtype)
     if x_RD.is_cuda and x_RD.dtype == torch.bfloat16:
-        return F.grouped_mm(x_RD, weight_END.transpose(1, 2), offs=offsets_E)
+        return F.grouped_mm(x_RD, weight_END.to(x_RD.dtype).transpose(1, 2), offs=offsets_E)
     result: Tensor = torch.ops.titan_moe.grouped_linear(x_RD, weight_END, offsets_E)
     return result
 
@@ -84,15 +84,49 @@ def _groups(offsets_E: Tensor) -> list[tuple[int, int, int]]:
     return [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
 
 
+def _rounded(rows: int) -> int:
+    """The number of rows that a bfloat16 product is computed with: at least `rows`, at most an eighth more or 16.
+
+    oneDNN, which multiplies bfloat16 on a CPU, compiles code for every new size of a product, in 1 to 6 ms. Experts get
+    another number of rows in every step, so that compiling would take longer than multiplying. Of rounded numbers there
+    are few, and oneDNN keeps the code for 1,024 sizes.
+    """
+    step = max(16, 1 << max(rows.bit_length() - 4, 0))
+    return -(-rows // step) * step
+
+
+def _padded(x_RD: Tensor, start: int, end: int) -> Tensor:
+    """Rows from start to end, and rows of zeros up to the rounded number."""
+    rows = end - start
+    out = x_RD.new_empty(_rounded(rows), x_RD.shape[1])
+    out[:rows] = x_RD[start:end]
+    out[rows:].zero_()
+    return out
+
+
+def _rows_times(x_RD: Tensor, weight_DN: Tensor, out_RN: Tensor, start: int, end: int) -> None:
+    """`out[start:end] = x[start:end] @ weight`. In bfloat16 rows of `out` after `end` may be overwritten: the caller goes
+    through the experts in order, so that those are computed later."""
+    if x_RD.dtype != torch.bfloat16:
+        torch.mm(x_RD[start:end], weight_DN, out=out_RN[start:end])
+        return
+    after = start + _rounded(end - start)
+    if after <= len(x_RD):
+        torch.mm(x_RD[start:after], weight_DN, out=out_RN[start:after])
+    else:
+        out_RN[start:end] = torch.mm(_padded(x_RD, start, end), weight_DN)[: end - start]
+
+
 @torch.library.custom_op("titan_moe::grouped_linear", mutates_args=())
 def _grouped_linear(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:
     dtype = product_dtype(x_RD)
     out_RN = x_RD.new_empty(x_RD.shape[0], weight_END.shape[1])
     for e, start, end in _groups(offsets_E):
+        weight = weight_END[e].to(x_RD.dtype)
         if dtype == x_RD.dtype:
-            torch.mm(x_RD[start:end], weight_END[e].t(), out=out_RN[start:end])
+            _rows_times(x_RD, weight.t(), out_RN, start, end)
         else:
-            out_RN[start:end] = x_RD[start:end].to(dtype) @ weight_END[e].to(dtype).t()
+            out_RN[start:end] = x_RD[start:end].to(dtype) @ weight.to(dtype).t()
     return out_RN
 
 
@@ -110,14 +144,18 @@ def _grouped_linear_backward(
     grad_weight_END = torch.empty_like(weight_END)
     groups = _groups(offsets_E)
     for e, start, end in groups:
-        grad, x, weight = grad_RN[start:end], x_RD[start:end], weight_END[e]
+        grad, x, weight = grad_RN[start:end], x_RD[start:end], weight_END[e].to(x_RD.dtype)
         if dtype == x_RD.dtype:
-            torch.mm(grad, weight, out=grad_x_RD[start:end])
-            torch.mm(grad.t(), x, out=grad_weight_END[e])
+            _rows_times(grad_RN, weight, grad_x_RD, start, end)
+            if dtype == torch.bfloat16:
+                grad, x = _padded(grad_RN, start, end), _padded(x_RD, start, end)
         else:
             grad, x = grad.to(dtype), x.to(dtype)
             grad_x_RD[start:end] = grad @ weight.to(dtype)
-            grad_weight_END[e] = grad.t() @ x
+        if dtype == x_RD.dtype == weight_END.dtype:
+            torch.mm(grad.t(), x, out=grad_weight_END[e])
+        else:
+            grad_weight_END[e] = (grad.t() @ x).to(x_RD.dtype)
     reached = {e for e, _, _ in groups}
     for e in range(weight_END.shape[0]):
         if e not in reached:

@@ -19,6 +19,7 @@ from torchtitan_ext.ops import build
 
 SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 BFLOAT16 = ("token_gram", "add_gram_gradient", "responses", "add_response_gradients")  # kernels that take it too
+BFLOAT16_ONLY = ("swiglu", "swiglu_backward")  # in other types PyTorch's operations are as good
 DRAWS = ("uniform", "sample")  # kernels that take integers
 PANEL, STRIP = 16, 48  # as in kernels.c
 
@@ -47,6 +48,8 @@ def supports(operation: str, x: Tensor) -> bool:
         return False
     if operation in ("responses", "add_response_gradients") and x.shape[-1] % PANEL:
         return False
+    if operation in BFLOAT16_ONLY:
+        return x.dtype == torch.bfloat16
     return x.dtype != torch.bfloat16 or operation in BFLOAT16
 
 
@@ -60,6 +63,21 @@ def add_gram_gradient(grad_RF: Tensor, z_RF: Tensor, rows_TK: Tensor, coefficien
     """`grad[rows[t, a]] += sum_b coefficients[t, a, b] z[rows[t, b]]`; all contiguous, rows unique."""
     tokens, k = rows_TK.shape
     _call("add_gram_gradient", z_RF.dtype, (grad_RF, z_RF, rows_TK, coefficients_TKK), (tokens, k, z_RF.shape[1]))
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of the two halves: (R, 2F) -> (R, F). Rounded once, from float32."""
+    gate_up = gate_up.contiguous()
+    z_RF = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    _call("swiglu", gate_up.dtype, (gate_up, z_RF), tuple(z_RF.shape))
+    return z_RF
+
+
+def swiglu_backward(gate_up: Tensor, dz_RF: Tensor) -> Tensor:
+    """The gradient of gate_up (R, 2F) from that of z (R, F)."""
+    gate_up, gradient = gate_up.contiguous(), torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    _call("swiglu_backward", gate_up.dtype, (gate_up, dz_RF.contiguous(), gradient), tuple(dz_RF.shape))
+    return gradient
 
 
 def largest(scores_TE: Tensor, ids_TK: Tensor) -> None:

@@ -25,6 +25,9 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         if torch.compiler.is_compiling():
             return F.silu(gate) * up
+        kernel = select.direct_kernel("swiglu", gate_up)
+        if kernel is not None:
+            return kernel(gate_up.reshape(-1, gate_up.shape[-1])).view(gate.shape)
         z = gate.new_empty(gate.shape)
         for part, g, u in zip(_slices(z), _slices(gate), _slices(up), strict=True):
             torch.mul(F.silu(g), u, out=part)
@@ -36,6 +39,10 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         if torch.compiler.is_compiling():
             return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
+        kernel = select.direct_kernel("swiglu_backward", gate_up)
+        if kernel is not None:
+            rows = gate_up.reshape(-1, gate_up.shape[-1]), grad.reshape(-1, grad.shape[-1])
+            return kernel(*rows).view(gate_up.shape)
         grad_gate_up = torch.empty_like(gate_up)
         outs = [_slices(part) for part in grad_gate_up.chunk(2, dim=-1)]
         for g, u, d, to_gate, to_up in zip(*map(_slices, (gate, up, grad)), *outs, strict=True):

@@ -99,7 +99,11 @@ class WandB(Dashboard):
         self.image, known = wandb.Image, self.run_dir / "wandb-id"
         if not (step and known.exists()):
             known.write_text(uuid.uuid4().hex)
-        where = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": self.config.job.name, "dir": self.run_dir}
+        where: dict[str, Any] = {
+            "project": os.environ.get("WANDB_PROJECT", PROJECT),
+            "name": self.config.job.name,
+            "dir": self.run_dir,
+        }
         config = self.config.model_dump(mode="json")
         try:
             self.run = wandb.init(**where, id=known.read_text(), resume="allow", config=config)

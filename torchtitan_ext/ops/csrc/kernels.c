@@ -1,5 +1,6 @@
 // Kernels of the losses: Gram matrices of each token's k rows of z and their gradient (one pass over the rows each),
-// squared cosines from Gram matrices, the k largest of each row, random numbers from integer keys, products of erc.
+// squared cosines from Gram matrices, the k largest of each row, random numbers from integer keys, products of erc, and
+// SwiGLU in bfloat16.
 //
 // KERNELS defines the first two for one element type. bfloat16 (stored as uint16_t) is accumulated in float.
 
@@ -162,6 +163,55 @@ LARGEST(double, double)
 
 SQUARED_COSINES(float, float, FLT_MIN)
 SQUARED_COSINES(double, double, DBL_MIN)
+
+// e^x within 2 units in the last place for -87 <= x <= 88, infinity above 88.4, e^-87 below -87, NaN for NaN. Without
+// branches or calls, so that loops over it use SIMD: x = n ln 2 + r with |r| <= ln 2 / 2, the Taylor polynomial of e^r,
+// times 2^n.
+static inline float exponential(float x) {
+    x = x > 89.0f ? 89.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    union { float value; uint32_t word; } shifted = {x * 1.44269504f + 0x1.8p23f}, power;
+    float n = shifted.value - 0x1.8p23f, r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+    float sum = 1.0f / 720;
+    sum = sum * r + 1.0f / 120;
+    sum = sum * r + 1.0f / 24;
+    sum = sum * r + 1.0f / 6;
+    sum = sum * r + 0.5f;
+    sum = sum * r + 1.0f;
+    sum = sum * r + 1.0f;
+    power.word = (shifted.word << 23) + 0x3F800000u;
+    return sum * power.value;
+}
+
+// z = silu(gate) * up, where a row of gate_up (rows, 2 width) is gate and then up; z (rows, width).
+void swiglu_bfloat16(const uint16_t *gate_up, uint16_t *z, int64_t rows, int64_t width, int threads) {
+    _Pragma("omp parallel for num_threads(threads) schedule(static)")
+    for (int64_t i = 0; i < rows; i++) {
+        const uint16_t *restrict gates = gate_up + 2 * i * width, *restrict ups = gates + width;
+        uint16_t *restrict out = z + i * width;
+        for (int64_t f = 0; f < width; f++) {
+            float gate = one_bfloat16(gates + f);
+            put_bfloat16(out + f, gate / (1 + exponential(-gate)) * one_bfloat16(ups + f));
+        }
+    }
+}
+
+// The gradient of gate_up from that of z.
+void swiglu_backward_bfloat16(const uint16_t *gate_up, const uint16_t *dz, uint16_t *gradient, int64_t rows,
+                              int64_t width, int threads) {
+    _Pragma("omp parallel for num_threads(threads) schedule(static)")
+    for (int64_t i = 0; i < rows; i++) {
+        const uint16_t *restrict gates = gate_up + 2 * i * width, *restrict ups = gates + width;
+        const uint16_t *restrict slopes = dz + i * width;
+        uint16_t *restrict to_gate = gradient + 2 * i * width, *restrict to_up = to_gate + width;
+        for (int64_t f = 0; f < width; f++) {
+            float gate = one_bfloat16(gates + f), up = one_bfloat16(ups + f), slope = one_bfloat16(slopes + f);
+            float sigmoid = 1 / (1 + exponential(-gate));
+            put_bfloat16(to_up + f, slope * gate * sigmoid);
+            put_bfloat16(to_gate + f, slope * up * sigmoid * (1 + gate * (1 - sigmoid)));
+        }
+    }
+}
 
 // The hash of draws.py: extends a key by one part.
 static inline uint32_t folded(uint32_t h, int64_t part) {
