@@ -115,7 +115,7 @@ def labelled(inputs: Inputs, model: Transformer) -> Inputs:
     """The inputs without labels on tokens with close scores in some layer."""
     scores: list[Tensor] = []
     hooks = [
-        moe.router.register_forward_hook(lambda *given: scores.append(given[-1].scores_TE))
+        moe.router.register_forward_hook(lambda *given: scores.append(given[-1][0].scores_TE))
         for moe in model.moe_modules()
     ]
     with torch.no_grad():

@@ -81,8 +81,8 @@ class Watch:
         routing = self.routing[self.step, moe.layer]
         routing[tokens.sequences.unsqueeze(1), tokens.sequence_positions] = ids.view(*tokens.weights.shape, -1)
 
-    def router(self, router: Router, inputs: tuple[Any, ...], output: Choice) -> None:  # noqa: ARG002 - torch's
-        logits = output.logits_TE.detach()
+    def router(self, router: Router, inputs: tuple[Any, ...], output: tuple[Choice, Any]) -> None:  # noqa: ARG002
+        logits = output[0].logits_TE.detach()
         scores = logits.softmax(-1) if router.moe.score == "softmax" else logits.sigmoid()
         best = (scores + router.expert_bias).topk(router.moe.top_k + 1, dim=-1).values
         self.gap = min(self.gap, float((best[:, -2] - best[:, -1]).min()))

@@ -62,7 +62,7 @@ def test_layer_equals_the_token_by_token_definition(moe: MoE) -> None:
     weights = torch.full((1, TOKENS), 1 / TOKENS, dtype=torch.float64)
     tokens = Tokens(weights, torch.zeros(1, dtype=torch.int64), torch.tensor(1), torch.arange(TOKENS))
     out, after, chosen = moe_layer(x, carry, tokens)
-    choice = moe_layer.router(x)
+    choice, _ = moe_layer.router(x)
     scores = choice.scores_TE
     assert torch.equal(after.counts[0], torch.bincount(chosen.flatten(), minlength=moe.experts))
     if moe.top_k < 6:
@@ -81,9 +81,9 @@ def test_layer_equals_the_token_by_token_definition(moe: MoE) -> None:
 def test_the_bias_enters_the_choice_only() -> None:
     moe_layer = layer(MoE(experts=6, top_k=2, hidden_dim=5))
     x = torch.randn(TOKENS, DIM, dtype=torch.float64)
-    before = moe_layer.router(x)
+    before, _ = moe_layer.router(x)
     moe_layer.router.expert_bias[4] = 10.0
-    after = moe_layer.router(x)
+    after, _ = moe_layer.router(x)
     assert bool((after.topk_ids_TK == 4).any(1).all())
     torch.testing.assert_close(after.gates_TK, after.scores_TE.gather(1, after.topk_ids_TK), rtol=0, atol=0)
     torch.testing.assert_close(after.scores_TE, before.scores_TE, rtol=0, atol=0)

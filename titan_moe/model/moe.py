@@ -33,8 +33,6 @@ class Choice(NamedTuple):
     scores_TE: Tensor  # normalised to sum to 1
     topk_ids_TK: Tensor
     gates_TK: Tensor
-    sums: RouterSums | None = None
-    """Where one kernel computes it all."""
 
 
 class Router(nn.Module):
@@ -48,8 +46,11 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.experts, dim))
         self.register_buffer("expert_bias", torch.zeros(moe.experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor, weights_T: Tensor | None = None) -> Choice:
-        """weights: of the tokens, for the sums."""
+    def forward(self, x_TD: Tensor, weights_T: Tensor | None = None) -> tuple[Choice, RouterSums | None]:
+        """The choice, and sums over experts and tokens that terms and measures use, where one kernel computes both.
+
+        x: (T, D). weights: of the tokens (T,); without them there are no sums.
+        """
         dtype = accumulation_dtype(x_TD.dtype)
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         if weights_T is not None and select.fused(logits_TE):
@@ -57,7 +58,7 @@ class Router(nn.Module):
             topk_ids_TK = choose_experts(logits_TE, self.expert_bias, moe.top_k, moe.score)
             options = (moe.score, moe.normalize_topk, moe.route_scale)
             scores_TE, gates_TK, sums = route(logits_TE, topk_ids_TK, weights_T, *options)
-            return Choice(logits_TE, scores_TE, topk_ids_TK, gates_TK, sums)
+            return Choice(logits_TE, scores_TE, topk_ids_TK, gates_TK), sums
         if self.moe.score == "softmax":
             log_scores_TE = logits_TE  # up to a constant per token
             raw_TE = scores_TE = logits_TE.softmax(-1)
@@ -71,7 +72,7 @@ class Router(nn.Module):
             gates_TK = normalize_scores(gates_TK, log_scores_TE.gather(1, topk_ids_TK))
         if self.moe.route_scale != 1.0:
             gates_TK = gates_TK * self.moe.route_scale
-        return Choice(logits_TE, scores_TE, topk_ids_TK, gates_TK)
+        return Choice(logits_TE, scores_TE, topk_ids_TK, gates_TK), None
 
 
 class Dispatch(NamedTuple):
@@ -296,7 +297,7 @@ class MoELayer(nn.Module):
     def forward(self, x_TD: Tensor, carry: Carry, tokens: Tokens) -> tuple[Tensor, Carry, Tensor]:
         """Output (T, D), a partial sum under tensor parallelism; the carry with this layer added; the chosen experts (T, k)."""
         comm, terms, experts = self.comm, self.terms, self.experts
-        choice = self.router(comm.divide_gradient(x_TD), tokens.weights.flatten())
+        choice, sums = self.router(comm.divide_gradient(x_TD), tokens.weights.flatten())
         probes = terms.probes(self.router.weight, self.layer, tokens)
         samples = terms.samples(self.layer, tokens)
         sampled_N = next(iter(samples.values()))[0] if len(samples) == 1 else None
@@ -304,7 +305,7 @@ class MoELayer(nn.Module):
             x_TD, choice.topk_ids_TK, comm.copy_to_tp(choice.gates_TK), self.router.moe.experts, sampled_N
         )
         rows = RoutedRows(self.dispatcher, comm, routed)
-        view = self.view(choice, routed, tokens)._replace(samples=samples)
+        view = self.view(choice, sums, routed, tokens)._replace(samples=samples)
 
         gate_up, squares_PE = experts.gate_and_up(
             routed.x_RD, routed.offsets_E, None if probes is None else comm.copy_to_tp(probes.vectors_PD)
@@ -329,17 +330,18 @@ class MoELayer(nn.Module):
             )
         return out_TD, terms.add(view, observed, probes, carry), choice.topk_ids_TK
 
-    def view(self, choice: Choice, routed: Routed, tokens: Tokens) -> LayerView:
+    def view(self, choice: Choice, sums: RouterSums | None, routed: Routed, tokens: Tokens) -> LayerView:
         """What terms see of the router's choice."""
         weights_T = tokens.weights.flatten()
-        if choice.sums is not None:
-            counts_E = choice.sums.counts_E
+        if sums is not None:
+            counts_E = sums.counts_E
         else:
             counts_E = labelled_counts(choice.topk_ids_TK, choice.scores_TE.shape[1], weights_T)
         return LayerView(
             self.layer,
             tokens,
             **choice._asdict(),
+            sums=sums,
             rows_TK=routed.plan.rows_TK,
             weights_T=weights_T,
             counts_E=counts_E,
