@@ -1,11 +1,8 @@
 """Sweeps: the cells of a grid, the statistics, and real sweeps that are killed and restarted."""
 
 import csv
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,32 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.helpers.commands import ROOT, TINY
+from tests.helpers.sweeps import SWEEP, finish, start_sweep
 from titan_moe.analysis.sweep.grid import SWEEPS, cell_config, cells_of, read_sweep
 from titan_moe.analysis.sweep.statistics import holm, paired
 from titan_moe.analysis.sweep.tables import verdict
 from titan_moe.errors import UserError
-
-SWEEP = """
-config = "debug"
-seeds = [0, 1]
-validations = 2
-inspect = true
-keep = 2
-[set]
-validation.interval = 2
-checkpoint.upcycle_path = "{dense}"
-model.moe.normalize_topk = true
-[before.dense]
-model.moe.first_dense_layers = 3
-model.moe.top_k = 1
-regularizers = { lb.weight = 0.0, z.weight = 0.0, sp.weight = 0.0, cp.weight = 0.0 }
-[arms.lb]
-[arms."lb,sp"]
-regularizers.sp.weight = 0.5
-[grid]
-style = { vanilla = {}, biased = { balancer.rate = 1e-2 } }
-"""
 
 
 @pytest.fixture
@@ -142,29 +118,12 @@ def test_holm_adjusted_p_values() -> None:
         ([0.10, 0.11, 0.12], "higher"),
         ([0.0001, -0.0001, 0.0002, 0.0], "no difference"),
         ([0.1, -0.1, 0.05], "cannot tell"),
-        ([0.1], "too few pairs"),
+        ([0.1], "one seed"),
     ],
 )
 def test_verdict_on_paired_losses(values: list[float], word: str) -> None:
     result = paired(values, 0.005)
     assert verdict(result, result.p) == word
-
-
-def start_sweep(sweep_file: Path, folder: Path, corpus: Path, *words: str) -> subprocess.Popen[str]:
-    tiny = [word for word in TINY if "top_k" not in word]  # the dense arm sets top_k; options would override it
-    options = [*tiny, f"--data.corpus={corpus}", "--training.dtype=float32", "--model.moe.hidden_dim=24", *words]
-    command = [sys.executable, "-m", "titan_moe.cli", "sweep", "--config", str(sweep_file), "--output", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TITAN_MOE_CACHE": str(folder.parent / "cache")}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [*command, "--processes=2", *options], env=environment, stdout=pipe, stderr=pipe, text=True, cwd=folder.parent
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    out, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
-    return out
 
 
 @pytest.mark.slow

@@ -48,6 +48,10 @@ class Sweep(Table):
     """The last validations of a run whose mean is its result."""
     equivalence: PositiveFloat = 0.005
     """The largest difference of validation loss, in nats, that counts as no difference."""
+    learning_rate: str = ""
+    """How the learning rate was chosen, for the reader of the tables: "tuned on lb (nano_lr)", say. They print it."""
+    sequential: bool = False
+    """Run no more seeds of an arm whose difference to the baseline is decided (titan-moe sweep --help)."""
     inspect: bool = False
     """Run `titan-moe inspect` on the checkpoints of every cell; the tables show the measures of the last."""
     inspect_options: list[str] = []

@@ -1,19 +1,22 @@
 """Runs the cells of a sweep, several at a time, each in its own process, and rewrites the tables after each.
 
-    runs/sweeps/NAME/   results.md  results.csv  comparisons.csv  runs/CELL/  configs/CELL.toml  logs/CELL.log
+    runs/sweeps/NAME/   results.md  results.csv  comparisons.csv  cells/CELL.json  runs/CELL/  configs/CELL.toml
+                        logs/CELL.log
 
 A finished cell is not run again; an interrupted one resumes from its newest checkpoint. So a sweep that is killed and
-started again ends with the same tables as one that was not.
+started again ends with the same tables as one that was not. A cell whose file in cells/ is there counts as finished, also
+when another machine made it. Cells of the first seed run first, at all grid points, so that there are pairs early.
 """
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +26,18 @@ from rich.live import Live
 from rich.table import Table as RichTable
 
 from titan_moe.analysis.sweep.grid import Cell, cell_config, cells_of, read_sweep
-from titan_moe.analysis.sweep.tables import Group, differences, grouped, inspected, result_of, spread, write_tables
+from titan_moe.analysis.sweep.rows import FOLDER, cell_keys, merge, read_rows, write_row
+from titan_moe.analysis.sweep.sequential import FINAL, decision
+from titan_moe.analysis.sweep.tables import (
+    Group,
+    anytime_columns,
+    grouped,
+    inspected,
+    result_of,
+    spread,
+    while_running,
+    write_tables,
+)
 from titan_moe.checkpoint.changes import changed_keys
 from titan_moe.checkpoint.run_dir import RunDir, read_row
 from titan_moe.checkpoint.state import dump
@@ -69,6 +83,8 @@ class SweepState:
         self.failed: dict[str, str] = {}
         """Reasons, by cell name."""
         self.results: dict[str, dict[str, float]] = {}
+        self.keys = cell_keys(self.cells, self.configs, self.sweep, self.folder / "runs")
+        self.order = sorted(self.cells, key=lambda cell: self.sweep.seeds.index(cell.seed))
 
     def complete(self, cell: Cell) -> bool:
         return self.command(cell) is None
@@ -111,8 +127,12 @@ class SweepState:
             if file.exists():
                 self.check_same(cell, file, config)
             write_file(file, to_toml(config))
+        own_folder(self.folder, FOLDER)
+        rows = read_rows(self.folder, self.keys)
         for cell in self.cells:
-            if self.complete(cell):
+            if cell.name in rows:
+                self.results[cell.name] = rows[cell.name].result
+            elif self.complete(cell):
                 self.gather(cell)
 
     def check_same(self, cell: Cell, file: Path, now: Config) -> None:
@@ -130,23 +150,64 @@ class SweepState:
 
     def gather(self, cell: Cell) -> None:
         try:
-            self.results[cell.name] = result_of(self.folder / "runs" / cell.name, self.sweep.validations)
+            result = result_of(self.folder / "runs" / cell.name, self.sweep.validations)
         except ValueError as error:
             raise UserError(f"validation.interval: {error}") from error
+        if cell.name not in self.results:
+            self.results[cell.name] = result
+            write_row(self.folder, cell.name, self.keys[cell.name], result)
 
     def start(self) -> None:
         """Starts cells while there is room."""
         busy = {running.cell.name for running in self.running}
-        for cell in self.cells:
+        waiting = self.waiting()
+        unfinished = {cell.name for cell in waiting} | busy
+        for cell in waiting:
             if len(self.running) >= self.processes:
                 return
-            if cell.name in self.results or cell.name in self.failed or cell.name in busy:
+            if cell.name in busy:
                 continue
             failed_need = next((need for need in cell.needs if need in self.failed), None)
             if failed_need is not None:
                 self.failed[cell.name] = f"{failed_need} failed"
-            elif all(need in self.results for need in cell.needs):
+            elif not unfinished & {*cell.needs}:
                 self.launch(cell)
+
+    def waiting(self) -> list[Cell]:
+        """Cells that are still to be run, in that order. A cell that others need runs also when another machine has made its
+        row, since they need its directory."""
+        decided = self.decided()
+        ends = {*self.results, *self.failed}
+        runs = [
+            cell
+            for cell in self.order
+            if cell.name not in ends
+            and cell.arm not in self.sweep.before
+            and Group(cell.grid_point, cell.arm) not in decided
+        ]
+        needed = {need for cell in runs for need in cell.needs}
+        if not self.sweep.sequential:
+            needed |= {cell.name for cell in self.cells if cell.arm in self.sweep.before and cell.name not in ends}
+        before = [
+            cell
+            for cell in self.order
+            if cell.name in needed - {*self.failed} and not (cell.name in self.results and self.complete(cell))
+        ]
+        return sorted([*before, *runs], key=self.order.index)
+
+    def decided(self) -> set[Group]:
+        """Arms that get no more seeds: those of a sequential sweep whose difference is decided, and baselines of such arms
+        only."""
+        if not self.sweep.sequential:
+            return set()
+        groups, found = grouped(self.cells, self.results), set()
+        for grid_point in dict.fromkeys(cell.grid_point for cell in self.cells):
+            arms = [Group(grid_point, arm) for arm in self.sweep.arms if arm != self.sweep.baseline]
+            done = {
+                arm for arm in arms if decision(while_running(groups, arm, self.sweep), self.sweep.equivalence) in FINAL
+            }
+            found |= done if len(done) < len(arms) else {*done, Group(grid_point, self.sweep.baseline)}
+        return found
 
     def launch(self, cell: Cell) -> None:
         command = self.command(cell)
@@ -168,13 +229,17 @@ class SweepState:
             )
         self.running.append(Running(cell, process, command))
 
-    def collect_ended(self) -> bool:
-        """Records results and failures of processes that ended, and starts their next commands. Whether any ended."""
+    def collect_ended(self, stopped: bool = False) -> bool:
+        """Records results and failures of processes that ended, and starts their next commands. Whether any ended.
+
+        stopped: they were told to save and end, and no command starts after them."""
         ended = [running for running in self.running if running.process.poll() is not None]
         for running in ended:
             self.running.remove(running)
             cell, status = running.cell, running.process.returncode
             next_command = self.command(cell)
+            if stopped and next_command is not None:
+                continue
             if status != 0 or next_command == running.command:
                 self.failed[cell.name] = f"status {status}: {last_line(self.folder / 'logs' / f'{cell.name}.log')}"
             elif next_command is not None:
@@ -185,7 +250,7 @@ class SweepState:
         return bool(ended)
 
     def finished(self) -> bool:
-        return not self.running and all(cell.name in {**self.results, **self.failed} for cell in self.cells)
+        return not self.running and not self.waiting()
 
     def stop(self) -> None:
         """Sends SIGTERM to the running cells and waits while they save."""
@@ -198,13 +263,14 @@ class SweepState:
     def table(self) -> RichTable:
         """Every arm at every grid point: finished seeds, running cells, and results so far."""
         table = RichTable(title=f"{self.folder}: {len(self.results)} of {len(self.cells)} runs")
-        for column in (*self.sweep.grid, "arm", "seeds", "running", "loss", f"to {self.sweep.baseline}"):
+        columns = ("arm", "seeds", "running", "loss", f"to {self.sweep.baseline}", "interval at any time", "more seeds")
+        for column in (*self.sweep.grid, *columns):
             table.add_column(column)
         groups = grouped(self.cells, self.results)
         for group in dict.fromkeys(Group(cell.grid_point, cell.arm) for cell in self.cells):
             mine = [cell for cell in self.cells if Group(cell.grid_point, cell.arm) == group]
             done = groups.get(group, {})
-            gaps = differences(groups, group, self.sweep.baseline, "loss") if done else []
+            now = while_running(groups, group, self.sweep)
             failed = sum(cell.name in self.failed for cell in mine)
             running = [self.progress(r.cell) for r in self.running if Group(r.cell.grid_point, r.cell.arm) == group]
             table.add_row(
@@ -213,7 +279,7 @@ class SweepState:
                 f"{len(done)}/{len(mine)}{f', {failed} failed' if failed else ''}",
                 "; ".join(running),
                 spread([row["loss"] for row in done.values()]),
-                spread(gaps) if group.arm != self.sweep.baseline else "",
+                *(anytime_columns(now, self.sweep) if group.arm != self.sweep.baseline else ("", "", "")),
             )
         return table
 
@@ -231,10 +297,13 @@ def run_sweep(
     processes: int,
     only_tables: bool = False,
     trust: bool = False,
+    minutes: float | None = None,
+    sources: Sequence[Path] = (),
 ) -> int:
     """Runs the unfinished cells and writes the tables. Returns the exit status, 1 when a cell failed. Raises UserError.
 
-    base: replaces the sweep's `config`. only_tables: run nothing. trust: import modules that the sweep's files name."""
+    base: replaces the sweep's `config`. only_tables: run nothing. trust: import modules that the sweep's files name.
+    minutes: after these, running cells save and stop. sources: directories whose rows are merged first."""
     state = SweepState(name, base, folder, words, processes, trust)
     state.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(state.folder / ".lock")
@@ -242,27 +311,36 @@ def run_sweep(
         raise UserError(f"--output: another sweep is running in {state.folder}")
     with contextlib.ExitStack() as stack:
         stack.callback(lock.release)
+        if sources:
+            print(f"--merge: {merge(state.folder, sources, state.keys)} rows copied")
         state.open()
-        if not only_tables:
+        if not only_tables and state.waiting():
             prepare_once(state.configs.values())
-            run_all(state)
-        if not state.results:
+            run_all(state, minutes)
+        if state.results:
+            write_tables(state.folder, state.sweep, state.cells, state.results)
+        elif only_tables:
             raise UserError(f"--tables: no run of {state.folder} is finished")
-        write_tables(state.folder, state.sweep, state.cells, state.results)
     print(f"{state.folder / 'results.md'}: {len(state.results)} of {len(state.cells)} runs")
     for cell, reason in state.failed.items():
         print(f"failed: {cell}: {reason}", file=sys.stderr)
     return 1 if state.failed else 0
 
 
-def run_all(state: SweepState) -> None:
-    """Runs cells until each has finished or failed."""
+def run_all(state: SweepState, minutes: float | None = None) -> None:
+    """Runs cells until each has finished or failed, or the minutes are over."""
+    end = time.monotonic() + 60 * minutes if minutes is not None else math.inf
     console = Console()
     live = Live(state.table(), console=console, auto_refresh=False) if console.is_terminal else None
     shown = time.monotonic()
     with live or contextlib.nullcontext():
         try:
             while not state.finished():
+                if time.monotonic() >= end:
+                    state.stop()
+                    state.collect_ended(stopped=True)
+                    console.print(f"--minutes={minutes:g} are over; the same command goes on")
+                    break
                 state.start()
                 changed = state.collect_ended()
                 if live is not None and (changed or time.monotonic() - shown > 1.0):

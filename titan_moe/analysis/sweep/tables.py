@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titan_moe.analysis.sweep.grid import Cell, Sweep
-from titan_moe.analysis.sweep.statistics import Paired, holm, paired
+from titan_moe.analysis.sweep.sequential import MOST_SEEDS, Anytime, anytime, decision, seeds_needed
+from titan_moe.analysis.sweep.statistics import CONFIDENCE, Paired, holm, paired
 from titan_moe.checkpoint.run_dir import read_rows
 from titan_moe.runtime.files import write_file
 
@@ -84,6 +85,30 @@ def differences(groups: dict[Group, dict[int, dict[str, float]]], group: Group, 
     ]
 
 
+def while_running(groups: dict[Group, dict[int, dict[str, float]]], group: Group, sweep: Sweep) -> Anytime:
+    """An arm's difference of loss to the baseline, with an interval that may be looked at after every seed.
+
+    The confidence is divided among the arms of a grid point, so that all their intervals hold together with CONFIDENCE."""
+    gaps = differences(groups, group, sweep.baseline, "loss") if group in groups else []
+    return anytime(gaps, joint_confidence(sweep))
+
+
+def joint_confidence(sweep: Sweep) -> float:
+    """The confidence of one arm's interval, for all intervals of a grid point to hold with CONFIDENCE (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / max(1, len(sweep.arms) - 1)
+
+
+def anytime_columns(result: Anytime, sweep: Sweep) -> tuple[str, str, str]:
+    """Difference, interval with what it says, and the number of further seeds that would narrow it to the sweep's margin."""
+    if not result.pairs:
+        return "", "", ""
+    word = decision(result, sweep.equivalence)
+    low, high = (f"{end:+.4f}" if math.isfinite(end) else "any" for end in (result.low, result.high))
+    more = seeds_needed(result, sweep.equivalence, joint_confidence(sweep))
+    many = "" if result.pairs < 2 else f"over {MOST_SEEDS}" if more is None else str(more)
+    return f"{result.mean:+.4f}", word if result.pairs < 2 else f"[{low}, {high}] {word}", many
+
+
 def comparisons(groups: dict[Group, dict[int, dict[str, float]]], sweep: Sweep) -> list[Row]:
     """Every measure of every arm against the baseline. The loss's p-values are Holm-adjusted over the arms of a grid
     point."""
@@ -106,7 +131,7 @@ def comparisons(groups: dict[Group, dict[int, dict[str, float]]], sweep: Sweep) 
 def verdict(loss: Paired, p: float) -> str:
     """The outcome of the tests on the loss, in words. p: Holm-adjusted."""
     if loss.pairs < 2:
-        return "too few pairs"
+        return "one seed" if loss.pairs else "no pair"
     if p < SIGNIFICANT:
         return "lower" if loss.mean < 0 else "higher"
     return "no difference" if loss.p_equivalent < SIGNIFICANT else "cannot tell"
@@ -157,7 +182,8 @@ def markdown(sweep: Sweep, groups: dict[Group, dict[int, dict[str, float]]], com
         here = {group: seeds for group, seeds in groups.items() if group.grid_point == grid_point}
         shown = [key for key in SHOWN if any(key in row for seeds in here.values() for row in seeds.values())]
         names = [key.partition("/")[2] or key for key in shown]
-        head = ["arm", "seeds", "loss", f"difference to {sweep.baseline}", "verdict", *names]
+        running = ("interval at any time", f"more seeds for ±{sweep.equivalence:g}")
+        head = ["arm", "seeds", "loss", f"difference to {sweep.baseline}", "verdict", *running, *names]
         table = []
         for group, seeds in here.items():
             row = next(
@@ -176,11 +202,13 @@ def markdown(sweep: Sweep, groups: dict[Group, dict[int, dict[str, float]]], com
                     spread(values["loss"]),
                     interval(row) if row else "",
                     f"{row['verdict']}{p_values(row)}" if row else "",
+                    *(anytime_columns(while_running(groups, group, sweep), sweep)[1:] if row else ("", "")),
                     *(spread(values[key]) for key in shown),
                 ]
             )
         lines += [line(head), line(["---"] * len(head)), *map(line, table), ""]
-    return "\n".join(lines)
+    rate = sweep.learning_rate or "of the configuration; the sweep's file does not say how it was chosen"
+    return "\n".join([*lines, f"Learning rate: {rate}.", ""])
 
 
 def grid_point_of(row: Row, sweep: Sweep) -> tuple[str, ...]:

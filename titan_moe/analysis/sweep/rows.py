@@ -1,0 +1,138 @@
+"""A file per finished cell of a sweep, by which results move between machines without their run directories.
+
+    SWEEP/cells/CELL.json     the cell's numbers, and a key: a digest of everything that decides them
+
+A row counts as the result of a cell if its key is that of the cell: the resolved configuration, the runs that it needs, what
+was measured, and `BEHAVIOUR`. Keys that say where files lie or how the work is divided do not enter it, so that another
+machine's rows count.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from titan_moe.analysis.sweep.grid import Cell, Sweep
+from titan_moe.checkpoint.changes import within
+from titan_moe.checkpoint.state import dump, first_mistake, read_json
+from titan_moe.config.tables import Config
+from titan_moe.errors import UserError
+from titan_moe.runtime.files import write_file
+
+BEHAVIOUR = 1
+"""Version of what training computes. Raise it with a change of the code that changes the numbers of a run beyond rounding."""
+FOLDER = "cells"
+ROW_BYTES = 1 << 20
+ELSEWHERE = (
+    "job.name",
+    "job.output_dir",
+    "data.cache_dir",
+    "training.gc_freq",
+    "training.deterministic",
+    "parallelism",
+    "compile",
+    "activation_checkpoint",
+    "metrics",
+    "profiling",
+    "checkpoint.async_save",
+    "checkpoint.allow_new_data",
+    "checkpoint.start_over",
+)
+"""Keys that change no result but by rounding."""
+
+
+class CellRow(BaseModel):
+    """The content of a row's file."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    key: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    cell: str
+    result: dict[str, float]
+
+
+def cell_keys(cells: Iterable[Cell], configs: Mapping[str, Config], sweep: Sweep, runs: Path) -> dict[str, str]:
+    """The key of every cell, by name. cells: those that others need come first. runs: the folder of the run directories."""
+    keys: dict[str, str] = {}
+    folders = {str(runs / name): name for name in configs}
+    measured = sweep.model_dump(
+        mode="json", include={"validations", "inspect", "inspect_options", "eval", "eval_options"}
+    )
+    for cell in cells:
+        content = {
+            "behaviour": BEHAVIOUR,
+            "measured": measured,
+            "needs": [keys[need] for need in cell.needs],
+            "config": _deciding(dump(configs[cell.name]), folders, keys),
+        }
+        keys[cell.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return keys
+
+
+def _deciding(values: Any, folders: Mapping[str, str], keys: Mapping[str, str], prefix: str = "") -> Any:
+    """The part of a configuration that decides results, with keys in place of the directories of other cells."""
+    if isinstance(values, dict):
+        names = {name: f"{prefix}.{name}" if prefix else name for name in values}
+        return {
+            name: _deciding(values[name], folders, keys, full)
+            for name, full in names.items()
+            if not within(full, ELSEWHERE)
+        }
+    return keys[folders[values]] if isinstance(values, str) and folders.get(values) in keys else values
+
+
+def write_row(folder: Path, cell: str, key: str, result: dict[str, float]) -> None:
+    """Writes the row of a finished cell. folder: the sweep's."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    row = CellRow(key=key, cell=cell, result=result)
+    write_file(folder / FOLDER / f"{cell}.json", json.dumps(row.model_dump(), indent=1, sort_keys=True) + "\n")
+
+
+def read_row(path: Path) -> CellRow:
+    """Raises UserError for a file that can't be read or is no row."""
+    try:
+        return CellRow.model_validate(read_json(path, ROW_BYTES))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: is not a row of a sweep: {first_mistake(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not a row of a sweep: {error}") from error
+
+
+def read_rows(folder: Path, keys: Mapping[str, str]) -> dict[str, CellRow]:
+    """The rows of a sweep's cells, by name. Raises UserError for a row that was made with other settings."""
+    rows = {}
+    for cell, key in keys.items():
+        path = folder / FOLDER / f"{cell}.json"
+        if path.exists():
+            rows[cell] = read_row(path)
+            if rows[cell].key != key:
+                raise UserError(f"{path}: was made with other settings; take another --output, or delete it")
+    return rows
+
+
+def merge(folder: Path, sources: Iterable[Path], keys: Mapping[str, str]) -> int:
+    """Copies rows of other directories of the same sweep that this one lacks. Returns how many.
+
+    sources: directories of sweeps, or directories of row files. Raises UserError when one has no row of this sweep, or has a
+    row of other settings."""
+    copied = 0
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        inside = source / FOLDER if (source / FOLDER).is_dir() else source
+        found = [cell for cell in keys if (inside / f"{cell}.json").exists()]
+        if not found:
+            raise UserError(f"--merge: {source} has no row of this sweep ({FOLDER}/CELL.json)")
+        for cell in found:
+            path, own = inside / f"{cell}.json", folder / FOLDER / f"{cell}.json"
+            if read_row(path).key != keys[cell]:
+                raise UserError(f"--merge: {path}: was made with other settings or by another version")
+            if not own.exists():
+                shutil.copyfile(path, own)
+                copied += 1
+    return copied
