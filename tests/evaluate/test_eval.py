@@ -13,7 +13,7 @@ import torch
 from tests.helpers.commands import TINY, environment
 from tests.helpers.runs import train
 from tests.helpers.strangers import verb
-from titan_moe.analysis.evaluate.evaluation import gold_bits_per_byte
+from titan_moe.analysis.evaluate.measures import gold_bits_per_byte
 from titan_moe.analysis.evaluate.scores import Scored, log_likelihoods, text_losses
 from titan_moe.analysis.evaluate.tasks import named_tasks
 from titan_moe.checkpoint.chosen import from_checkpoint
@@ -140,6 +140,8 @@ def test_tasks_on_local_files_have_all_measures(run: Path, data: Path, capsys: p
     assert values["boolq", "acc"]["value"] == sum(hits) / 4
     assert values["boolq", "acc"]["documents"] == 4
     assert values["boolq", "acc"]["standard_error"] == pytest.approx((sum(hits) / 4 * (1 - sum(hits) / 4) / 3) ** 0.5)
+    assert values["boolq", "acc"]["chance"] == 0.5
+    assert values["hellaswag", "acc_norm"]["chance"] == 0.25
     assert "| boolq | acc | " in capsys.readouterr().out
     with pytest.raises(
         UserError, match=r"--tasks: arc_challenge: .*give --data=DIR with arc_challenge/validation\.jsonl"
@@ -259,7 +261,7 @@ def test_a_mistake_is_one_line(run: Path, words: list[str], message: str) -> Non
 
 
 def test_suites_are_written_out_once() -> None:
-    names = named_tasks("zero-shot,piqa,gsm8k", unsafe_code=False)
+    names = named_tasks("zero-shot,piqa,gsm8k")
     assert names.count("piqa") == 1
     assert names[-1] == "gsm8k"
 

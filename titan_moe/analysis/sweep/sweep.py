@@ -23,7 +23,16 @@ from rich.live import Live
 from rich.table import Table as RichTable
 
 from titan_moe.analysis.sweep.grid import Cell, cell_config, cells_of, read_sweep
-from titan_moe.analysis.sweep.tables import Group, differences, grouped, inspected, result_of, spread, write_tables
+from titan_moe.analysis.sweep.tables import (
+    Group,
+    differences,
+    evaluated,
+    grouped,
+    inspected,
+    result_of,
+    spread,
+    write_tables,
+)
 from titan_moe.checkpoint.changes import changed_keys
 from titan_moe.checkpoint.run_dir import RunDir, read_row
 from titan_moe.checkpoint.state import dump
@@ -74,7 +83,7 @@ class SweepState:
         return self.command(cell) is None
 
     def command(self, cell: Cell) -> list[str] | None:
-        """The next command of a cell: training, then inspection; None when both are done."""
+        """The next command of a cell: training, then inspection, then evaluation; None when all are done."""
         config = self.configs[cell.name]
         steps = RunDir(config).saved_steps()
         if not steps or steps[-1] < config.training.steps:
@@ -91,13 +100,14 @@ class SweepState:
             ]
         run = self.folder / "runs" / cell.name
         sparse = config.model.layers > config.model.moe.first_dense_layers
+        # Without --trust, since the run may be someone else's; its text is in the cache.
+        modules = [f"--extensions.modules={','.join(config.extensions.modules)}"] if config.extensions.modules else []
         if self.sweep.inspect and sparse and any(not inspected(run, step).exists() for step in steps):
-            # Without --trust, since the run may be someone else's; its text is in the cache.
-            modules = (
-                [f"--extensions.modules={','.join(config.extensions.modules)}"] if config.extensions.modules else []
-            )
             words = [str(run), "--all", *self.sweep.inspect_options, *modules]
             return [sys.executable, "-m", "titan_moe.cli", "inspect", *words]
+        if self.sweep.eval and not evaluated(run, steps[-1], self.sweep.eval).exists():
+            words = [str(run), f"--tasks={self.sweep.eval}", *self.sweep.eval_options, *modules]
+            return [sys.executable, "-m", "titan_moe.cli", "eval", *words]
         return None
 
     def open(self) -> None:
