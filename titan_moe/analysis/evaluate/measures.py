@@ -5,13 +5,20 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from titan_moe.analysis.evaluate.code import judged
 from titan_moe.analysis.evaluate.tasks import PREFIX, Task
 
 Row = dict[str, Any]
 
 
 def measures(found: dict[str, Any], task: Task) -> list[Row]:
-    """The rows of a task, or of a group and its tasks, from a result of the harness."""
+    """The rows of a task, or of a group and its tasks, from a result of the harness. Runs code for tasks of kind "code"."""
+    if task.kind == "reference":
+        values = [reference_bits_per_byte(sample) for sample in found["samples"][task.harness]]
+        return [row(task.name, "bits_per_byte", *mean_and_error(values), len(values))]
+    if task.kind == "code":
+        values = [float(one) for one in judged(task.name, found["samples"][task.harness])]
+        return [row(task.name, "pass@1", *mean_and_error(values), len(values))]
     rows: list[Row] = []
     for name, values in found["results"].items():
         shown = name.removeprefix(PREFIX) if name != task.harness else task.name
@@ -60,8 +67,8 @@ def together(rows: Sequence[Row], name: str) -> list[Row]:
         counts = [row["documents"] for row in parts]
         total = sum(counts)
         errors = [row["standard_error"] for row in parts]
-        known = all(error is not None for error in errors)
-        error = math.hypot(*(n * e for n, e in zip(counts, errors, strict=True))) / total if known else None
+        sums = None if None in errors else [n * error for n, error in zip(counts, errors, strict=True)]
+        error = None if sums is None else math.hypot(*sums) / total
         chances = [row["chance"] for row in parts]
         chance = None if None in chances else sum(n * c for n, c in zip(counts, chances, strict=True)) / total
         value = sum(n * row["value"] for n, row in zip(counts, parts, strict=True)) / total
@@ -110,8 +117,19 @@ def gold_bits_per_byte(sample: dict[str, Any]) -> float | None:
     gold = gold_choice(sample)
     if gold is None:
         return None
-    answer = [*arguments(sample)][gold][1]
-    return -float(sample["filtered_resps"][gold][0]) / math.log(2) / max(len(answer.encode("utf-8")), 1)
+    return bits_per_byte(sample["filtered_resps"][gold][0], *arguments(sample)[gold])
+
+
+def reference_bits_per_byte(sample: dict[str, Any]) -> float:
+    """The same of the one text that a document has."""
+    return bits_per_byte(sample["filtered_resps"][0][0], *arguments(sample)[0])
+
+
+def bits_per_byte(log_likelihood: Any, context: str, continuation: str) -> float:
+    """-log2 of a continuation's probability over its UTF-8 bytes. The harness counts blanks and line ends at the end of a
+    context as part of the continuation."""
+    scored = context[len(context.rstrip()) :] + continuation
+    return -float(log_likelihood) / math.log(2) / max(len(scored.encode("utf-8")), 1)
 
 
 def arguments(sample: dict[str, Any]) -> list[Any]:
