@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from tests.helpers.commands import titan_moe
+from titan_moe.analysis.evaluate.results import write_results
 from titan_moe.analysis.report.figures import INK
-from titan_moe.analysis.report.report import write_report
+from titan_moe.analysis.report.report import task_rows, task_table, write_report
+from titan_moe.analysis.report.runs import read_runs
 from titan_moe.config.describe import to_toml
 from titan_moe.config.load import load_config
 from titan_moe.errors import UserError
@@ -83,6 +85,22 @@ def random_inspection(layers: int, experts: int, random: np.random.Generator, la
     return {"layers": layer_rows, "pairs": pairs, "domains": ["a", "b <i>"], "summary": summary}
 
 
+def write_task_results(run: Path, step: int, value: float, documents: int, name: str = "arc_easy") -> None:
+    """A result of `eval` for a checkpoint."""
+    rows = [
+        {
+            "task": "arc_easy",
+            "measure": "acc",
+            "value": value,
+            "standard_error": 0.01,
+            "chance": 0.25,
+            "documents": documents,
+        }
+    ]
+    checkpoint = run / "checkpoints" / f"step-{step:08d}"
+    write_results(checkpoint, name, "tasks", rows, {"step": step, "documents": []})
+
+
 class Page(html.parser.HTMLParser):
     """Ids, links, and whether tags close."""
 
@@ -112,6 +130,7 @@ class Page(html.parser.HTMLParser):
 
 def test_the_page_is_self_contained_and_every_link_has_a_target(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, name, ["--model.layers=3"], seed=n) for n, name in enumerate(("one", "two"))]
+    write_task_results(runs[1], 30, 0.125, 100)
     page = write_report(runs, tmp_path / "out")
     text = page.read_text()
     page_tags = Page(text)
@@ -126,6 +145,8 @@ def test_the_page_is_self_contained_and_every_link_has_a_target(tmp_path: Path) 
     assert INK not in text
     assert "currentColor" in text
     assert "token&lt;/svg&gt;" in text
+    assert "<td>arc_easy</td><td>acc</td>" in text
+    assert "#tasks-results" in page_tags.targets
     plots = sorted(path.stem for path in (tmp_path / "out").glob("*.png"))
     assert {"loss", "terms", "balance", "sharpness", "layers", "load", "kappa", "persistence", "clusters"} <= set(plots)
     assert {"paths-0", "paths-1", "domains-0", "response-1"} <= set(plots)
@@ -148,6 +169,28 @@ def test_differences_are_paired_by_step(tmp_path: Path) -> None:
     assert float(by_measure["ce"]["difference"]) == pytest.approx(0.265, abs=1e-9)
     assert 0.25 < float(by_measure["ce"]["low"]) < 0.265 < float(by_measure["ce"]["high"]) < 0.28
     assert float(by_measure["moe/entropy"]["difference"]) == 0.0
+
+
+def test_results_on_tasks_are_side_by_side(tmp_path: Path) -> None:
+    """The newest checkpoint's, of these the one over most documents; a damaged file is named."""
+    paths = [write_run(tmp_path, name, []) for name in ("one", "two", "three")]
+    write_task_results(paths[0], 20, 0.5, 100)
+    write_task_results(paths[0], 30, 0.25, 7, "arc_easy-piqa")
+    write_task_results(paths[0], 30, 0.125, 100)
+    write_task_results(paths[1], 10, 0.75, 100)
+    losses = [{"file": "a.txt", "domain": "", "perplexity": 3.0}]
+    write_results(paths[1] / "checkpoints" / "step-00000030", "text", "text", losses, {"step": 30})
+    runs = read_runs(paths)
+    cells = ["0.1250 ± 0.0100 (100 documents, step 30)", "0.7500 ± 0.0100 (100 documents, step 10)", ""]
+    assert task_table(runs) == [("arc_easy", "acc", "0.2500", cells)]
+    assert [(row["run"], row["step"], row["value"]) for row in task_rows(runs)] == [
+        ("one", 30, 0.125),
+        ("two", 10, 0.75),
+    ]
+    (paths[2] / "eval").mkdir()
+    (paths[2] / "eval" / "step-00000030-piqa.json").write_text('{"kind": "tasks", "step": 30, "rows": [{"task": 1}]}')
+    with pytest.raises(UserError, match=r"step-00000030-piqa\.json: damaged: rows\.0\.task.*evaluate the run again"):
+        task_table(read_runs(paths))
 
 
 def test_a_run_without_inspections_gets_a_page_that_names_the_command(tmp_path: Path) -> None:

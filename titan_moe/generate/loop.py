@@ -1,6 +1,6 @@
 """The loop over new tokens, for a batch of texts of different lengths. A text that has ended leaves the batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,11 +59,16 @@ class _Text:
 
 
 def generate(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], options: Options
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    options: Options,
+    anywhere: Callable[[bool], bool] = lambda here: here,
 ) -> Iterator[Piece]:
     """Continues texts, all in one batch, and yields every part as it is made; each text's last piece says why it ended.
 
-    model: on one rank. prompts: the tokens of each text, at least one; a document starts with `tokenizer.bos`."""
+    model: whole, or with parameters and experts spread over ranks that each continue their own texts. prompts: the tokens of
+    each text, at least one; a document starts with `tokenizer.bos`. anywhere: whether a condition holds on any rank."""
     device, vocabulary = model.embedding.device, model.settings.vocab_size
     cache, draws = KeyValueCache(len(prompts), device), Draws(options.seed, prompts)
     texts = [_Text(tokenizer, prompt, options) for prompt in prompts]
@@ -71,7 +76,10 @@ def generate(
     seen_BV = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
         seen_BV[row, list(prompt)] = True
-    while running:
+    while anywhere(bool(running)):
+        if not running:  # other ranks go on, and wait for this one in the model's collectives
+            extend(model, KeyValueCache(1, device), [[tokenizer.bos]])
+            continue
         logits_BV = extend(model, cache, new)
         chosen = choose(logits_BV, seen_BV, options.sampling, draws, running)
         kept = []
@@ -89,9 +97,15 @@ def generate(
         seen_BV[range(len(running)), [ids[0] for ids in new]] = True
 
 
-def complete(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], options: Options) -> list[str]:
-    """The new part of each text."""
+def complete(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    options: Options,
+    anywhere: Callable[[bool], bool] = lambda here: here,
+) -> list[str]:
+    """The new part of each text. anywhere: as for `generate`."""
     texts = [""] * len(prompts)
-    for piece in generate(model, tokenizer, prompts, options):
+    for piece in generate(model, tokenizer, prompts, options, anywhere):
         texts[piece.text_number] += piece.text
     return texts

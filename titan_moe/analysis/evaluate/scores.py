@@ -1,16 +1,20 @@
 """Log-likelihoods of token sequences: what both the tasks and the perplexity of texts are computed from."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from titan_moe.data.corpora import open_corpus
 from titan_moe.data.prepare import cache_root
 from titan_moe.generate.cache import inference_inputs
 from titan_moe.generate.load import Loaded
 from titan_moe.model.transformer import Transformer
+from titan_moe.parallel.context import context_shard
+from titan_moe.parallel.mesh import Mesh
+from torchtitan_ext.collectives import all_sum
 from torchtitan_ext.dtypes import accumulation_dtype
 
 
@@ -21,41 +25,69 @@ class Scored(NamedTuple):
     continuation: Sequence[int]
 
 
+class Batches(NamedTuple):
+    """How texts are put into batches, and the ranks that share them."""
+
+    size: int
+    """Texts in a batch of one rank."""
+    length: int
+    """Tokens of a text, at most."""
+    mesh: Mesh
+    """Ranks of one data rank (tensor and context parallelism) work on the same texts; the others take other texts."""
+    full: bool = False
+    """Pad every batch to `size` texts of `length` tokens: a compiled model then sees one shape, that of training."""
+    progress: Callable[[], None] = lambda: None
+    """Called before every batch."""
+
+
 @torch.no_grad()
-def log_likelihoods(
-    model: Transformer, requests: Sequence[Scored], max_length: int, batch_size: int
-) -> list[tuple[float, bool]]:
+def log_likelihoods(model: Transformer, requests: Sequence[Scored], batches: Batches) -> list[tuple[float, bool]]:
     """Of each continuation: its log-probability in nats, and whether every token of it is the most probable one.
 
-    Of a longer text only the last `max_length` + 1 tokens are used. Texts of similar length share a batch."""
-    results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-    order = sorted(range(len(requests)), key=lambda n: -len(requests[n].context) - len(requests[n].continuation))
-    device = model.embedding.device
-    for start in range(0, len(order), batch_size):
-        numbers = [n for n in order[start : start + batch_size] if requests[n].continuation]
-        rows = [[*requests[n].context, *requests[n].continuation][-max_length - 1 :] for n in numbers]
-        if not rows:
-            continue
-        longest = max(map(len, rows)) - 1
-        tokens_BS = torch.tensor([[*ids[:-1], *[0] * (longest + 1 - len(ids))] for ids in rows], device=device)
-        scored = [min(len(requests[n].continuation), len(ids) - 1) for n, ids in zip(numbers, rows, strict=True)]
-        chosen = [
-            row * longest + position
-            for row, (ids, count) in enumerate(zip(rows, scored, strict=True))
-            for position in range(len(ids) - 1 - count, len(ids) - 1)
-        ]
-        labels_N = torch.tensor(
-            [token for ids, count in zip(rows, scored, strict=True) for token in ids[len(ids) - count :]], device=device
-        )
-        positions_BS = torch.arange(longest, device=device).expand(len(rows), -1)
-        inputs = inference_inputs(tokens_BS, positions_BS)
-        logits_NV = model.logits(inputs, torch.tensor(chosen, device=device))
-        log_probs_NV = logits_NV.to(accumulation_dtype(logits_NV.dtype)).log_softmax(1)
-        values = log_probs_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1).to(torch.float64).split(scored)
-        greedy = (log_probs_NV.argmax(1) == labels_N).split(scored)
-        for n, value, hit in zip(numbers, values, greedy, strict=True):
-            results[n] = (float(value.sum()), bool(hit.all()))
-    return results
+    Of a longer text only the last `batches.length` + 1 tokens are used. Texts of similar length share a batch. A collective:
+    all ranks call it with the same requests, run the model equally often, and get the same results."""
+    mesh = batches.mesh
+    ranks, device = mesh.degrees.data, mesh.device
+    order = [n for n in range(len(requests)) if requests[n].continuation]
+    order.sort(key=lambda n: -len(requests[n].context) - len(requests[n].continuation))
+    sums_N2 = torch.zeros(len(requests), 2, dtype=torch.float64, device=device)
+    for start in range(0, len(order), batches.size * ranks):
+        batches.progress()
+        numbers = order[start : start + batches.size * ranks][mesh.data_rank :: ranks]
+        sums_B2 = score_batch(model, [requests[n] for n in numbers], batches)
+        sums_N2[numbers] = sums_B2[: len(numbers)]
+    sums_N2 = all_sum(sums_N2, mesh.ranks.data)
+    return [(value, missed == 0) for value, missed in sums_N2.tolist()]
+
+
+def score_batch(model: Transformer, requests: Sequence[Scored], batches: Batches) -> Tensor:
+    """Of each text, the sum of its scored tokens' log-probabilities, and how many of these are not the most probable: (B, 2).
+
+    Under context parallelism: of the tokens on this rank. Without texts, as on a rank that has none left, a text of padding
+    is run, because the others wait in the model's collectives."""
+    degrees, device = batches.mesh.degrees, batches.mesh.device
+    texts = [[*one.context, *one.continuation][-batches.length - 1 :] for one in requests]
+    counts = [min(len(one.continuation), len(ids) - 1) for one, ids in zip(requests, texts, strict=True)]
+    rows = batches.size if batches.full else max(len(texts), 1)
+    multiple = degrees.tp * (2 * degrees.cp if degrees.cp > 1 else 1)
+    longest = batches.length if batches.full else max(map(len, texts), default=2) - 1
+    longest = -(-longest // multiple) * multiple
+    tokens_BS = torch.zeros(rows, longest, dtype=torch.int64)
+    labels_BS = torch.full((rows, longest), -1)
+    for row, (ids, count) in enumerate(zip(texts, counts, strict=True)):
+        tokens_BS[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        labels_BS[row, len(ids) - 1 - count : len(ids) - 1] = torch.tensor(ids[len(ids) - count :])
+    positions_BS = torch.arange(longest, device=device).expand(rows, -1)
+    inputs = inference_inputs(tokens_BS.to(device), positions_BS)._replace(labels=labels_BS.to(device))
+    inputs = context_shard(inputs, degrees.cp, batches.mesh.cp_rank)
+    scored_BS = inputs.labels >= 0
+    logits_NV = model.logits(inputs, scored_BS.flatten().nonzero().squeeze(1))
+    labels_N1 = inputs.labels[scored_BS].unsqueeze(1)
+    log_probs_NV = logits_NV.to(accumulation_dtype(logits_NV.dtype)).log_softmax(1)
+    values = log_probs_NV.gather(1, labels_N1).squeeze(1).to(torch.float64)
+    missed = (log_probs_NV.argmax(1) != labels_N1.squeeze(1)).to(torch.float64)
+    parts = torch.stack([values, missed], 1).split(scored_BS.sum(1).tolist())
+    return torch.stack([part.sum(0) for part in parts])
 
 
 class TextLoss(NamedTuple):
@@ -92,7 +124,8 @@ def text_losses(loaded: Loaded, sources: Iterable[str], limit: int, batch_size: 
         for domain, documents in parts.items():
             length = config.training.seq_len
             rows = [row for ids, _ in documents for row in windows(ids, tokenizer.bos, length)]
-            nats = -sum(value for value, _ in log_likelihoods(loaded.model, rows, length, batch_size))
+            batches = Batches(batch_size, length, loaded.mesh)
+            nats = -sum(value for value, _ in log_likelihoods(loaded.model, rows, batches))
             tokens, size = sum(len(ids) for ids, _ in documents), sum(size for _, size in documents)
             loss = nats / max(tokens, 1)
             bits = nats / math.log(2) / max(size, 1)

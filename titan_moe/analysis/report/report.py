@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from titan_moe import __version__
+from titan_moe.analysis.evaluate.results import TaskRow
 from titan_moe.analysis.report.figures import plots
 from titan_moe.analysis.report.runs import Run, read_runs
 from titan_moe.analysis.sweep.statistics import paired
@@ -57,6 +58,9 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     compared = [row for run in runs[1:] for row in differences(runs[0], run)]
     if compared:
         write_csv(folder / "differences.csv", compared)
+    tasks = task_rows(runs)
+    if tasks:
+        write_csv(folder / "tasks.csv", tasks)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("titan_moe.analysis.report", "templates"),
         autoescape=True,
@@ -68,6 +72,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
         facts=[facts(run) for run in runs],
         sections=sections,
         compared=compared,
+        tasks=task_table(runs),
         summary=summary(runs),
         examples=[(run.name, examples(run)) for run in runs if run.inspections],
         missing=[run for run in runs if not run.inspections],
@@ -112,6 +117,33 @@ def summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         if any(value is not None for value in values):
             table.append((title, ["" if value is None else f"{value:.4g}" for value in values]))
     return [("step", [f"{run.newest['step']:,}" for run in inspected]), *table] if inspected else []
+
+
+def task_rows(runs: Sequence[Run]) -> list[Row]:
+    """Every run's results of `titan-moe eval`, a row per run, task and measure."""
+    return [
+        {"run": run.name, "step": step, **row.model_dump()} for run in runs for step, row in run.evaluations.values()
+    ]
+
+
+def task_table(runs: Sequence[Run]) -> list[tuple[str, str, str, list[str]]]:
+    """The results of `titan-moe eval` side by side: (task, measure, chance level, a cell per run)."""
+    table = []
+    for task, measure in dict.fromkeys(key for run in runs for key in run.evaluations):
+        found = [run.evaluations.get((task, measure)) for run in runs]
+        chance = next((one[1].chance for one in found if one is not None and one[1].chance is not None), None)
+        table.append((task, measure, "" if chance is None else f"{chance:.4f}", [task_cell(one) for one in found]))
+    return table
+
+
+def task_cell(found: tuple[int, TaskRow] | None) -> str:
+    """A result with its standard error, the documents and the step of the checkpoint."""
+    if found is None:
+        return ""
+    step, row = found
+    error = "" if row.standard_error is None else f" ± {row.standard_error:.4f}"
+    documents = "" if row.documents is None else f"{row.documents:,} documents, "
+    return f"{row.value:.4f}{error} ({documents}step {step:,})"
 
 
 def differences(first: Run, other: Run) -> list[Row]:

@@ -8,6 +8,7 @@ from typing import Any
 import tomli
 from pydantic import ValidationError
 
+from titan_moe.analysis.evaluate.results import TaskRow, newest_results
 from titan_moe.analysis.report.schema import Inspection, RunConfig
 from titan_moe.checkpoint.run_dir import read_rows
 from titan_moe.checkpoint.state import first_mistake, one_line, read_json
@@ -52,6 +53,11 @@ class Run:
                     f"{path}: can't be read: {one_line(error)}; delete it and inspect the run again"
                 ) from error
         return sorted(results, key=lambda one: int(one["step"]))
+
+    @cached_property
+    def evaluations(self) -> dict[tuple[str, str], tuple[int, TaskRow]]:
+        """By task and measure, the step and the result of the newest checkpoint that `eval` was run on. Raises UserError."""
+        return newest_results(self.path)
 
     @property
     def newest(self) -> dict[str, Any]:

