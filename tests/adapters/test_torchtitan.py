@@ -191,6 +191,20 @@ def test_microbatches_of_a_step_add_up_and_a_weight_warms_up() -> None:
     assert values == pytest.approx(expected, abs=2e-6)  # differences of numbers near 8 in float32
 
 
+def test_forward_passes_without_a_loss_are_an_error() -> None:
+    from torchtitan_ext.adapters.torchtitan.record import RECORD
+
+    model, _ = built(configuration("qwen3", TERMS, layers=1))
+    tokens, _ = batch()
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    model(tokens, positions=positions)
+    with pytest.raises(ValueError, match="two forward passes in training mode before one call of the loss"):
+        model(tokens, positions=positions)
+    with pytest.raises(ValueError, match="not followed by a call of the loss"):
+        RECORD.begin(2)
+    model(tokens, positions=positions)
+
+
 def test_sigmoid_scores_are_normalised() -> None:
     config = configuration("deepseek_v3")
     from torchtitan.models.common.moe import MoE
@@ -218,18 +232,20 @@ def test_compiled_blocks_give_the_same_loss_and_gradients() -> None:
 
     from torchtitan.distributed.compile import apply_compile
 
-    reference, _ = with_terms("qwen3", TERMS, layers=2)
-    config = configuration("qwen3", TERMS, layers=2)
+    # More layers than the 8 versions of a function that torch.compile makes before it gives up.
+    reference, _ = with_terms("qwen3", TERMS, layers=10)
+    config = configuration("qwen3", TERMS, layers=10)
     config.compile.enable, config.compile.components, config.compile.backend = True, ["model"], "aot_eager"
 
     def compiled(model: Any) -> Any:
-        apply_compile(model, compile_config=config.compile, parallel_dims=SimpleNamespace(tp_enabled=False))  # type: ignore[arg-type]
+        dims: Any = SimpleNamespace(tp_enabled=False)
+        apply_compile(model, compile_config=config.compile, parallel_dims=dims)
         return model
 
     result = step(*built(config, compiled), *batch())
     assert torch.equal(result.loss, reference.loss)
     for name, gradient in reference.gradients.items():
-        assert torch.equal(result.gradients[name], gradient), name
+        assert (result.gradients[name] - gradient).norm() / gradient.norm() < 2 * BFLOAT16, name
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """TorchTitan's debug models, small, on a CPU: built from its own configurations, with or without the override."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ def configuration(kind: str, terms: dict[str, Any] | None = None, layers: int = 
 
     config = {"qwen3": qwen3_moe_debug, "deepseek_v3": deepseek_v3_debugmodel}[kind]()
     model = config.model_spec.model
-    model.layers = model.layers[:layers]
+    model.layers = [*model.layers, *copy.deepcopy(model.layers)][:layers]
     for _, _, parent, name in list(model.traverse(FlexAttention.Config)):
         setattr(parent, name, ScaledDotProductAttention.Config())
     for _, moe, _, _ in model.traverse(MoE.Config):

@@ -59,6 +59,8 @@ class RecordedMoE:
         # What the parts saw in the current forward pass; emptied at its end.
         self.kept: dict[str, Any] = {}
         layer.routed_experts.inner_experts.kept = layer.routed_experts.token_dispatcher.kept = self.kept
+        self.seen: Seen | None = None
+        RECORD.layers.append(self)
         layer.router.register_forward_hook(self._keep_choice)
         layer.router.gate.register_forward_hook(self._keep_logits)
 
@@ -76,7 +78,9 @@ class RecordedMoE:
         if layer.training and torch.is_grad_enabled():
             seen = self._seen(kept)
             if not recomputing():
-                RECORD.add(seen)
+                if self.seen is not None:
+                    raise ValueError(f"{NAME}: two forward passes in training mode before one call of the loss")
+                self.seen = seen
         return out_BLD
 
     def _seen(self, kept: dict[str, Any]) -> Seen:

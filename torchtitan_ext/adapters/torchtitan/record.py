@@ -54,7 +54,8 @@ class Record:
         self.ranks = Ranks()
         self.step = 1
         self._terms: Terms | None = None
-        self._layers: list[Seen] = []
+        self.layers: list[Any] = []
+        """The model's MoE layers in their order, which add themselves. Each has `seen`, set by a forward pass."""
         self._total: Carry | None = None
         self._cross_entropy: Tensor | None = None
 
@@ -64,15 +65,17 @@ class Record:
             return True
         return False if name in self.measure else None
 
-    def add(self, seen: Seen) -> None:
-        """Called by each MoE layer in a forward pass, in order."""
-        self._layers.append(seen)
+    def take(self) -> list[Seen]:
+        """What the layers saw in the last forward pass; they forget it."""
+        found = [layer.seen for layer in self.layers if layer.seen is not None]
+        for layer in self.layers:
+            layer.seen = None
+        return found
 
     def begin(self, step: int) -> None:
         """Called before the first forward pass of an optimizer step; 1 is the first."""
         self.step, self._total, self._cross_entropy = step, None, None
-        if self._layers:
-            self._layers = []
+        if self.take():
             raise ValueError(f"{NAME}: a forward pass in training mode was not followed by a call of the loss")
 
     def objective(self, labels: Tensor, weights: Tensor, cross_entropy: Tensor) -> Tensor:
@@ -80,7 +83,7 @@ class Record:
 
         labels: (B, S), to know the sequences. weights: (B, S), 1 / (labelled tokens of the global batch) on labelled tokens, 0
         elsewhere. cross_entropy: this rank's part of it, to be logged."""
-        layers, self._layers = self._layers, []
+        layers = self.take()
         if not layers:
             raise ValueError(f"{NAME}: the model has no MoE layer that the override has replaced")
         if self._terms is None:
