@@ -27,11 +27,19 @@ def orthogonality_loss(
     The value itself is a squared length, so lengths must be below 1e19 in float32; those below sqrt(eps) count less, as the
     formula says. Raises ValueError for an unknown variant. Source: Guo et al., Eq. 6, and their published code.
     """
-    from torchtitan_ext.ops.gram import squared_projections, squared_span_projections, token_gram, token_rows
-    from torchtitan_ext.ops.routing import weighted_sum
+    from torchtitan_ext.ops.gram import token_gram, token_rows
 
     rows, y = token_rows(y, rows)
-    gram = token_gram(y, rows)
+    return orthogonality_of_gram(token_gram(y, rows), variant, eps, weights=weights)
+
+
+def orthogonality_of_gram(
+    gram: Tensor, variant: str = "paper", eps: float = 1e-6, *, weights: Tensor | None = None
+) -> Tensor:
+    """`orthogonality_loss` from the inner products (T, k, k) of each token's outputs, unscaled."""
+    from torchtitan_ext.ops.gram import squared_projections, squared_span_projections
+    from torchtitan_ext.ops.routing import weighted_sum
+
     if variant == "paper":
         return weighted_sum(squared_projections(gram, eps), weights)
     if variant == "code":
@@ -59,5 +67,7 @@ class Orthogonality(Term):
             yield "weight", "o compares the experts of a token, and model.moe.top_k = 1; set the weight to 0"
 
     def value(self, view: LayerView) -> Tensor:
+        if view.observed is not None:  # (T, k, k), given by models whose layers return no outputs of single experts
+            return orthogonality_of_gram(view.observed, self.options.variant, weights=view.weights_T)
         assert view.y_RD is not None
         return orthogonality_loss(view.y_RD, self.options.variant, rows=view.rows_TK, weights=view.weights_T)
