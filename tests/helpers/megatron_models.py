@@ -16,9 +16,8 @@ from torch.nn import functional
 
 from tests.helpers import megatron_cpu
 
-needs_megatron = pytest.mark.skipif(
-    importlib.util.find_spec("megatron") is None, reason="needs the package megatron-core"
-)
+INSTALLED = importlib.util.find_spec("megatron") is not None
+needs_megatron = pytest.mark.skipif(not INSTALLED, reason="needs the package megatron-core")
 EXPERTS, TOP_K, LAYERS, VOCABULARY, SEQUENCES, LENGTH = 8, 3, 4, 64, 4, 12
 LENGTHS = (12, 7, 5, 9)
 """Tokens of each sequence that count, where padding is on."""
