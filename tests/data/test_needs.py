@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import ROOT, environment
+from tests.helpers.strangers import verb
 from titan_moe.config.load import load_config
 from titan_moe.data.needs import check_needs
 from titan_moe.data.streams import tokens_needed
@@ -41,13 +42,23 @@ def test_train_and_prepare_say_it_before_anything_is_made(tmp_path: Path, monkey
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for verb in (train, prepare):
+    for module in (train, prepare):
         parser = ArgumentParser()
-        verb.add_arguments(parser)
+        module.add_arguments(parser)
         arguments = parser.parse_args(["--config", "medium"])
         arguments.overrides = []
         with pytest.raises(UserError, match=r"^2 things are missing"):
-            verb.run(arguments)
+            module.run(arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("config", "extras"), [("medium", "hf"), ("debug", "")])
+def test_train_prints_the_extras_of_a_configuration_and_does_nothing_else(
+    config: str, extras: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert verb("train", "--config", config, "--extras") == 0
+    assert capsys.readouterr().out == f"{extras}\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -21,6 +21,11 @@ def check_needs(config: Config, has_tokenizer: bool) -> None:
         raise UserError(line)
 
 
+def needed_extras(config: Config) -> list[str]:
+    """The extras of pyproject.toml, of those with a lock of their own, whose packages the configuration needs."""
+    return ["hf"] if extensions.is_streamed(config.data.corpus) else []
+
+
 def missing_packages(config: Config) -> Iterator[str]:
     """Packages of the corpus and of trackers, a line each."""
     if extensions.is_streamed(config.data.corpus) and not installed("datasets"):
