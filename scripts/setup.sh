@@ -4,6 +4,7 @@
 # set-up was finished and asked for the same, or if somebody else made it and it is complete; a set-up of `.venv`.
 # `.venv/set-up` is "unfinished" from the first command of a set-up to the last, then a checksum of what was asked. An
 # unfinished or broken `.venv` is deleted; one that was finished and asked for something else is updated in place.
+# `.venv/extras` lists the extras of pyproject.toml that were added to it, one a line.
 
 _root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 _venv="$_root/.venv"
@@ -62,10 +63,35 @@ _install_torch() {
 }
 
 _install() {
-    local files=(-r "$_root/requirements.txt")
-    [ "${1:-}" != --dev ] || files+=(-r "$_root/requirements-dev.txt")
+    local files=(-r "$_root/requirements.txt") extra
+    if [ "${1:-}" = --dev ]; then
+        files+=(-r "$_root/requirements-dev.txt")
+    else
+        for extra in $(_extras); do files+=(-r "$_root/requirements-$extra.txt"); done
+    fi
     _pip install --require-hashes --no-deps "${files[@]}" && _install_torch &&
         _pip install --no-deps --no-build-isolation -e "$_root"
+}
+
+_extras() { cat "$_venv/extras" 2>/dev/null; }
+
+_has_extra() { [ "$(_recorded)" = "$(_asked --dev)" ] || _extras | grep -qx "$1"; }
+
+# Whether $PYTHON is the `.venv` that a set-up has made. Another environment is its owner's, and nothing is installed into it.
+_is_own() { [ "$PYTHON" = "$_venv/bin/python" ] && [ -n "$(_recorded)" ]; }
+
+# Installs the packages of an extra, by version and hash, into the `.venv` of a set-up.
+_add_extra() {
+    (
+        "$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null ||
+            echo "warning: no locks on this file system; start no second set-up before this one ends" >&2
+        if _has_extra "$1"; then exit 0; fi
+        echo "This configuration needs the packages of requirements-$1.txt: installing them into .venv (once)" >&2
+        _pip install --require-hashes --no-deps -r "$_root/requirements-$1.txt" ||
+            { echo "error: they could not be installed (see above)" >&2; exit 1; }
+        echo "$1" >>"$_venv/extras" || exit 1
+        echo "Installed." >&2
+    ) 9>"$_root/.venv.lock"
 }
 
 _make_venv() {

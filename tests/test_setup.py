@@ -52,6 +52,7 @@ dependencies = [
 [project.optional-dependencies]
 dev = [
     "testprobe>=1.0",
+    "extraprobe>=1.0",
 ]
 """
 
@@ -91,25 +92,30 @@ class Checkout:
         probe_hash, torch_hash = wheel(self.wheels, "setupprobe", probe), wheel(self.wheels, "torch", torch)
         (self.root / "requirements.txt").write_text(f"setupprobe=={probe} \\\n    {probe_hash}\n")
         (self.root / "requirements-torch.txt").write_text(f"torch=={torch} \\\n    {torch_hash}\n")
-        (self.root / "requirements-dev.txt").write_text(
-            f"testprobe==1.0 \\\n    {wheel(self.wheels, 'testprobe', '1.0')}\n"
+        tests, extra = (
+            f"{name}==1.0 \\\n    {wheel(self.wheels, name, '1.0')}\n" for name in ("testprobe", "extraprobe")
         )
+        (self.root / "requirements-dev.txt").write_text(tests + extra)
+        (self.root / "requirements-hf.txt").write_text(extra)
 
-    def start(self, options: str = "") -> subprocess.Popen[str]:
+    def start(self, options: str = "", then: str = "") -> subprocess.Popen[str]:
         settings = {
             **os.environ,
             "PIP_NO_INDEX": "1",
             "PIP_FIND_LINKS": str(self.wheels),
             "PIP_CONFIG_FILE": os.devnull,
         }
-        command = ["bash", "-c", f'source "{self.root}/scripts/setup.sh"; _setup {options} && echo "$PYTHON"']
+        command = ["bash", "-c", f'source "{self.root}/scripts/setup.sh"; _setup {options} && echo "$PYTHON" {then}']
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=settings, text=True, start_new_session=True, **pipes)
 
-    def set_up(self, options: str = "") -> tuple[int, str]:
-        process = self.start(options)
+    def set_up(self, options: str = "", then: str = "") -> tuple[int, str]:
+        process = self.start(options, then)
         output, errors = process.communicate(timeout=120)
         return process.returncode, output + errors
+
+    def has(self, module: str) -> bool:
+        return bool(list(self.venv.glob(f"lib/*/site-packages/{module}.py")))
 
     def versions(self) -> list[str]:
         """The installed versions of the two packages and of the checkout's own."""
@@ -180,6 +186,55 @@ def test_what_the_tests_need_is_installed_when_they_are_to_run(checkout: Checkou
     assert (checkout.venv / "mine").exists()
 
 
+ADD = "&& _is_own && { _has_extra hf || _add_extra hf; }"
+
+
+@pytest.mark.slow
+def test_an_extra_is_added_once_and_stays_when_the_lock_changes(checkout: Checkout) -> None:
+    assert checkout.set_up()[0] == 0
+    assert not checkout.has("extraprobe")
+    processes = [checkout.start("", ADD), checkout.start("", ADD)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert sorted("requirements-hf.txt: installing them into .venv" in text for text in errors) == [False, True]
+    assert checkout.has("extraprobe")
+    assert not checkout.has("testprobe")
+    assert checkout.set_up("", ADD) == (0, f"{checkout.venv}/bin/python\n")
+    # An update of the environment installs what its own extras are locked to now.
+    (checkout.root / "requirements-hf.txt").write_text(
+        f"extraprobe==1.1 \\\n    {wheel(checkout.wheels, 'extraprobe', '1.1')}\n"
+    )
+    status, text = checkout.set_up("", ADD)
+    assert status == 0, text
+    assert list(checkout.venv.glob("lib/*/site-packages/extraprobe-1.1.dist-info"))
+
+
+@pytest.mark.slow
+def test_an_extra_that_cannot_be_installed_is_tried_again(checkout: Checkout) -> None:
+    good = (checkout.wheels / "extraprobe-1.0-py3-none-any.whl").read_bytes()
+    wheel(checkout.wheels, "extraprobe", "1.0", "def main(): 'another file'\n")
+    assert checkout.set_up()[0] == 0
+    status, text = checkout.set_up("", ADD)
+    assert status == 1
+    assert "HASHES" in text
+    assert "error: they could not be installed" in text
+    (checkout.wheels / "extraprobe-1.0-py3-none-any.whl").write_bytes(good)
+    assert checkout.set_up("", ADD)[0] == 0
+    assert checkout.has("extraprobe")
+
+
+@pytest.mark.slow
+def test_nothing_is_added_to_an_environment_that_set_up_did_not_make(checkout: Checkout) -> None:
+    """And one with the packages of the tests has all extras."""
+    assert checkout.set_up("--dev")[0] == 0
+    assert "requirements-hf" not in checkout.set_up("", ADD)[1]
+    (checkout.venv / "set-up").unlink()
+    status, text = checkout.set_up("", ADD)
+    assert status == 1
+    assert text == f"{checkout.venv}/bin/python\n"
+    assert not (checkout.venv / "extras").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["setupprobe", "torch"])
 def test_a_package_with_another_hash_is_refused(checkout: Checkout, name: str) -> None:
@@ -215,6 +270,13 @@ def test_every_package_is_locked_by_version_and_hash() -> None:
         for entry in entries:
             assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry), entry
     assert "://" not in "".join(map(str, pins().values()))
+
+
+def test_an_extras_lock_is_a_part_of_that_of_the_tests() -> None:
+    extra, tests = ((ROOT / f"requirements-{name}.txt").read_text().split("\n\n", 1)[1] for name in ("hf", "dev"))
+    entries, known = (re.split(r"\n(?=\S)", text.strip()) for text in (extra, tests))
+    assert set(entries) <= set(known)
+    assert any(entry.startswith("datasets==") for entry in entries)
 
 
 def test_the_lock_is_within_the_ranges_of_pyproject() -> None:

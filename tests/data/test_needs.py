@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import ROOT, environment
+from tests.helpers.strangers import verb
 from titan_moe.config.load import load_config
 from titan_moe.data.needs import check_needs
-from titan_moe.data.prepare import token_budget
+from titan_moe.data.streams import tokens_needed
 from titan_moe.errors import UserError
 from titan_moe.verbs import prepare, train
 
@@ -41,21 +42,34 @@ def test_train_and_prepare_say_it_before_anything_is_made(tmp_path: Path, monkey
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for verb in (train, prepare):
+    for module in (train, prepare):
         parser = ArgumentParser()
-        verb.add_arguments(parser)
+        module.add_arguments(parser)
         arguments = parser.parse_args(["--config", "medium"])
         arguments.overrides = []
         with pytest.raises(UserError, match=r"^2 things are missing"):
-            verb.run(arguments)
+            module.run(arguments)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("corpus", "tokens", "budget"), [("c4", "0", 28610 * 512 * 2048), ("c4", "7", 7), ("stdlib", "0", 0)]
-)
-def test_of_a_corpus_on_a_hub_as_much_is_prepared_as_the_run_reads(corpus: str, tokens: str, budget: int) -> None:
-    assert token_budget(load_config("medium", [f"--data.corpus={corpus}", f"--data.tokens={tokens}"])) == budget
+@pytest.mark.parametrize(("config", "extras"), [("medium", "hf"), ("debug", "")])
+def test_train_prints_the_extras_of_a_configuration_and_does_nothing_else(
+    config: str, extras: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert verb("train", "--config", config, "--extras") == 0
+    assert capsys.readouterr().out == f"{extras}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_a_stream_as_much_is_needed_as_the_run_reads_up_to_whole_groups() -> None:
+    """Groups of 8,192 windows; the last label is one token behind the last window."""
+    steps, batch, length, group = 28610, 512, 2048, 1 << 24
+    needed = tokens_needed(steps - 1, batch, length, group)
+    assert 0 < needed - 1 - steps * batch * length < group
+    assert (needed - 1) % group == 0
+    assert tokens_needed(0, batch, length, group) == tokens_needed(15, batch, length, group) == group + 1
+    assert tokens_needed(16, batch, length, group) == 2 * group + 1
 
 
 def get_tokenizer(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:

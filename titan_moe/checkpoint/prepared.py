@@ -8,6 +8,7 @@ from pathlib import Path
 
 from titan_moe.checkpoint.run_dir import RunDir, newest_of
 from titan_moe.checkpoint.state import State, read_state
+from titan_moe.config.extensions import is_streamed
 from titan_moe.config.tables import Config
 from titan_moe.config.trust import BUILT_IN_CORPORA
 from titan_moe.data.prepare import Prepared, cache_root, prepare
@@ -34,10 +35,13 @@ def prepare_run(config: Config, run_dir: RunDir) -> Prepared:
     tokenizer = (
         None if config.tokenizer.path else stored_tokenizer(run_of(checkpoint), state.tokenizer, cache_root(config))
     )
-    if newest is not None and tokenizer is not None and text_is_gone(config):
+    streamed = is_streamed(config.data.corpus)
+    if newest is not None and tokenizer is not None and (streamed or text_is_gone(config)):
         prepared = stored_text(state.data, tokenizer, cache_root(config))
-        if prepared is not None:
-            log.warning(f"data.corpus = {config.data.corpus!r} is gone; going on with its tokens in {prepared.folder}")
+        if prepared is not None and not (streamed and prepared.manifest.stream):
+            # Of a stream: an earlier version tokenised it before training, and the run goes on in the order of that version.
+            why = "was tokenised before it was streamed" if streamed else "is gone"
+            log.warning(f"data.corpus = {config.data.corpus!r} {why}; going on with its tokens in {prepared.folder}")
             return prepared
     return prepare(config, tokenizer=tokenizer)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from titan_moe.config import extensions
 from titan_moe.config.degrees import Origin, check_degrees, resolve
-from titan_moe.config.tables import Config
+from titan_moe.config.tables import Config, Data
 from titan_moe.errors import UserError
 from titan_moe.runtime.gpus import gpu_here
 from torchtitan_ext.terms import REGISTRY, ModelFacts
@@ -107,6 +107,7 @@ def check_regularizers(config: Config, origin: Origin) -> None:
 
 def without_effect(config: Config) -> Iterator[str]:
     """A warning for each setting that is allowed and does nothing, or leaves the router with less gradient than one expects."""
+    yield from data_without_effect(config.data)
     moe, options = config.model.moe, config.regularizers.options()
     facts = ModelFacts(moe.experts, moe.top_k, config.model.layers - moe.first_dense_layers)
     if facts.moe_layers == 0:
@@ -126,6 +127,14 @@ def without_effect(config: Config) -> Iterator[str]:
         yield f"balancer.rate has no effect: every token goes to every expert (model.moe.top_k = {moe.top_k} of {moe.experts})"
     if config.balancer.center and not config.balancer.rate:
         yield "balancer.center has no effect while balancer.rate = 0"
+
+
+def data_without_effect(data: Data) -> Iterator[str]:
+    """A warning for each option of [data] that is set and belongs to the other kind of corpus."""
+    streamed = extensions.is_streamed(data.corpus)
+    key, why = ("validation_fraction", "has its own split") if streamed else ("shuffle_tokens", "is not streamed")
+    if getattr(data, key) != getattr(Data(), key):
+        yield f"data.{key} has no effect: data.corpus = {data.corpus!r} {why}"
 
 
 def check_float8(config: Config, origin: Origin) -> None:

@@ -40,6 +40,8 @@ class Tracker(Protocol):
 
 TrackerFactory = Callable[["Config", Path], Tracker]
 
+STREAMED_CORPORA = ("c4",)
+"""Corpora that are streamed from the Hugging Face hub while the run trains."""
 TRACKER_PACKAGES = ("wandb", "trackio")
 """Trackers that ship with titan_moe, each named after the optional package that it needs."""
 
@@ -69,6 +71,11 @@ def register_optimizer(
 def register_corpus(name: str, function: Callable[[], Iterator[Document]]) -> None:
     """Adds a corpus for `data.corpus = NAME`: `function()` yields documents, in the same order every time."""
     corpora[name] = function
+
+
+def is_streamed(corpus: str | list[str]) -> bool:
+    """Whether `data.corpus` names a streamed corpus. One that a user registers under the same name is not."""
+    return isinstance(corpus, str) and corpus in STREAMED_CORPORA and corpus not in corpora
 
 
 def register_tracker(name: str, factory: TrackerFactory) -> None:

@@ -162,9 +162,11 @@ class Data(Table):
     text_column: str = "text"
     """The key of JSON rows, or the column of Parquet files, that holds the text."""
     tokens: NaturalInt = 0
-    """Budget of training tokens to prepare; 0: all of the corpus, and of "c4" as many as the run reads."""
+    """Budget of training tokens; 0: all of the corpus, and of "c4" as many as the run reads."""
+    shuffle_tokens: Annotated[int, Field(ge=2)] = 1 << 24
+    """Of "c4": so many consecutive tokens are shuffled among each other, and kept in one file."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
-    """Share of the documents kept for validation and never trained on."""
+    """Share of the documents kept for validation and never trained on. "c4" has a validation split of its own."""
     cache_dir: PathText = ""
     """Where tokenizers and token shards are kept; empty: $TITAN_MOE_CACHE or the user's cache directory."""
 

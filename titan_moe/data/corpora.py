@@ -7,7 +7,6 @@ which is downloaded once and checked by SHA-256. `c4` streams from the Hugging F
 import csv
 import fnmatch
 import gzip
-import importlib.util
 import inspect
 import io
 import os
@@ -24,7 +23,8 @@ from titan_moe.data.digests import sha256
 from titan_moe.data.files import Corpus, Found, Text, find_files, identified, reported
 from titan_moe.data.formats import TextFile
 from titan_moe.data.report import Report
-from titan_moe.errors import UserError, pip_install
+from titan_moe.data.streams import streamed_corpus
+from titan_moe.errors import UserError
 
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
 
@@ -131,22 +131,7 @@ def text_package(cache_dir: Path) -> Path:
 
 def c4(cache_dir: Path) -> Corpus:  # noqa: ARG001 - the signature of all built-in corpora
     """C4, English, streamed from the Hugging Face hub."""
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"data.corpus = 'c4' needs the package datasets: {pip_install('datasets')}")
-    import datasets
-
-    def documents(_: Report) -> Iterator[Document]:
-        try:
-            stream = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
-            for row in stream:
-                yield Document(row["text"], "c4")
-        except (OSError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"data.corpus = 'c4': the hub can't be reached ({first}); give the path of local C4 files instead"
-            ) from error
-
-    return reported("c4", documents, "c4:en")
+    return streamed_corpus("c4")
 
 
 BUILT_IN: dict[str, Callable[[Path], Corpus]] = {"stdlib": stdlib, "wikitext2": wikitext2, "domains": domains, "c4": c4}

@@ -32,6 +32,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest(*parts: object) -> str:
+    """A key of the cache: 20 hexadecimal digits that depend on all parts."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+
 def write_checked(path: Path, body: dict[str, Any]) -> None:
     """Writes a dictionary as JSON, with its sum under "digest"."""
     path.write_text(json.dumps(body | {"digest": body_digest(body)}, indent=1))

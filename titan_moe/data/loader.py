@@ -14,6 +14,7 @@
 So the loader has no state but the number of steps taken: a run resumes at any step, on any number of ranks.
 """
 
+import contextlib
 import itertools
 import zlib
 from collections.abc import Generator, Iterator
@@ -27,6 +28,11 @@ from torch import Tensor
 from torchdata.nodes import BaseNode, IterableWrapper, PinMemory, Prefetcher
 
 from titan_moe.data.shards import TokenStream
+
+
+class Closed(Exception):
+    """The loader was closed while it waited for tokens."""
+
 
 Indices = npt.NDArray[np.int64]
 StepData = tuple[list["Batch"], int | None]
@@ -85,6 +91,13 @@ class Windows:
     def __len__(self) -> int:
         return -(-(len(self.stream) - 1) // self.seq_len)
 
+    def of_step(self, batch_size: int, seed: int, step: int) -> Indices:
+        """(B,) the windows that are the sequences of a step's global batch. step: counted from 0."""
+        return step_windows(len(self), batch_size, seed, step)
+
+    def close(self) -> None:
+        """Ends a wait for tokens (`StreamedWindows`), which then raises Closed."""
+
     def tokens(self, indices: Indices) -> Indices:
         """(B, S + 1) token ids of windows, padded past the end of the stream."""
         return self.stream.rows(indices * self.seq_len, self.seq_len + 1, self.pad_id)
@@ -106,7 +119,7 @@ class Windows:
         documents = np.where(exists, self.stream.documents_at(starts + columns), -1)
         positions = np.broadcast_to(columns, exists.shape)
         if self.document_positions:
-            positions = np.where(exists, columns - np.maximum(self.stream.starts[documents] - starts, 0), 0)
+            positions = np.where(exists, columns - np.maximum(self.stream.starts_of(documents) - starts, 0), 0)
         ids, sequences = self.tokens(own), np.arange(len(indices))[rows]
         mask = exists[:, 1:] & (documents[:, 1:] == documents[:, :-1])
         arrays = (ids[:, :-1], ids[:, 1:], mask, documents[:, :-1], positions[:, :-1], sequences)
@@ -168,19 +181,25 @@ class TrainingLoader:
 
     def build(self, step: int) -> StepData:
         """The data of a step. Counted from 0 here: training step n is `build(n - 1)`."""
-        indices = step_windows(len(self.windows), self.batch_size, self.seed, step)
+        indices = self.windows.of_step(self.batch_size, self.seed, step)
         batch = self.windows.batch(indices, self.part.rows(self.batch_size))
         crc = 0
         for some in np.array_split(indices, self.part.ranks) if self.checksum else ():
             crc = zlib.crc32(self.windows.tokens(some)[:, :-1].tobytes(), crc)
         return batch.split(self.part.size), crc if self.checksum else None
 
+    def built(self, first: int) -> Iterator[StepData]:
+        """The data of all steps from `first` on, until the windows are closed."""
+        with contextlib.suppress(Closed):
+            yield from map(self.build, itertools.count(first))
+
     def steps(self, first: int = 0) -> Generator[StepData, None, None]:
         """All steps from `first` on, without end. Close the generator to stop the threads."""
-        steps: BaseNode[StepData] = Prefetcher(
-            IterableWrapper(map(self.build, itertools.count(first))), prefetch_factor=2
-        )
-        yield from PinMemory(steps) if self.pin else steps
+        steps: BaseNode[StepData] = Prefetcher(IterableWrapper(self.built(first)), prefetch_factor=2)
+        try:
+            yield from PinMemory(steps) if self.pin else steps
+        finally:
+            self.windows.close()
 
 
 def validation_batches(windows: Windows, sequences: int, part: DataRank) -> Iterator[Batch]:

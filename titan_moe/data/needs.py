@@ -8,8 +8,6 @@ from titan_moe.config import extensions
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError, pip_install, python
 
-HUB_CORPORA = ("c4",)
-
 
 def check_needs(config: Config, has_tokenizer: bool) -> None:
     """Raises UserError that lists everything which is missing.
@@ -23,9 +21,14 @@ def check_needs(config: Config, has_tokenizer: bool) -> None:
         raise UserError(line)
 
 
+def needed_extras(config: Config) -> list[str]:
+    """The extras of pyproject.toml, of those with a lock of their own, whose packages the configuration needs."""
+    return ["hf"] if extensions.is_streamed(config.data.corpus) else []
+
+
 def missing_packages(config: Config) -> Iterator[str]:
     """Packages of the corpus and of trackers, a line each."""
-    if config.data.corpus in HUB_CORPORA and config.data.corpus not in extensions.corpora and not installed("datasets"):
+    if extensions.is_streamed(config.data.corpus) and not installed("datasets"):
         yield (
             f"data.corpus = {config.data.corpus!r} needs the package datasets: {pip_install('datasets')}; or give the path of "
             "local files (JSONL, also compressed, or Parquet)"

@@ -1,50 +1,28 @@
 """Tokenises a corpus into shards, once: a cache keeps them under a key of corpus and tokenizer.
 
-    token ids of a document = bos, its pieces, eos
-
-A hash of a document's text decides whether it is for training or validation, so the same text is never in both splits.
-A corpus of fewer than 20 documents (one long file, for example) is first cut into pieces at line ends.
+A streamed corpus is tokenised only as far as the first step needs; `titan_moe/data/streams.py` has the rest.
 """
 
-import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
-from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
-
-import numpy as np
+from typing import NamedTuple
 
 from titan_moe.config.checks import check_vocabulary
+from titan_moe.config.extensions import is_streamed
 from titan_moe.config.tables import Config
-from titan_moe.data.corpora import Document, open_corpus
+from titan_moe.data.corpora import open_corpus
+from titan_moe.data.digests import digest
 from titan_moe.data.files import Corpus
-from titan_moe.data.needs import HUB_CORPORA
-from titan_moe.data.shards import (
-    FORMAT_VERSION,
-    SPLITS,
-    DamagedShards,
-    Manifest,
-    ShardWriter,
-    Split,
-    read_manifest,
-    write_manifest,
-)
+from titan_moe.data.shards import FORMAT_VERSION, SPLITS, DamagedShards, Manifest, read_manifest
+from titan_moe.data.stream_writer import write_stream
+from titan_moe.data.streams import StreamFolder, make_stream, stream_fingerprint, tokens_needed
+from titan_moe.data.tokenise import make_shards, split_documents, tokenising_bar
 from titan_moe.data.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
 from titan_moe.errors import UserError
-from titan_moe.runtime.cpus import available_cpus
 from titan_moe.runtime.home import cache_folder
-from titan_moe.runtime.owner import fresh_path, making_folder, remove, remove_abandoned, replacing, touch
-from titan_moe.runtime.terminal import shows_bars
-
-FEW_DOCUMENTS = 20
-CUT_CHARACTERS = 4096
-BATCH_CHARACTERS = 1 << 21
-
-Documents: TypeAlias = Iterator[tuple[Document, str]]
-"""Documents with the split that each belongs to."""
+from titan_moe.runtime.owner import fresh_path, remove, remove_abandoned, replacing
 
 
 class Prepared(NamedTuple):
@@ -65,11 +43,14 @@ def cache_root(config: Config) -> Path:
         raise UserError(f"{origin} = {path!r}: {error}") from error
 
 
-def prepare(config: Config, text: str = "", tokenizer: Tokenizer | None = None, quiet: bool = False) -> Prepared:
+def prepare(
+    config: Config, text: str = "", tokenizer: Tokenizer | None = None, quiet: bool = False, whole: bool = False
+) -> Prepared:
     """The tokenizer and shards of a configuration, made unless the cache has them. Raises UserError.
 
     text: a corpus to tokenise in place of `data.corpus`, all of it as one split "text", with the same tokenizer.
     tokenizer: used in place of the configuration's. quiet: when shards are made, do not print what was left out of them.
+    whole: make all shards of a streamed corpus that the run reads, not only those of its first step.
     """
     root, data = cache_root(config), config.data
     try:
@@ -81,10 +62,11 @@ def prepare(config: Config, text: str = "", tokenizer: Tokenizer | None = None, 
             if text:
                 opened.append(open_corpus(data.corpus, "data.corpus", root, data.text_column))
             tokenizer = trained_tokenizer(config, opened[-1], root)
+        if not text and is_streamed(data.corpus):
+            return prepare_stream(config, tokenizer, root, quiet, whole)
         check_vocabulary(config, tokenizer.vocab_size)
         key: list[object] = [source.fingerprint, tokenizer.fingerprint]
-        budget = 0 if text else token_budget(config)
-        key = ["text", *key] if text else [*key, budget, data.validation_fraction]
+        key = ["text", *key] if text else [*key, data.tokens, data.validation_fraction]
         folder = root / "tokens" / digest(*key, FORMAT_VERSION)
         if usable(folder):
             remember(opened)
@@ -97,23 +79,43 @@ def prepare(config: Config, text: str = "", tokenizer: Tokenizer | None = None, 
             if text
             else split_documents(source, data.validation_fraction)
         )
-        make_shards(source, tokenizer, folder, documents, splits, budget or sys.maxsize)
+        make_shards(source, tokenizer, folder, documents, splits, (0 if text else data.tokens) or sys.maxsize)
         manifest = read_manifest(folder)
     except OSError as error:
         raise UserError(
             f"data.cache_dir: {error.filename or root}: {error.strerror}; make room, or choose another with data.cache_dir"
         ) from error
     if not quiet:
-        print("\n  ".join([f"Read {manifest.report[0]}", *manifest.report[1:]]), file=sys.stderr)
+        say_what_was_read(manifest)
     return Prepared(tokenizer, folder, manifest)
 
 
-def token_budget(config: Config) -> int:
-    """Training tokens to prepare; 0: all of the corpus. Of one from a hub, larger than a disk, what the run reads."""
-    training = config.training
-    if config.data.tokens or config.data.corpus not in HUB_CORPORA:
-        return config.data.tokens
-    return training.steps * training.batch_size * training.seq_len
+def prepare_stream(config: Config, tokenizer: Tokenizer, root: Path, quiet: bool, whole: bool) -> Prepared:
+    """A streamed corpus: its validation split, and as many training tokens as the first step needs (whole: the run).
+
+    Raises UserError, OSError."""
+    data, training = config.data, config.training
+    assert isinstance(data.corpus, str)
+    check_vocabulary(config, tokenizer.vocab_size)
+    fingerprint = stream_fingerprint(data.corpus, tokenizer, data.tokens, data.shuffle_tokens)
+    folder = root / "tokens" / fingerprint
+    if not usable(folder):
+        make_stream(folder, data.corpus, tokenizer, data.tokens, data.shuffle_tokens)
+        if not quiet:
+            say_what_was_read(read_manifest(folder))
+    stream = StreamFolder(folder)
+    last = training.steps - 1 if whole else 0
+    tokens = tokens_needed(last, training.batch_size, training.seq_len, data.shuffle_tokens)
+    if not stream.has(tokens):
+        with tokenising_bar(data.corpus, tokens) as show:
+            write_stream(stream, tokens, show)
+    if stream.tokens < 3:
+        raise UserError(f"data.corpus: {data.corpus} has too little text")
+    return Prepared(tokenizer, folder, stream.manifest)
+
+
+def say_what_was_read(manifest: Manifest) -> None:
+    print("\n  ".join([f"Read {manifest.report[0]}", *manifest.report[1:]]), file=sys.stderr)
 
 
 def remember(corpora: list[Corpus]) -> None:
@@ -146,10 +148,6 @@ def usable(folder: Path) -> bool:
     return True
 
 
-def digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
-
-
 def trained_tokenizer(config: Config, corpus: Corpus, root: Path) -> Tokenizer:
     """The tokenizer trained on a corpus, from the cache if it is there. The file's name holds a digest of its content."""
     size, fraction, folder = config.tokenizer.vocab_size, config.data.validation_fraction, root / "tokenizers"
@@ -174,125 +172,3 @@ def trained_tokenizer(config: Config, corpus: Corpus, root: Path) -> Tokenizer:
         fresh.write_bytes(model)
     remove_abandoned(folder)
     return Tokenizer(model, str(file_of(model)))
-
-
-def split_documents(corpus: Corpus, validation_fraction: float) -> Documents:
-    """All documents with their splits. The first is for validation, which thus has text under any token budget."""
-    documents = corpus.documents()
-    first = list(islice(documents, FEW_DOCUMENTS))
-    everything: Iterator[Document] = chain(first, documents)
-    if len(first) < FEW_DOCUMENTS:
-        corpus.report.note(f"fewer than {FEW_DOCUMENTS} documents, so they were cut at line ends")
-        everything = (piece for document in first for piece in cut(document))
-    first_text: str | None = None
-    for document in everything:
-        first_text = document.text if first_text is None else first_text
-        validates = document.text == first_text or uniform_hash(document.text) < validation_fraction
-        yield document, "validation" if validates else "train"
-
-
-def uniform_hash(text: str) -> float:
-    """A hash of the text, uniform in [0, 1)."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") / 2**64
-
-
-def cut(document: Document) -> Iterator[Document]:
-    """Cuts a document into pieces of CUT_CHARACTERS to 2 * CUT_CHARACTERS, at a line end if one is in that range."""
-    text, start = document.text, 0
-    while start < len(text):
-        end = start + CUT_CHARACTERS
-        line_end = text.find("\n", end, end + CUT_CHARACTERS)
-        end = line_end + 1 if line_end >= 0 else end
-        yield Document(text[start:end], document.domain)
-        start = end
-
-
-def make_shards(
-    corpus: Corpus, tokenizer: Tokenizer, folder: Path, documents: Documents, splits: tuple[str, ...], budget: int
-) -> None:
-    """Tokenises documents, each given with its split, into `folder`, which is created complete or not at all.
-
-    budget: stop when the first split has this many tokens. Raises UserError for too little text.
-    """
-    if not tokenizer.lossless:
-        print(
-            "Note: this tokenizer can't restore every text; bits per byte count the bytes that its pieces stand for",
-            file=sys.stderr,
-        )
-    with making_folder(folder) as fresh:
-        write_manifest(fresh, write_splits(corpus, tokenizer, fresh, documents, splits, budget))
-
-
-def write_splits(
-    corpus: Corpus, tokenizer: Tokenizer, folder: Path, documents: Documents, names: tuple[str, ...], budget: int
-) -> Manifest:
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    writers = {split: ShardWriter(folder, split, dtype) for split in names}
-    counted_bytes = dict.fromkeys(names, 0)
-    domains: list[str] = []
-    bytes_read = 0
-    with reading_bar(corpus) as show:
-        for batch in batches(documents):
-            ids = tokenizer.encode_batch([document.text for document, _ in batch], available_cpus())
-            for (document, split), document_ids in zip(batch, ids, strict=True):
-                if document.domain not in domains:
-                    domains.append(document.domain)
-                size = len(document.text.encode("utf-8"))
-                bytes_read += size
-                if writers[names[0]].tokens < budget:
-                    with_ends = np.array([tokenizer.bos, *document_ids, tokenizer.eos], dtype=np.int64)
-                    counted_bytes[split] += int(tokenizer.count_bytes(with_ends[:-1], with_ends[1:]).sum())
-                    writers[split].add(with_ends, domains.index(document.domain), size)
-            show(bytes_read)
-            touch(folder)
-            if writers[names[0]].tokens >= budget:
-                corpus.report.note(f"reading stopped at data.tokens = {budget:,}")
-                break
-    splits = {name: writer.finish() for name, writer in writers.items()}
-    check_size(corpus, splits)
-    for name, size in counted_bytes.items():
-        if not size:
-            raise UserError(
-                f"tokenizer.path: the tokenizer has no piece for any character of {corpus.name}, split {name}"
-            )
-    fingerprint = digest(*(shard.sha256 for split in splits.values() for shard in split.shards))
-    report = corpus.report.lines()
-    return Manifest(FORMAT_VERSION, corpus.name, tokenizer.fingerprint, dtype, domains, splits, fingerprint, report)
-
-
-@contextlib.contextmanager
-def reading_bar(corpus: Corpus) -> Iterator[Callable[[int], None]]:
-    """A progress bar where one can be drawn. Yields the function that takes the bytes read so far."""
-    if not shows_bars():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"Tokenising {corpus.name}", total=corpus.total_bytes)
-        yield lambda done: bar.update(task, completed=done)
-
-
-def check_size(corpus: Corpus, splits: dict[str, Split]) -> None:
-    """Raises UserError where a split has no text."""
-    if sum(split.tokens for split in splits.values()) == 0:
-        raise UserError(f"data.corpus: the corpus {corpus.name} is empty")
-    for name, split in splits.items():
-        if split.tokens < 3:
-            raise UserError(f"data.corpus: {corpus.name} has too little text, nothing is left for {name}; give more")
-
-
-def batches(documents: Documents) -> Iterator[list[tuple[Document, str]]]:
-    """Groups documents into lists of at least BATCH_CHARACTERS characters."""
-    batch: list[tuple[Document, str]] = []
-    size = 0
-    for document, split in documents:
-        batch.append((document, split))
-        size += len(document.text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

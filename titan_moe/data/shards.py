@@ -8,7 +8,7 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,8 @@ class Manifest:
     """SHA-256 over the checksums of all shards. It identifies the data set."""
     report: list[str] = field(default_factory=list)
     """What was read and what was left out, a line each."""
+    stream: dict[str, Any] | None = None
+    """The definition of a stream, whose training split is not listed here (`streams.py`); None: all splits are."""
 
 
 class DamagedShards(UserError):
@@ -105,7 +107,10 @@ class ShardWriter:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_checked(folder / "manifest.json", asdict(manifest))
+    body = asdict(manifest)
+    if manifest.stream is None:
+        del body["stream"]  # as earlier versions write and read it
+    write_checked(folder / "manifest.json", body)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -142,8 +147,18 @@ def check_file_size(folder: Path, name: str, size: int) -> None:
         raise DamagedShards(f"{folder / name}: damaged ({actual:,} bytes, not {size:,})", folder)
 
 
+class Maps(Protocol):
+    """The memory maps of a split's shards, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tokens: ...
+
+
 class TokenStream:
     """The tokens of one split as one long memory-mapped array."""
+
+    maps: Maps
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
         """Compares every file with its checksum. Raises UserError for a damaged or missing one."""
@@ -178,8 +193,8 @@ class TokenStream:
         crosses = starts + length > self.ends[shard]
         for index in np.unique(shard[~crosses]):
             rows = np.flatnonzero(~crosses & (shard == index))
-            offset = self.ends[index] - len(self.maps[index])
-            ids[rows] = sliding_window_view(self.maps[index], length)[starts[rows] - offset]
+            offset = self.ends[index] - len(self.maps[int(index)])
+            ids[rows] = sliding_window_view(self.maps[int(index)], length)[starts[rows] - offset]
         for row in np.flatnonzero(crosses):
             part = self.read(int(starts[row]), int(starts[row]) + length)
             ids[row, : len(part)] = part
@@ -188,6 +203,11 @@ class TokenStream:
     def documents_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Index of the document that the token at each position belongs to."""
         return np.searchsorted(self.starts, positions, side="right") - 1
+
+    def starts_of(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Position of the first token of each document; any position for the index -1."""
+        starts: npt.NDArray[np.int64] = self.starts[documents]
+        return starts
 
 
 def verify(path: Path, wanted: str, folder: Path) -> None:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import read_manifest
-from titan_moe.data.tokenizer import Tokenizer, is_json, tokenizer_of
+from titan_moe.data.tokenizer import TOKENIZER_BYTES, Tokenizer, is_json, tokenizer_of
 from titan_moe.errors import UserError
 from titan_moe.runtime.files import read_file
 
 TOKENIZER_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
-TOKENIZER_BYTES = 64 << 20
 
 
 def stored_tokenizer(run: Path, fingerprint: str, cache: Path) -> Tokenizer | None:

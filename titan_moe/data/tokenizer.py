@@ -20,6 +20,8 @@ from titan_moe.errors import UserError
 SKIPPED = "\u2585"  # sentencepiece does not train on a sentence with this character
 SPACE = "\u2581"  # sentencepiece's character for a space inside a piece
 TRAINING_BYTES = 20 << 20  # of text, at most, that a tokenizer is trained on
+TOKENIZER_BYTES = 64 << 20
+"""The largest file of a tokenizer that is read."""
 SAMPLE = "def f(x):\n\treturn  x +  1\n\n  \u00e9\u4e2d\U0001f600 \u2581 end \r\n"
 
 

@@ -27,6 +27,7 @@ from titan_moe.config.trust import with_absolute_paths
 from titan_moe.data.loader import Batch, DataRank, StepData, TrainingLoader, Windows
 from titan_moe.data.prepare import Prepared
 from titan_moe.data.shards import TokenStream
+from titan_moe.data.stream_reader import training_windows
 from titan_moe.errors import NonFiniteError, TrainingError, UserError
 from titan_moe.estimate.counts import count, meta_model
 from titan_moe.optim import build_optimizer, lr_fraction, set_lr
@@ -45,6 +46,7 @@ from titan_moe.train.trackers import open_trackers
 from titan_moe.train.trackers.console import short
 from titan_moe.train.trackers.dashboards import routing_images
 from titan_moe.train.validation import validate
+from titan_moe.train.waiting import TextOfRun
 from titan_moe.train.watch import RoutingWatch, Spikes
 
 log = logging.getLogger("titan_moe")
@@ -69,15 +71,9 @@ class Trainer:
         self.tokenizer = prepared.tokenizer
         self.modules = module_digests(config.extensions.modules)
         self.data_fingerprint = prepared.manifest.fingerprint
-        train, self.validation_windows = (
-            Windows(
-                TokenStream(prepared.folder, prepared.manifest, split),
-                config.training.seq_len,
-                self.tokenizer.eos,
-                config.model.document_mask,
-            )
-            for split in ("train", "validation")
-        )
+        form = (config.training.seq_len, self.tokenizer.eos, config.model.document_mask)
+        train = training_windows(prepared.folder, prepared.manifest, *form)
+        self.validation_windows = Windows(TokenStream(prepared.folder, prepared.manifest, "validation"), *form)
         part = DataRank(micro_batch_size(config, mesh.degrees), mesh.data_rank, mesh.degrees.data)
         pin = mesh.device.type == "cuda"
         self.loader = TrainingLoader(train, config.training.batch_size, config.job.seed, part, mesh.first, pin)
@@ -91,6 +87,7 @@ class Trainer:
         self.scales: dict[str, float] | None = None
         self.compile_time = CompileTime()
         self.stopping = Stopping(mesh.everyone, mesh.device)
+        self.text = TextOfRun(train, config.training.batch_size, mesh, self.stopping)
         self.steps = StepLog(self.model, self.optimizer, self.stopping, Spikes(config.training.skip_spikes))
         self.trackers: list[Tracker] = []
         """Open during `run` on rank 0; none on the other ranks."""
@@ -107,6 +104,7 @@ class Trainer:
             open_trackers(config, path, start, self.mesh.first) as self.trackers,
             self.naming_checkpoint(),
             self.stopping.signals(),
+            self.text.written(config.training.steps, path),
             profiler(config.profiling, self.run_dir.profile) as profile,
             contextlib.closing(self.loader.steps(start)) as data,
             collected_every(config.training.gc_freq) as self.collect_garbage,
@@ -114,9 +112,12 @@ class Trainer:
             first = start == 0 or self.validation_is_missing(start)
             if first and not self.validate(start):
                 stopped_at = start  # a step more, and the resumed run would not see that this row is missing
+            elif not self.text.is_there(start + 1, self.progress):
+                stopped_at = start
             else:
                 stopped_at = self.loop(start, profile, data)
             self.saver.finish()
+        self.text.check()
         if stopped_at == config.training.steps:
             self.saver.delete_old()  # the last validation was finite
             log.info(f"Done: {path}")
@@ -147,8 +148,13 @@ class Trainer:
             if last or due(step, config.validation.interval):
                 self.validate(step, to_the_end=last)
             stop = self.stopping.stop
-            if last or stop or due(step, config.checkpoint.interval):
+            saves = last or stop or due(step, config.checkpoint.interval)
+            if saves:
                 self.save(step, batches)
+            if not last and not stop and not self.text.is_there(step + 1, self.progress):
+                stop = True
+                if not saves:
+                    self.save(step, batches)
             if stop:
                 return step
         return steps
@@ -334,8 +340,10 @@ class Trainer:
         layout = ", ".join(f"{name} {size}" for name, size in degrees._asdict().items() if size > 1)
         where = f"{degrees.world} x {self.device.type} ({layout})" if layout else self.device.type
         epochs = self.config.training.steps * self.config.training.batch_size / self.epoch_sequences
+        growing = self.text.growing
+        passes = "its text is tokenised meanwhile" if growing else f"{epochs:.2f} passes over the training text"
         log.info(
             f"{self.config.job.name}: {short(self.counts.total)} parameters, {short(self.counts.active)} active; "
-            f"{self.config.training.dtype} on {where}; {epochs:.2f} passes over the training text; "
+            f"{self.config.training.dtype} on {where}; {passes}; "
             f"writing to {self.run_dir.path}"
         )

@@ -19,13 +19,18 @@ def run(arguments: Namespace) -> int:
     )
     from titan_moe.data.needs import check_needs
     from titan_moe.data.prepare import prepare
+    from titan_moe.data.streams import StreamFolder
 
     check_needs(config, has_tokenizer=False)
-    tokenizer, folder, manifest = prepare(config, quiet=True)
-    for name, split in manifest.splits.items():
+    tokenizer, folder, manifest = prepare(config, quiet=True, whole=True)
+    splits = [(name, split, len(split.shards)) for name, split in manifest.splits.items()]
+    if manifest.stream is not None:
+        stream = StreamFolder(folder)
+        splits.insert(0, ("train", stream.counts(), len(stream.shards)))
+    for name, split, shards in splits:
         print(
             f"{name:<12} {split.tokens:,} tokens in {split.documents:,} documents, {split.source_bytes:,} bytes of text "
-            f"({split.source_bytes / split.tokens:.2f} per token), {len(split.shards)} shard(s)"
+            f"({split.source_bytes / split.tokens:.2f} per token), {shards} shard(s)"
         )
     print(f"{'domains':<12} {', '.join(domain or 'none' for domain in manifest.domains)}")
     print(f"{'tokenizer':<12} {tokenizer.vocab_size:,} pieces{'' if tokenizer.lossless else ', not lossless'}")

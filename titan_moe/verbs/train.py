@@ -20,6 +20,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="only check configuration and inputs, and prepare the data"
     )
+    meaning = "only print the extras of pyproject.toml whose packages this configuration needs"
+    parser.add_argument("--extras", action="store_true", help=meaning)
     add_config(parser)
     parser.epilog = f"options of the configuration, with their defaults:\n{options_help()}"
 
@@ -28,9 +30,13 @@ def run(arguments: Namespace) -> int:
     check_ranks()
     world = world_size_from_environment()
     config = load_config(arguments.config, arguments.overrides, world_size=world, trust=arguments.trust)
+    from titan_moe.data.needs import check_needs, needed_extras
+
+    if arguments.extras:
+        print(*needed_extras(config))
+        return 0
     from titan_moe.checkpoint.prepared import prepare_run
     from titan_moe.checkpoint.run_dir import RunDir
-    from titan_moe.data.needs import check_needs
 
     run_dir = RunDir(config, int(os.environ.get("RANK") or "0"))
     if finished := run_dir.finished(config.training.steps):
