@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 
 from gpu_checks.goals import rows  # noqa: E402
-from gpu_checks.report import DIFFERENT, FAILED, Report, read_facts  # noqa: E402
+from gpu_checks.report import DIFFERENT, FAILED, Report, python_path, read_facts  # noqa: E402
 from gpu_checks.stages import STAGES  # noqa: E402
 
 LEAST = 30.0
@@ -49,7 +49,7 @@ class Output:
 
 def run_stage(name: str, toy: bool, seconds: float, facts: Path, output: Output) -> str:
     """Runs a stage in a process of its own, at most this long. Returns "done", "DIFFERENT", "failed" or "stopped"."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     if toy:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / "check_gpu.py"), "--stage", name]

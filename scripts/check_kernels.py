@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions can't be compiled
 ARCHITECTURES = (80, 90, 100)
-STORED = ("gate_up", "z", "dz", "d_gate_up", "y", "out", "d_out", "d_y")
-"""Arguments in the dtype of the model; the others are float32 or as INTEGERS says."""
-INTEGERS = {"rows": "*i64", "ids": "*i64", "counts": "*i32", "tokens": "i32"}
+STORED = ("gate_up", "z", "dz", "d_gate_up", "y", "out", "d_out", "d_y", "logits")
+"""Arguments in the dtype of the model (the router has its own `logits`, in float32); others are float32 or as INTEGERS says."""
+INTEGERS = {"rows": "*i64", "ids": "*i64", "counts": "*i32", "tokens": "i32", "columns": "*i64"}
 NUMBERS = {"floor": "fp32", "route_scale": "fp32"}
 BYTES = {"bf16": 2, "fp32": 4}
 
@@ -109,9 +109,20 @@ def router_jobs() -> Iterator[Job]:
         yield Job(f"router backward, {name}", r.backward_kernel, "fp32", constants | both | given, r.WARPS, moved)
 
 
+def cross_entropy_jobs() -> Iterator[Job]:
+    from torchtitan_ext.kernels import cross_entropy as c
+
+    for what, parts, vocabulary in (("", (True, True), 32000), (" of two ranks", (False, True), 64128)):
+        constants = {"V": vocabulary, "BLOCK": c.BLOCK, "STATISTICS": parts[0], "GRADIENT": parts[1]}
+        moved = 2 * vocabulary * BYTES["bf16"] + 24  # the second reading of a row is from the cache
+        yield Job(
+            f"cross-entropy{what}, bf16, V={vocabulary}", c.cross_entropy_kernel, "bf16", constants, c.WARPS, moved
+        )
+
+
 def jobs(quick: bool) -> list[Job]:
     """All kernels; quick: both ways of SwiGLU with cosines, and the gradient of the largest router."""
-    every = [*swiglu_jobs(), *combine_jobs(), *router_jobs()]
+    every = [*swiglu_jobs(), *combine_jobs(), *cross_entropy_jobs(), *router_jobs()]
     return [every[2], every[3], every[-1]] if quick else every
 
 

@@ -1,5 +1,6 @@
 """scripts/check_gpu.py at toy sizes on a CPU: it runs, and what it looks for it finds."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -146,6 +147,38 @@ def test_an_unwritten_gradient_of_an_unused_expert_is_different(
     monkeypatch.setattr(empty_experts, "grouped_linear", Unwritten.apply)
     empty_experts.stage(broken)
     assert broken.status == DIFFERENT
+
+
+def test_stages_find_packages_that_the_user_has_brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_checks.report import python_path
+
+    monkeypatch.setenv("PYTHONPATH", "/brought")
+    assert python_path().split(":") == [str(ROOT / "scripts"), str(ROOT), "/brought"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert python_path().split(":") == [str(ROOT / "scripts"), str(ROOT)]
+
+
+def test_an_arm_that_fails_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One process of a side, in this process: its lines name the error, and the stage's row repeats it."""
+    from gpu_checks import kernels
+    from gpu_checks.report import FAILED
+
+    monkeypatch.setattr(kernels, "ARMS", {"no such option": {"sp": {"wieght": 1.0}}, "no term": {}})
+    monkeypatch.setattr(kernels, "TOLERANCE", {torch.float32: 1e-5})
+    kernels.measure(report(tmp_path), tmp_path)
+    _, broken, good = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert "wieght" in broken["error"]
+    assert good == {"label": "no term", "dtype": "torch.float32", "measured": None}
+    stage = report(tmp_path)
+    with stage.trial("no such option"):
+        kernels.compare(stage, broken, good, (tmp_path, tmp_path))
+    kernels.compare(stage, good, good, (tmp_path, tmp_path))
+    shown = capsys.readouterr().out
+    assert "| no such option | **failed: RuntimeError: kernels on: ValidationError" in shown
+    assert "| no term | float32 | 0.0e+00 |" in shown
+    assert stage.status == FAILED
 
 
 def test_goals_are_judged() -> None:

@@ -5,12 +5,14 @@ TITAN_MOE_KERNELS set to 0 turns them off. It is read once, so each side runs in
 """
 
 import importlib
+import itertools
 import json
 import os
 import pkgutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,10 @@ from peers import our_layer
 from torch import Tensor
 
 from gpu_checks.inputs import geometry
-from gpu_checks.report import Report
+from gpu_checks.report import Report, python_path
 from gpu_checks.timing import gib, median_time, peak_gib
 from torchtitan_ext.ops import select
 
-ROOT = Path(__file__).resolve().parents[2]
 ARMS: dict[str, dict[str, Any]] = {
     "no term": {},
     "sp": {"sp": 2e-3},
@@ -56,33 +57,46 @@ def operations(device: torch.device) -> list[str]:
     return found
 
 
-def measure(report: Report, folder: Path) -> None:
-    """One side: writes the outcome of every arm and type, and the times, into a folder."""
+def arm(report: Report, label: str, dtype: torch.dtype, folder: Path) -> tuple[float, float] | None:
+    """One arm of one side: writes its outcome into the folder; its time and memory, where they are measured."""
     settings = geometry(report, "medium")
-    times: dict[str, Any] = {"operations": operations(report.device)}
-    for (label, weights), dtype in ((arm, dtype) for arm in ARMS.items() for dtype in TOLERANCE):
-        torch.manual_seed(0)
-        x_TD = torch.randn(256, settings.dim, device=report.device).to(dtype)
-        outcome = our_layer(settings, weights, x_TD)()
-        torch.save([tensor.double().cpu() for tensor in outcome if tensor is not None], folder / f"{label}-{dtype}")
-        if dtype == TIMED:
-            count = 256 if report.toy else 65536
-            work = our_layer(settings, weights, torch.randn(count, settings.dim, device=report.device).to(dtype))
-            times[label] = (median_time(work, report.device, 0.05 if report.toy else 1), peak_gib(work, report.device))
-    (folder / "times.json").write_text(json.dumps(times))
+    torch.manual_seed(0)
+    x_TD = torch.randn(256, settings.dim, device=report.device).to(dtype)
+    outcome = our_layer(settings, ARMS[label], x_TD)()
+    torch.save([tensor.double().cpu() for tensor in outcome if tensor is not None], folder / f"{label}-{dtype}")
+    if dtype != TIMED:
+        return None
+    count = 256 if report.toy else 65536
+    work = our_layer(settings, ARMS[label], torch.randn(count, settings.dim, device=report.device).to(dtype))
+    return median_time(work, report.device, 0.05 if report.toy else 1), peak_gib(work, report.device)
 
 
-def side(report: Report, folder: Path, variables: dict[str, str]) -> dict[str, Any]:
-    """Runs `measure` in a process with these environment variables, and returns its times."""
+def measure(report: Report, folder: Path) -> None:
+    """One side: prints a line of JSON for every arm and type, as they come; one that fails does not end the others."""
+    print(json.dumps({"operations": operations(report.device)}), flush=True)
+    for label, dtype in itertools.product(ARMS, TOLERANCE):
+        line: dict[str, Any] = {"label": label, "dtype": str(dtype)}
+        try:
+            line["measured"] = arm(report, label, dtype, folder)
+        except Exception as error:  # reported by the other process
+            line["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(json.dumps(line), flush=True)
+
+
+def side(report: Report, folder: Path, variables: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Runs `measure` in a process with these environment variables; its lines, as they come."""
     folder.mkdir()
-    paths = os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])
-    environment = {**os.environ, **variables, "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "gpu_checks.kernels", str(folder), str(int(report.toy))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    found: dict[str, Any] = json.loads((folder / "times.json").read_text())
-    return found
+    environment = {**os.environ, **variables, "PYTHONPATH": python_path()}
+    command = [sys.executable, "-W", "ignore", "-m", "gpu_checks.kernels", str(folder), str(int(report.toy))]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):  # packages print too
+                yield json.loads(line)
+        if process.wait():
+            errors.seek(0)
+            raise RuntimeError((errors.read().strip().splitlines() or [f"status {process.returncode}"])[-1])
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -97,18 +111,30 @@ def stage(report: Report) -> None:
     report.line(f"Kernels: {', '.join(names)}.")
     report.table("terms", "type", "output", "terms", "gradient", "ms on", "ms off", "on / off", "GiB on", "GiB off")
     with tempfile.TemporaryDirectory() as name:
-        on, off = Path(name) / "on", Path(name) / "off"
-        times_on, times_off = side(report, on, {}), side(report, off, OFF)
-        if times_off["operations"]:
-            raise RuntimeError(f"{OFF} leaves {times_off['operations']} on")
-        for (label, _), (dtype, tolerance) in ((arm, one) for arm in ARMS.items() for one in TOLERANCE.items()):
-            outcomes = zip(*(torch.load(folder / f"{label}-{dtype}") for folder in (on, off)), strict=True)
-            errors = [report.equal(error(found, wanted), tolerance) for found, wanted in outcomes]
-            cells: list[str] = []
-            if dtype == TIMED:
-                (ms_on, gib_on), (ms_off, gib_off) = times_on[label], times_off[label]
-                cells = [f"{ms_on:.3f}", f"{ms_off:.3f}", f"{ms_on / ms_off:.3f}", gib(gib_on), gib(gib_off)]
-            report.row(label, str(dtype)[6:], *errors, *cells)
+        folders = Path(name) / "on", Path(name) / "off"
+        left_on, *off = side(report, folders[1], OFF)
+        if left_on["operations"]:
+            raise RuntimeError(f"{OFF} leaves {left_on['operations']} on")
+        plain = {(line["label"], line["dtype"]): line for line in off}
+        for line in side(report, folders[0], {}):
+            if "label" in line:
+                with report.trial(line["label"]):
+                    compare(report, line, plain[line["label"], line["dtype"]], folders)
+
+
+def compare(report: Report, on: dict[str, Any], off: dict[str, Any], folders: tuple[Path, Path]) -> None:
+    """A row: an arm with the kernels, and without."""
+    for line, which in ((on, "on"), (off, "off")):
+        if "error" in line:
+            raise RuntimeError(f"kernels {which}: {line['error']}")
+    label, dtype = on["label"], on["dtype"]
+    outcomes = zip(*(torch.load(folder / f"{label}-{dtype}") for folder in folders), strict=True)
+    tolerance = {str(kind): value for kind, value in TOLERANCE.items()}[dtype]
+    cells = [report.equal(error(found, wanted), tolerance) for found, wanted in outcomes]
+    if on["measured"] is not None:
+        (ms_on, gib_on), (ms_off, gib_off) = on["measured"], off["measured"]
+        cells += [f"{ms_on:.3f}", f"{ms_off:.3f}", f"{ms_on / ms_off:.3f}", gib(gib_on), gib(gib_off)]
+    report.row(label, dtype[6:], *cells)
 
 
 if __name__ == "__main__":

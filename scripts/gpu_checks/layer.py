@@ -61,9 +61,14 @@ def stage(report: Report) -> None:
                 )
                 if count == counts[0]:
                     best[name, label] = min(ms, best.get((name, label), ms))
+                    fact(report, name, best)
                 del work
             if report.on_card:
                 torch.cuda.empty_cache()
-    for (name, label), ms in best.items():
-        if label == "TorchTitan" and (name, "ours, lb z sp cp") in best:
-            report.fact(f"layer/{name}", best[name, "ours, lb z sp cp"] / ms)
+
+
+def fact(report: Report, name: str, best: dict[tuple[str, str], float]) -> None:
+    """Keeps the ratio to TorchTitan's layer as soon as both are known, since the stage may be stopped."""
+    ours, theirs = (best.get((name, label)) for label in ("ours, lb z sp cp", "TorchTitan"))
+    if ours is not None and theirs is not None:
+        report.fact(f"layer/{name}", ours / theirs)

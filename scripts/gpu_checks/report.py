@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 DIFFERENT, FAILED = 10, 11
 """Exit statuses of a stage: two values that must be equal are not; something of it could not be run."""
 
@@ -91,6 +93,12 @@ class Report:
         """Keeps a finding for the summary."""
         with self.facts_file.open("a") as file:
             file.write(json.dumps({name: value}) + "\n")
+
+
+def python_path() -> str:
+    """PYTHONPATH of the processes of this check: its folders, then the user's own, which may have the packages."""
+    paths = (str(ROOT / "scripts"), str(ROOT), os.environ.get("PYTHONPATH", ""))
+    return os.pathsep.join(filter(None, paths))
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_checks.report import Report
+from gpu_checks.report import ROOT, Report, python_path
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMED = ("tokens_per_second", "step_seconds", "mfu", "memory_gib")
 DETERMINISTIC = "--training.deterministic=true"
 SMALL = ["--model.dim=64", "--model.layers=2", "--model.moe.experts=8", "--model.moe.hidden_dim=48"]
@@ -41,7 +40,7 @@ def options(report: Report, folder: Path, name: str, more: list[str]) -> list[st
 
 
 def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     command = [sys.executable, "-m", "titan_moe.cli", "train", "--config", "debug", *words]
     with log.open("ab") as file:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file)

@@ -150,11 +150,11 @@ def peers(report: Report) -> None:
                 row(report, mode, label, config, ms, peak_gib(work, report.device))
                 best[label] = min(ms, best.get(label, ms))
                 del work
+                for other in others:  # as soon as both are known, since the stage may be stopped
+                    if "ours" in best and other in best:
+                        report.fact(f"step/{other}", best[other] / best["ours"])
             if report.on_card:
                 torch.cuda.empty_cache()
-    for label in others:
-        if "ours" in best and label in best:
-            report.fact(f"step/{label}", best[label] / best["ours"])
 
 
 def profile(report: Report) -> None:

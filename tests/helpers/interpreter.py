@@ -27,6 +27,7 @@ if INTERPRETED and "triton" not in sys.modules:
         import triton.experimental.gluon  # noqa: F401 - imported at the first launch otherwise
 
         import torchtitan_ext.kernels.combine
+        import torchtitan_ext.kernels.cross_entropy
         import torchtitan_ext.kernels.router
         import torchtitan_ext.kernels.swiglu  # noqa: F401
     finally:

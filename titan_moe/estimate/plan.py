@@ -18,7 +18,7 @@ from titan_moe.estimate.roofline import step_lines
 from titan_moe.estimate.traffic import sizes, traffic
 from titan_moe.model.comm import TPComm
 from titan_moe.model.gemm import local
-from titan_moe.model.head import SLICE_LOGITS
+from titan_moe.model.head import slice_tokens
 from titan_moe.model.terms import terms_of
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.mesh import Mesh
@@ -101,10 +101,9 @@ def memory(model: Transformer, config: Config, degrees: Degrees) -> dict[str, in
         whole = (blocks * block + root) * s.compute
         if config.parallelism.defer_reduction and s.steps > 1:
             whole += (len(model.blocks()) * block + root) * s.exact
-    activations = (
-        saved_activations(config, degrees)
-        + min(s.tokens * config.model.vocab_size // degrees.tp, SLICE_LOGITS) * s.exact
-    )
+    vocabulary = config.model.vocab_size // degrees.tp
+    logits = min(s.tokens, slice_tokens(vocabulary, getattr(torch, config.training.dtype), on_cpu=False)) * vocabulary
+    activations = saved_activations(config, degrees) + logits * s.compute
     if (
         degrees.pp > 1
     ):  # this rank's layers, and as many micro-batches as the first stage holds before it sees a gradient

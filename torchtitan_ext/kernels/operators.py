@@ -216,3 +216,46 @@ _operator(
     _like,
     _route_backward,
 )
+
+
+def _cross_entropy_fake(
+    logits_tV: Tensor,
+    columns_t: Tensor,  # noqa: ARG001 - the schema
+    weights_t: Tensor,  # noqa: ARG001
+    gradient: bool,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    highest_t, sums_t, label_logits_t = (logits_tV.new_empty(logits_tV.shape[0], dtype=torch.float32) for _ in range(3))
+    return highest_t, sums_t, label_logits_t
+
+
+def _cross_entropy(
+    logits_tV: Tensor, columns_t: Tensor, weights_t: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from torchtitan_ext.kernels import cross_entropy
+
+    out = _cross_entropy_fake(logits_tV, columns_t, weights_t, gradient)
+    assert logits_tV.is_contiguous()  # they are overwritten
+    cross_entropy.launch(logits_tV, columns_t.contiguous(), weights_t.contiguous(), out, gradient)
+    return out
+
+
+def _cross_entropy_gradient(
+    logits_tV: Tensor, columns_t: Tensor, weights_t: Tensor, highest_t: Tensor, sums_t: Tensor
+) -> None:
+    from torchtitan_ext.kernels import cross_entropy
+
+    assert logits_tV.is_contiguous()
+    inputs = (columns_t.contiguous(), weights_t.contiguous())
+    cross_entropy.launch(logits_tV, *inputs, (highest_t.contiguous(), sums_t.contiguous()), True)
+
+
+_operator(
+    "cross_entropy_(Tensor(a!) logits, Tensor columns, Tensor weights, bool gradient) -> (Tensor, Tensor, Tensor)",
+    _cross_entropy_fake,
+    _cross_entropy,
+)
+_operator(
+    "cross_entropy_gradient_(Tensor(a!) logits, Tensor columns, Tensor weights, Tensor highest, Tensor sums) -> ()",
+    lambda *_: None,
+    _cross_entropy_gradient,
+)
