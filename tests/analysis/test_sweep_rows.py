@@ -114,10 +114,10 @@ def test_a_sweep_stopped_after_a_cell_and_continued_elsewhere_gives_the_same_tab
     sweep_file.write_text(SWEEP.partition("[grid]")[0].replace("seeds = [0, 1]", "seeds = [0]"))
     finish(start_sweep(sweep_file, tmp_path / "whole", corpus_dir))
     # Stopped by its time limit after some cells, on one machine ...
-    stops = 0
+    minutes, stops = 0.05, 0
     while not list((tmp_path / "one" / FOLDER).glob("*.json")):
-        out = finish(start_sweep(sweep_file, tmp_path / "one", corpus_dir, "--minutes", "0.1"))
-        stops += "--minutes=0.1 are over" in out
+        out = finish(start_sweep(sweep_file, tmp_path / "one", corpus_dir, "--minutes", str(minutes)))
+        minutes, stops = 2 * minutes, stops + (f"--minutes={minutes:g} are over" in out)
     assert stops
     # ... and continued on another, which has its rows only.
     shutil.rmtree(tmp_path / "one" / "runs")
