@@ -293,6 +293,14 @@ class Term:
         halves of gate_up (R, 2F); `observe` is then not called. None: no kernel can."""
         return None
 
+    def per_token(self, view: LayerView, observed: Any) -> Any:  # noqa: ARG002 - the interface
+        """What `value` needs of `z_RF` and `y_RD`, as a few numbers per token that depend on no token weight.
+
+        Called instead of keeping z and y, in models whose token weights are known only after the last layer
+        (adapters/transformers); `value` then gets the result as `view.observed`, and no z and y. observed: what `observe`
+        returned. A term with `needs` must define it to work there."""
+        return observed
+
     def value(self, view: LayerView) -> Tensor:
         """The term's part from this layer and microbatch, a scalar. Parts are summed over layers, microbatches and ranks."""
         raise NotImplementedError

@@ -27,23 +27,27 @@ def orthogonality_loss(
     The value itself is a squared length, so lengths must be below 1e19 in float32; those below sqrt(eps) count less, as the
     formula says. Raises ValueError for an unknown variant. Source: Guo et al., Eq. 6, and their published code.
     """
+    from torchtitan_ext.ops.routing import weighted_sum
+
+    return weighted_sum(token_orthogonality(y, variant, eps, rows=rows), weights)
+
+
+def token_orthogonality(y: Tensor, variant: str = "paper", eps: float = 1e-6, *, rows: Tensor | None = None) -> Tensor:
+    """What `orthogonality_loss` averages: one number per token, (T,)."""
     from torchtitan_ext.ops.gram import token_gram, token_rows
 
     rows, y = token_rows(y, rows)
-    return orthogonality_of_gram(token_gram(y, rows), variant, eps, weights=weights)
+    return orthogonality_of_gram(token_gram(y, rows), variant, eps)
 
 
-def orthogonality_of_gram(
-    gram: Tensor, variant: str = "paper", eps: float = 1e-6, *, weights: Tensor | None = None
-) -> Tensor:
-    """`orthogonality_loss` from the inner products (T, k, k) of each token's outputs, unscaled."""
+def orthogonality_of_gram(gram: Tensor, variant: str = "paper", eps: float = 1e-6) -> Tensor:
+    """The same from the inner products (T, k, k) of each token's outputs, unscaled."""
     from torchtitan_ext.ops.gram import squared_projections, squared_span_projections
-    from torchtitan_ext.ops.routing import weighted_sum
 
     if variant == "paper":
-        return weighted_sum(squared_projections(gram, eps), weights)
+        return squared_projections(gram, eps)
     if variant == "code":
-        return weighted_sum(squared_span_projections(gram), weights)
+        return squared_span_projections(gram)
     raise ValueError(f"orthogonality_loss: variant={variant!r} is not one of 'paper', 'code'")
 
 
@@ -66,8 +70,17 @@ class Orthogonality(Term):
         if model.top_k == 1:
             yield "weight", "o compares the experts of a token, and model.moe.top_k = 1; set the weight to 0"
 
+    def per_token(self, view: LayerView, observed: Any) -> Any:  # noqa: ARG002 - o observes outputs, not activations
+        assert view.y_RD is not None
+        y_RD = view.y_RD if self.weighted else view.y_RD.detach()
+        return token_orthogonality(y_RD, self.options.variant, rows=view.rows_TK)
+
     def value(self, view: LayerView) -> Tensor:
-        if view.observed is not None:  # (T, k, k), given by models whose layers return no outputs of single experts
-            return orthogonality_of_gram(view.observed, self.options.variant, weights=view.weights_T)
+        if (
+            view.observed is not None
+        ):  # (T,), `per_token` or `orthogonality_of_gram`, where a model returns no single outputs
+            from torchtitan_ext.ops.routing import weighted_sum
+
+            return weighted_sum(view.observed, view.weights_T)
         assert view.y_RD is not None
         return orthogonality_loss(view.y_RD, self.options.variant, rows=view.rows_TK, weights=view.weights_T)

@@ -133,7 +133,8 @@ class Cosines(NamedTuple):
     """Sums of squared cosines, with `above_chance` of their excess."""
     overlaps_N: Tensor
     """Sums of squared cosines in any case, without a gradient."""
-    weights_N: Tensor
+    weights_N: Tensor | None
+    """None: those of the view's tokens, or of its sample of them."""
 
 
 class Sketches(NamedTuple):
@@ -254,6 +255,19 @@ class Specialization(Term):
         sketched, norms = rows.home(sketched), rows.home(norms)
         return Sketches(rows.sum_hidden(sketched), rows.sum_hidden(norms))
 
+    def per_token(self, view: LayerView, observed: Any) -> Any:
+        from torchtitan_ext.ops.gram import squared_cosines
+
+        if isinstance(observed, Sketches):
+            rows_TK = view.rows_TK
+            values_T = sketched_cosines(observed.sketched_RM[rows_TK], observed.squared_norms_R[rows_TK])
+            return Cosines(values_T, values_T.detach(), None)
+        if isinstance(observed, Grams):
+            values_N = squared_cosines(observed.gram_NKK, self._floor)
+            overlaps_N = squared_cosines(observed.gram_NKK.detach()) if self._floor else values_N.detach()
+            return Cosines(values_N, overlaps_N, None)
+        return observed._replace(weights_N=None)
+
     def value(self, view: LayerView) -> Tensor:
         return self._value(view, self._floor)
 
@@ -263,7 +277,8 @@ class Specialization(Term):
 
         seen = view.observed
         if isinstance(seen, Cosines):
-            return weighted_sum(seen.values_N if floor == self._floor else seen.overlaps_N, seen.weights_N)
+            weights_N = self._chosen(view)[1] if seen.weights_N is None else seen.weights_N
+            return weighted_sum(seen.values_N if floor == self._floor else seen.overlaps_N, weights_N)
         if isinstance(seen, Sketches):
             rows_TK = view.rows_TK
             return weighted_sum(

@@ -16,6 +16,7 @@ from torchtitan_ext.collectives import Ranks, all_sum
 from torchtitan_ext.metrics import dead_fraction, max_vio
 from torchtitan_ext.ops.routing import labelled_counts, normalize_scores
 from torchtitan_ext.terms import REGISTRY, LayerView, ModelFacts, Setting, TermOptions, Terms, Tokens, build_terms
+from torchtitan_ext.terms.orthogonality import Orthogonality, orthogonality_of_gram
 from torchtitan_ext.terms.specialization import Grams
 
 NAME = "torchtitan_ext.adapters.torchtitan.losses"
@@ -106,8 +107,9 @@ class Record:
             terms.carried_width(experts),
             len(terms.measures),
         )
+        variant = next((term.options.variant for term in terms.terms if isinstance(term, Orthogonality)), "paper")
         for number, seen in enumerate(layers):
-            view, observed = _view(number, seen, tokens)
+            view, observed = _view(number, seen, tokens, variant)
             carry = terms.add(view, observed, None, carry)
         self._total = add_carry(self._total, carry)
         detached = cross_entropy.detach().float()
@@ -143,8 +145,8 @@ class Record:
         }
 
 
-def _view(number: int, seen: Seen, tokens: Tokens) -> tuple[LayerView, dict[str, Any]]:
-    """What terms see of a layer, and what sp and o have observed."""
+def _view(number: int, seen: Seen, tokens: Tokens, variant: str) -> tuple[LayerView, dict[str, Any]]:
+    """What terms see of a layer, and what sp and o have observed. variant: of o."""
     logits_TE, weights_T = seen.logits_TE, tokens.weights.flatten()
     if seen.score == "softmax":
         scores_TE = logits_TE.softmax(-1)
@@ -166,7 +168,7 @@ def _view(number: int, seen: Seen, tokens: Tokens) -> tuple[LayerView, dict[str,
     if seen.gram_z_TKK is not None:
         observed["sp"] = Grams(seen.gram_z_TKK, weights_T)
     if seen.gram_y_TKK is not None:
-        observed["o"] = seen.gram_y_TKK
+        observed["o"] = orthogonality_of_gram(seen.gram_y_TKK, variant)
     return view, observed
 
 

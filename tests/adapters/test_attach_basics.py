@@ -1,0 +1,171 @@
+"""attach() as a user sees it: the loss has the terms, detaching restores the model, what does not fit is refused by name."""
+
+import copy
+import gc
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.moe_families import batch, build
+from torchtitan_ext.adapters.transformers import Attached, attach
+
+pytest.importorskip("transformers", reason="the package transformers (extra hf) is not installed")
+
+
+def forward(model: Any, **options: Any) -> Any:
+    ids, labels = batch()
+    return model(**{"input_ids": ids, "labels": labels, "use_cache": False, **options})
+
+
+def test_the_loss_has_the_weighted_terms_and_metrics_has_their_values() -> None:
+    model = build("qwen3_moe")
+    plain = forward(model)
+    attached = attach(model, {"sp": 0.5, "cp": {"weight": 0.25, "source": "activated"}}, measure=["z"])
+    out = forward(model)
+    found = attached.metrics(per_layer=True)
+    assert torch.equal(out.logits, plain.logits)
+    wanted = plain.loss.item() + 0.5 * found["reg/sp"] + 0.25 * found["reg/cp"]
+    assert out.loss.item() == pytest.approx(wanted, rel=1e-6)
+    assert found["reg/z"] > 0
+    assert sum(found[f"layer-{layer}/reg/sp"] for layer in range(3)) == pytest.approx(found["reg/sp"])
+    assert found["moe/overlap"] == pytest.approx(found["reg/sp"] / (3 * 3 * 2))
+
+
+def test_detach_restores_loss_hooks_and_the_implementation() -> None:
+    model = build("mixtral", "eager")
+    plain = forward(model)
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    attached = attach(model, {"sp": 0.5})
+    assert forward(model).loss != plain.loss
+    attached.detach()
+    assert torch.equal(forward(model).loss, plain.loss)
+    assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    assert model.config._experts_implementation == "eager"
+
+
+def test_a_saved_model_has_nothing_of_ours(tmp_path: Path) -> None:
+    model = build("qwen3_moe")
+    model.save_pretrained(tmp_path / "before")
+    attach(model, {"sp": 0.5})
+    forward(model)
+    model.save_pretrained(tmp_path / "after")
+    before, after = (sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("before", "after"))
+    assert before == after
+    for name in before:
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes(), name
+    assert "titan" not in json.dumps(json.loads((tmp_path / "after" / "config.json").read_text()))
+
+
+def test_penalty_is_what_the_loss_would_get() -> None:
+    model = build("qwen3_moe")
+    plain = forward(model)
+    attached = attach(model, {"sp": 0.5, "v": 0.1})
+    added = forward(model).loss - plain.loss
+    with pytest.raises(RuntimeError, match="add_to_loss=False"):
+        attached.penalty(batch()[1])
+    attached.add_to_loss = False
+    assert torch.equal(forward(model).loss, plain.loss)
+    torch.testing.assert_close(attached.penalty(batch()[1]), added, rtol=0, atol=1e-6)
+
+
+def test_without_labels_nothing_is_added_and_generation_is_unchanged() -> None:
+    model = build("qwen3_moe").eval()
+    ids = batch()[0][:, :4]
+    options = {"max_new_tokens": 5, "do_sample": False}
+    before = model.generate(ids, **options)
+    attach(model, {"sp": 0.5})
+    assert torch.equal(model.generate(ids, **options), before)
+    assert model(input_ids=ids).loss is None
+
+
+def test_evaluation_without_terms() -> None:
+    model = build("qwen3_moe")
+    plain = forward(model.eval())
+    attached = attach(model, {"sp": 0.5}, evaluation=False)
+    with torch.no_grad():
+        assert torch.equal(forward(model).loss, plain.loss)
+    assert attached.metrics()["reg/sp"] > 0
+    assert not torch.equal(forward(model.train()).loss, plain.loss)
+
+
+def test_a_deep_copy_is_a_plain_model() -> None:
+    model = build("qwen3_moe")
+    plain = forward(model)
+    attached = attach(model, {"sp": 0.5})
+    assert torch.equal(forward(copy.deepcopy(model)).loss, plain.loss)
+    assert not torch.equal(forward(model).loss, plain.loss)
+    attached.detach()
+
+
+def test_an_attached_model_can_be_freed() -> None:
+    model = build("qwen3_moe")
+    attach(model, {"sp": 0.5})
+    forward(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_warmup_follows_the_step() -> None:
+    model = build("qwen3_moe")
+    plain = forward(model).loss.item()
+    attached = attach(model, {"sp": {"weight": 0.5, "warmup_steps": 4}})
+    with pytest.raises(RuntimeError, match=r"sp has warmup_steps by step: set `attached.step = n`"):
+        forward(model)
+    for step, factor in ((1, 0.25), (3, 0.75), (9, 1.0)):
+        attached.step = step
+        added = forward(model).loss.item() - plain
+        assert added == pytest.approx(0.5 * factor * attached.metrics()["reg/sp"], abs=1e-6)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "unknown term": ("qwen3_moe", {"spp": 0.1}, {}, "there is no term 'spp'; there are lb, z, sp"),
+    "unknown option": ("qwen3_moe", {"sp": {"weigth": 0.1}}, {}, "weigth"),
+    "match_lb": ("qwen3_moe", {"o": {"weight": 0.1, "match_lb": True}}, {}, "o.match_lb is for our own trainer"),
+    "one expert per token": (
+        "qwen3_moe",
+        {"sp": 0.1},
+        {"num_experts_per_tok": 1},
+        "sp compares the experts of a token",
+    ),
+    "score": ("qwen3_moe", {"sp": 0.1}, {}, "score='linear' is not one of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused(case: str) -> None:
+    name, regularizers, options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        attach(build(name, **options), regularizers, score="linear" if case == "score" else None)
+
+
+def test_dense_models_other_implementations_and_a_second_attach_are_refused() -> None:
+    import transformers
+
+    config = transformers.AutoConfig.for_model("qwen3", hidden_size=16, num_hidden_layers=1, vocab_size=32)
+    with pytest.raises(ValueError, match="qwen3: is no Mixture-of-Experts model"):
+        attach(transformers.AutoModelForCausalLM.from_config(config), {"sp": 0.1})
+    model = build("qwen3_moe")
+    model.config._experts_implementation = "deepgemm"
+    with pytest.raises(
+        ValueError, match=r"'deepgemm' does not show activations; call model.set_experts_implementation"
+    ):
+        attach(model, {"sp": 0.1})
+    model.set_experts_implementation("grouped_mm")
+    attached: Attached = attach(model, {"sp": 0.1})
+    with pytest.raises(ValueError, match="attached already; call detach"):
+        attach(model, {"cp": 0.1})
+    attached.detach()
+    attach(model, {"cp": 0.1})
+
+
+def test_a_wrong_score_function_is_noticed_at_the_first_forward() -> None:
+    model = build("qwen3_moe")
+    attach(model, {"cp": 0.1}, score="sigmoid")
+    with pytest.raises(RuntimeError, match="qwen3_moe: gate weights are not proportional to sigmoid scores"):
+        forward(model)
