@@ -1,9 +1,10 @@
-"""Loads a checkpoint's model for running it on one device, without gradients and without loss terms."""
+"""Loads a checkpoint's model for running it on one device or on several ranks, without gradients and without loss terms."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from titan_moe.checkpoint.dcp import load_checkpoint
 from titan_moe.checkpoint.prepared import own_tokenizer
@@ -13,7 +14,8 @@ from titan_moe.config.tables import Config
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.errors import UserError
 from titan_moe.model.transformer import Transformer
-from titan_moe.parallel.mesh import single
+from titan_moe.parallel.mesh import Mesh, single
+from titan_moe.parallel.replicated import replicate_tokens
 from titan_moe.train.build import build_model
 from torchtitan_ext.terms import Terms
 
@@ -25,21 +27,23 @@ class Loaded(NamedTuple):
     step: int
 
 
-def load_model(checkpoint: Path, config: Config, device: torch.device) -> Loaded:
+def load_model(checkpoint: Path, config: Config, device: torch.device, mesh: Mesh | None = None) -> Loaded:
     """The model of a checkpoint and its tokenizer. Raises UserError.
 
-    config: of `from_checkpoint`. The whole model is on this device, on every rank that calls this."""
+    config: of `from_checkpoint`. mesh: of `inference_mesh`, over whose ranks the model is spread; None: the whole model is
+    on this device, on every rank that calls this."""
     state = read_state(checkpoint, "checkpoint")
     tokenizer = own_tokenizer(config, state, checkpoint)
     if tokenizer is None:
         raise UserError(
             f"{checkpoint}: its tokenizer is neither in the run directory nor in the cache; give --tokenizer.path"
         )
-    mesh = single(device)
+    mesh = mesh or single(device)
     problem = damage(checkpoint, mesh)
     if problem is not None:
         raise UserError(f"{checkpoint} is damaged: {problem}")
     model = build_model(config, tokenizer.vocab_size, mesh)
+    replicate_tokens(model, mesh)
     load_checkpoint(checkpoint, model, None)
     prepare_for_inference(model)
     return Loaded(model, tokenizer, config, state.step)
@@ -51,6 +55,8 @@ def prepare_for_inference(model: Transformer) -> None:
     model.terms = Terms()
     for moe in model.moe_modules():
         moe.terms = model.terms
-    for name, parameter in model.named_parameters():
+    for name, parameter in list(model.named_parameters()):
         if not name.endswith("router.weight"):  # routers compute in float32
-            parameter.data = parameter.data.to(model.dtype)
+            owner, _, last = name.rpartition(".")
+            rounded = nn.Parameter(parameter.detach().to(model.dtype), requires_grad=False)
+            setattr(model.get_submodule(owner), last, rounded)

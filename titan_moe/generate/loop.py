@@ -1,6 +1,6 @@
 """The loop over new tokens, for a batch of texts of different lengths. A text that has ended leaves the batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,11 +59,16 @@ class _Text:
 
 
 def generate(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], options: Options
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    options: Options,
+    agreed: Callable[[list[int]], list[int]] = list,
 ) -> Iterator[Piece]:
     """Continues texts, all in one batch, and yields every part as it is made; each text's last piece says why it ended.
 
-    model: on one rank. prompts: the tokens of each text, at least one; a document starts with `tokenizer.bos`."""
+    model: on one rank, or of `replicate_tokens`. prompts: the tokens of each text, at least one; a document starts with
+    `tokenizer.bos`. agreed: makes chosen tokens the same on all ranks."""
     device, vocabulary = model.embedding.device, model.settings.vocab_size
     cache, draws = KeyValueCache(len(prompts), device), Draws(options.seed, prompts)
     texts = [_Text(tokenizer, prompt, options) for prompt in prompts]
@@ -73,7 +78,7 @@ def generate(
         seen_BV[row, list(prompt)] = True
     while running:
         logits_BV = extend(model, cache, new)
-        chosen = choose(logits_BV, seen_BV, options.sampling, draws, running)
+        chosen = agreed(choose(logits_BV, seen_BV, options.sampling, draws, running))
         kept = []
         for row, (number, token) in enumerate(zip(running, chosen, strict=True)):
             shown, ended = texts[number].push(token)
