@@ -86,10 +86,14 @@ class _Reader(FileSystemReader):
         check_storage(self.metadata, sizes)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        parts: dict[str, list[Any]] = {}
         for item in plan.items:
             part = self.storage_data[item.storage_index]
-            with (Path(self.path) / part.relative_path).open("rb") as file:
-                check_part(file, part)
+            parts.setdefault(part.relative_path, []).append(part)
+        for name, inside in parts.items():
+            with (Path(self.path) / name).open("rb") as file:
+                for part in inside:
+                    check_part(file, part)
         return super().read_data(plan, planner)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 - torch's signature

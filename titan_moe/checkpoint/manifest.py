@@ -13,12 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from titan_moe.checkpoint.state import first_mistake, one_line
 from titan_moe.errors import UserError
 from titan_moe.runtime.cpus import available_cpus, use_all_cpus
-from titan_moe.runtime.files import read_file
+from titan_moe.runtime.json_file import read_object
 
 MANIFEST_FILE = "manifest.json"
 BLOCK_BYTES = 1 << 24
@@ -90,17 +89,13 @@ def body_digest(body: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Entry]:
     """Entries by file name. Raises DamageError, also when a file has another size, and UnreadableError."""
     path = folder / MANIFEST_FILE
-    try:
-        raw = json.loads(read_file(path).decode("utf-8"))
-        manifest = _Manifest.model_validate(raw)
-    except FileNotFoundError:
-        raise DamageError(f"it has no {MANIFEST_FILE}, so it was never finished") from None
-    except OSError as error:
-        raise UnreadableError(f"{path}: can't be read: {error.strerror}") from error
-    except ValidationError as error:
-        raise DamageError(f"{MANIFEST_FILE} is altered ({first_mistake(error)})") from error
-    except (ValueError, RecursionError) as error:
-        raise DamageError(f"{MANIFEST_FILE} is altered ({one_line(error)})") from error
+    raw, manifest = read_object(
+        path,
+        lambda raw: (raw, _Manifest.model_validate(raw)),
+        missing=DamageError(f"it has no {MANIFEST_FILE}, so it was never finished"),
+        unreadable=UnreadableError,
+        invalid=lambda what: DamageError(f"{MANIFEST_FILE} is altered ({what})"),
+    )
     raw.pop("digest")
     if manifest.digest != body_digest(raw):
         raise DamageError(f"{MANIFEST_FILE} is altered")

@@ -19,19 +19,21 @@ from titan_moe.errors import UserError
 log = logging.getLogger("titan_moe")
 
 
-def prepare_run(config: Config, run_dir: RunDir) -> Prepared:
+def prepare_run(config: Config, run_dir: RunDir, newest: Path | None = None) -> Prepared:
     """Tokenizer and text of a run that starts or goes on. Raises UserError.
+
+    newest: the run's newest checkpoint, if the caller has looked for it.
 
     A run that goes on keeps the tokenizer in its directory, and a run that starts from other weights takes theirs, unless
     `tokenizer.path` is given, whose fingerprint is then compared with the checkpoint's. A run whose text is gone goes on with
     the token shards in the cache."""
-    newest = run_dir.newest()
+    newest = newest or run_dir.newest()
     key = "load_path" if config.checkpoint.load_path else "upcycle_path"
     start = getattr(config.checkpoint, key)
     if newest is None and not start:
         return prepare(config)
     checkpoint = newest or newest_of(start)
-    state = read_state(checkpoint, "checkpoint" if newest else f"checkpoint.{key} = {start!r}")
+    state = run_dir.state(checkpoint) if newest else read_state(checkpoint, f"checkpoint.{key} = {start!r}")
     tokenizer = (
         None if config.tokenizer.path else stored_tokenizer(run_of(checkpoint), state.tokenizer, cache_root(config))
     )

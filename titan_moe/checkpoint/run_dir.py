@@ -18,12 +18,13 @@ from typing import Any
 import tomli
 
 from titan_moe.checkpoint.manifest import DamageError, read_manifest
-from titan_moe.checkpoint.state import one_line
+from titan_moe.checkpoint.state import State, read_state
 from titan_moe.config.describe import to_toml
 from titan_moe.config.tables import Config
 from titan_moe.config.trust import remember
 from titan_moe.errors import UserError
 from titan_moe.runtime.files import METRICS_BYTES, own_folder, read_file, refuse_link, write_file
+from titan_moe.runtime.json_file import one_line
 from titan_moe.runtime.lock import FileLock
 
 WRITTEN = (
@@ -55,6 +56,7 @@ class RunDir:
         self.profile = self.path / "profile"
         self.log = self.path / "logs" / f"rank-{rank}.log"
         self.lock = FileLock(self.path / ".lock")
+        self.states: dict[Path, State] = {}
 
     def open(self) -> None:
         """Creates the directories; rank 0 also takes the lock. Raises UserError.
@@ -99,14 +101,15 @@ class RunDir:
         """Steps of the finished checkpoints, oldest first."""
         return saved_steps(self.checkpoints)
 
-    def finished(self, steps: int) -> str | None:
-        """How to continue a run that has a checkpoint of step `steps` or later; None for any other run."""
-        saved = self.saved_steps()
-        if not saved or saved[-1] < steps:
+    def finished(self, saved: int, steps: int) -> str | None:
+        """How to continue a run whose newest checkpoint is of step `steps` or later; None for any other run.
+
+        saved: the step of that checkpoint; 0: there is none."""
+        if saved < steps:
             return None
         return (
-            f"{self.path} is finished: {saved[-1]} steps.\n"
-            f"  more steps:   --training.steps={2 * saved[-1]}\n"
+            f"{self.path} is finished: {saved} steps.\n"
+            f"  more steps:   --training.steps={2 * saved}\n"
             f"  a fresh run:  --job.name={self.path.name}-2\n"
             f"  its curves:   tensorboard --logdir {self.path.parent}"
         )
@@ -123,6 +126,12 @@ class RunDir:
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
+
+    def state(self, checkpoint: Path) -> State:
+        """The state.json of one of the run's checkpoints, which is read once. Raises UserError."""
+        if checkpoint not in self.states:
+            self.states[checkpoint] = read_state(checkpoint, "checkpoint")
+        return self.states[checkpoint]
 
     def newest(self) -> Path | None:
         steps = self.saved_steps()

@@ -1,6 +1,5 @@
 """A checkpoint's state.json: everything but the tensors. Read through a schema, since it may be damaged or a stranger's."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from titan_moe.config.tables import Config, Model
 from titan_moe.errors import UserError
-from titan_moe.runtime.files import TEXT_BYTES, read_file
+from titan_moe.runtime.json_file import first_mistake, read_json, read_object
 
 FORMAT_VERSION = 2
 STATE_FILE = "state.json"
@@ -55,31 +54,23 @@ class State(BaseModel):
             raise UserError(f"{origin}: {STATE_FILE}: model.{first_mistake(error)}") from error
 
 
-def read_json(path: Path, limit: int = TEXT_BYTES) -> Any:
-    """The content of a JSON file. Raises OSError when it can't be read, and ValueError when it is not JSON."""
-    try:
-        return json.loads(read_file(path, limit).decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError("too many brackets inside each other") from error
-
-
 def read_state(checkpoint: Path, origin: str) -> State:
     """A checkpoint's state.json. Raises UserError for what is none, can't be read, is damaged, or is of another version."""
     path = checkpoint / STATE_FILE
-    try:
-        raw = read_json(path)
+
+    def parse(raw: Any) -> State:
         version = raw["format_version"] if isinstance(raw, dict) else None
         if isinstance(version, int) and version != FORMAT_VERSION:
             raise UserError(f"{origin}: {checkpoint} has format version {version}; this program reads {FORMAT_VERSION}")
         return State.model_validate(raw)
-    except FileNotFoundError:
-        raise UserError(f"{origin}: {checkpoint} is not a checkpoint (it has no {STATE_FILE})") from None
-    except OSError as error:
-        raise UserError(f"{origin}: {path}: can't be read: {error.strerror}") from error
-    except ValidationError as error:
-        raise UserError(f"{origin}: {path} is damaged: {first_mistake(error)}") from error
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{origin}: {path} is damaged: {one_line(error)}") from error
+
+    return read_object(
+        path,
+        parse,
+        missing=UserError(f"{origin}: {checkpoint} is not a checkpoint (it has no {STATE_FILE})"),
+        unreadable=lambda what: UserError(f"{origin}: {what}"),
+        invalid=lambda what: UserError(f"{origin}: {path} is damaged: {what}"),
+    )
 
 
 def format_version(checkpoint: Path) -> int | None:
@@ -89,19 +80,6 @@ def format_version(checkpoint: Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return version if isinstance(version, int) else None
-
-
-def first_mistake(error: ValidationError) -> str:
-    """The first thing that does not fit a schema, in one line: where, and what is wanted."""
-    mistake = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in mistake["loc"])
-    return f"{where or 'all of it'}: {mistake['msg'][0].lower() + mistake['msg'][1:]}"
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, its type where the message alone says nothing, in one line."""
-    text = f"no key {error}" if isinstance(error, KeyError) else str(error)
-    return (text.splitlines() or [type(error).__name__])[0][:200]
 
 
 def dump(config: Config) -> dict[str, Any]:

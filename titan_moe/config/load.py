@@ -21,6 +21,7 @@ from titan_moe.config.extensions import load_modules
 from titan_moe.config.tables import Config, config_class, expand_user
 from titan_moe.errors import UserError
 from titan_moe.runtime.files import read_file
+from titan_moe.runtime.json_file import mistake_in
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent.parent / "train_configs"
 COMMAND_LINE = "command line"
@@ -329,32 +330,24 @@ def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) 
     try:
         return config_class().model_validate(values)
     except ValidationError as error:
-        mistake = error.errors(include_url=False)[0]
-    parts = [
-        str(part)
-        for part in mistake["loc"]
-        if not str(part).startswith(("list[", "str", "bool", "literal[", "function-"))
-    ]
+        key, wanted, kind, value = mistake_in(error)
     # Inside a list or a union pydantic's location is longer than the key: take its longest prefix that has an origin.
-    key = ".".join(parts)
+    parts = key.split(".") if key else []
     known = [".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in origins]
     below = next((name for name in origins if name.startswith(f"{key}.")), None)
     if not known and below is not None:  # an override of section.key adds no origin for the table `section`
         key, known = below, [below]
     origin = origins[known[0]] if known else default_origin
-    if mistake["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         near = nearest(key, all_keys())
         hint = f"; did you mean {near}?" if near else "; `titan-moe train --help` lists the keys"
         if key.startswith("regularizers."):
             hint += "; a term of your own needs its module in extensions.modules"
         raise UserError(f"{origin}: unknown key {key}{hint}")
-    wanted = mistake["msg"].removeprefix("Value error, ")
-    wanted = wanted[0].lower() + wanted[1:]
     inner = [name for name in all_keys() if name.startswith(f"{key}.")]
     if inner:
         wanted = f"{key} is a table; set a key in it: {', '.join(inner)}"
-    value = mistake["input"]
-    if mistake["type"] in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
+    if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
         wanted = f"{wanted}; write {int(value)}"
     raise UserError(f"{origin}: {key} = {shortened(value)}: {wanted}")
 

@@ -68,9 +68,11 @@ class KeyValueCache:
 
 @contextlib.contextmanager
 def attached(model: Transformer, cache: KeyValueCache) -> Iterator[None]:
-    """Lets a model on one rank read and fill a cache."""
+    """Lets a model read and fill a cache. On tensor-parallel ranks each has the keys and values of its own heads."""
     attentions = [block.attention for block in model.blocks()]
-    assert all(attention.gather is None for attention in attentions), "the cache is for one rank"
+    assert all(attention.gather is None for attention in attentions), (
+        "under context parallelism a rank has only some of the tokens"
+    )
     make_mask = model.make_mask
     model.make_mask = cache.mask
     for layer, attention in enumerate(attentions):

@@ -1,7 +1,9 @@
-"""Loads a checkpoint's model for running it, without gradients and without loss terms."""
+"""Loads a checkpoint's model for running it, on one rank or several, without gradients and without loss terms."""
 
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import nn
 
 from titan_moe.checkpoint.dcp import load_checkpoint
 from titan_moe.checkpoint.prepared import own_tokenizer
@@ -12,6 +14,7 @@ from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.errors import UserError
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh
+from titan_moe.parallel.replicated import replicate_tokens
 from titan_moe.train.build import build_model
 from torchtitan_ext.terms import Terms
 
@@ -24,10 +27,11 @@ class Loaded(NamedTuple):
     mesh: Mesh
 
 
-def load_model(checkpoint: Path, config: Config, mesh: Mesh) -> Loaded:
+def load_model(checkpoint: Path, config: Config, mesh: Mesh, same_tokens: bool = False) -> Loaded:
     """The model of a checkpoint, spread over the ranks of a mesh, and its tokenizer. Raises UserError.
 
-    config: of `from_checkpoint`."""
+    config: of `from_checkpoint`. same_tokens: all ranks of the mesh, one of `inference_mesh`, will take the same tokens;
+    else each data rank has its own, as in training."""
     state = read_state(checkpoint, "checkpoint")
     tokenizer = own_tokenizer(config, state, checkpoint)
     if tokenizer is None:
@@ -38,6 +42,8 @@ def load_model(checkpoint: Path, config: Config, mesh: Mesh) -> Loaded:
     if problem is not None:
         raise UserError(f"{checkpoint} is damaged: {problem}")
     model = build_model(config, tokenizer.vocab_size, mesh)
+    if same_tokens:
+        replicate_tokens(model, mesh)
     load_checkpoint(checkpoint, model, None)
     prepare_for_inference(model, whole=mesh.dense is None)
     return Loaded(model, tokenizer, config, state.step, mesh)
@@ -53,6 +59,8 @@ def prepare_for_inference(model: Transformer, whole: bool = True) -> None:
         moe.terms = model.terms
     if not whole:
         return
-    for name, parameter in model.named_parameters():
+    for name, parameter in list(model.named_parameters()):
         if not name.endswith("router.weight"):  # routers compute in float32
-            parameter.data = parameter.data.to(model.dtype)
+            owner, _, last = name.rpartition(".")
+            rounded = nn.Parameter(parameter.detach().to(model.dtype), requires_grad=False)
+            setattr(model.get_submodule(owner), last, rounded)

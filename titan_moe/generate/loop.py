@@ -64,11 +64,13 @@ def generate(
     prompts: Sequence[Sequence[int]],
     options: Options,
     anywhere: Callable[[bool], bool] = lambda here: here,
+    agreed: Callable[[list[int]], list[int]] = list,
 ) -> Iterator[Piece]:
     """Continues texts, all in one batch, and yields every part as it is made; each text's last piece says why it ended.
 
-    model: whole, or with parameters and experts spread over ranks that each continue their own texts. prompts: the tokens of
-    each text, at least one; a document starts with `tokenizer.bos`. anywhere: whether a condition holds on any rank."""
+    model: on one rank; or spread over ranks that each continue their own texts; or, by `replicate_tokens`, over ranks that
+    continue the same texts. prompts: the tokens of each text, at least one; a document starts with `tokenizer.bos`. anywhere:
+    whether a condition holds on any rank, for ranks with their own texts. agreed: makes chosen tokens the same on all ranks."""
     device, vocabulary = model.embedding.device, model.settings.vocab_size
     cache, draws = KeyValueCache(len(prompts), device), Draws(options.seed, prompts)
     texts = [_Text(tokenizer, prompt, options) for prompt in prompts]
@@ -81,7 +83,7 @@ def generate(
             extend(model, KeyValueCache(1, device), [[tokenizer.bos]])
             continue
         logits_BV = extend(model, cache, new)
-        chosen = choose(logits_BV, seen_BV, options.sampling, draws, running)
+        chosen = agreed(choose(logits_BV, seen_BV, options.sampling, draws, running))
         kept = []
         for row, (number, token) in enumerate(zip(running, chosen, strict=True)):
             shown, ended = texts[number].push(token)

@@ -18,7 +18,7 @@ from titan_moe.checkpoint.resume import newest_good
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.checkpoint.saver import Saver, due
 from titan_moe.checkpoint.start import start_from
-from titan_moe.checkpoint.state import FORMAT_VERSION, State, dump, read_state
+from titan_moe.checkpoint.state import FORMAT_VERSION, State, dump
 from titan_moe.config.checks import without_effect
 from titan_moe.config.degrees import micro_batch_size
 from titan_moe.config.extensions import Tracker, module_digests
@@ -280,7 +280,7 @@ class Trainer:
         newest = newest_good(self.run_dir, self.mesh, self.config.checkpoint.start_over)
         step = 0
         if newest is not None:
-            state = read_state(newest, "checkpoint")
+            state = self.run_dir.state(newest)
             if state.imported:
                 raise UserError(
                     f"job.name: {self.run_dir.path} has imported weights and is no run to go on with; start one from them by "

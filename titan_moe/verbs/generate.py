@@ -3,16 +3,26 @@
 examples: titan-moe generate runs/debug --prompt "def main(" --temperature 0
           titan-moe generate runs/debug --prompt "import" --prompt "class" --top-p 0.9 --stop "\\n\\n" --seed 1
           titan-moe generate runs/debug --interactive
+          torchrun --nproc-per-node 2 -m titan_moe.cli generate runs/debug --prompt "class" --parallelism.tp=2
 """
 
+import os
 import re
+import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from titan_moe.config.load import world_size_from_environment
 from titan_moe.errors import UserError
+from titan_moe.runtime.ranks import check_ranks
 from titan_moe.verbs.arguments import add_number, add_overrides, add_trust, path_argument
+
+if TYPE_CHECKING:
+    from titan_moe.generate.load import Loaded
+    from titan_moe.generate.loop import Options, Piece
+    from titan_moe.generate.ranks import SameOnAllRanks
 
 ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
 
@@ -70,41 +80,109 @@ def stop_string(text: str) -> str:
 def run(arguments: Namespace) -> int:
     if not arguments.prompt and not arguments.interactive:
         raise UserError("--prompt: none is given; give one or several, or --interactive")
-    if world_size_from_environment() > 1:
-        raise UserError("WORLD_SIZE: generate runs on one process; start it without torchrun")
+    check_ranks()
     for prompt in arguments.prompt:
         check_text(prompt)
     from titan_moe.checkpoint.chosen import from_checkpoint
     from titan_moe.generate.load import load_model
-    from titan_moe.generate.loop import Options, generate
+    from titan_moe.generate.loop import Options
+    from titan_moe.generate.ranks import SameOnAllRanks, inference_mesh
     from titan_moe.generate.sampling import Sampling
-    from titan_moe.generate.terminal import converse, write_pieces
-    from titan_moe.parallel.mesh import single
+    from titan_moe.parallel.mesh import stop_processes
     from titan_moe.runtime.device import pick_device
 
-    a = arguments
-    (checkpoint,), config = from_checkpoint([a.path], False, a.overrides, 1, a.trust)
-    loaded = load_model(checkpoint, config, single(pick_device()))
+    a, world = arguments, world_size_from_environment()
+    # Batches and sequences are those of training, which would have to be shared out among the ranks.
+    words = (
+        [*a.overrides, f"--training.batch_size={world}", f"--training.seq_len={2 * world}"]
+        if world > 1
+        else a.overrides
+    )
+    (checkpoint,), config = from_checkpoint([a.path], False, words, world, a.trust)
+    device = pick_device()
+    mesh = inference_mesh(config, world, device)
+    loaded = load_model(checkpoint, config, mesh, same_tokens=True)
     sampling = Sampling(a.repetition_penalty, a.temperature, a.top_k, a.top_p, a.min_p)
-    options = Options(a.tokens or a.max_tokens, tuple(a.stop), a.seed, sampling)
+    session = Session(loaded, Options(a.tokens or a.max_tokens, tuple(a.stop), a.seed, sampling), SameOnAllRanks())
+    if mesh.first:
+        session.lead(a.prompt, a.interactive)
+    else:
+        session.follow()
+    stop_processes()
+    return 0
 
-    def answer(prompts: list[str]) -> None:
-        texts = [[loaded.tokenizer.bos, *loaded.tokenizer.encode(prompt)] for prompt in prompts]
-        write_pieces(generate(loaded.model, loaded.tokenizer, texts, options), prompts)
 
-    def answer_line(line: str) -> None:
+class Session:
+    """Texts that all ranks make together."""
+
+    def __init__(self, loaded: "Loaded", options: "Options", same: "SameOnAllRanks") -> None:
+        self.loaded, self.options, self.same = loaded, options, same
+        self.several = same.group is not None
+
+    def pieces(self, prompts: list[str]) -> "Iterator[Piece]":
+        """Makes the texts of some prompts; every rank must read all pieces."""
+        from titan_moe.generate.loop import generate
+
+        tokenizer = self.loaded.tokenizer
+        texts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
+        return generate(self.loaded.model, tokenizer, texts, self.options, agreed=self.same.tokens)
+
+    def lead(self, prompts: list[str], interactive: bool) -> None:
+        """Rank 0: reads prompts and writes texts."""
+        from titan_moe.generate.terminal import converse
+
+        try:
+            if prompts:
+                self.answer(prompts)
+            if interactive:
+                converse(self.answer_line)
+            self.same.prompts(None)
+        except (KeyboardInterrupt, BrokenPipeError) as error:
+            self.interrupted(error)
+
+    def answer(self, prompts: list[str]) -> None:
+        from titan_moe.generate.terminal import write_pieces
+
+        self.same.prompts(prompts)
+        try:
+            write_pieces(self.pieces(prompts), prompts)
+        except KeyboardInterrupt as error:  # with one rank the session may go on
+            self.interrupted(error)
+
+    def interrupted(self, error: BaseException) -> None:
+        """Ends rank 0 of several, while the others may be in the middle of a text. Raises the error on a single one."""
+        from titan_moe.generate.ranks import leave
+
+        if not self.several:
+            raise error
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            leave(128 + signal.SIGINT)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has no reader
+        leave(128 + signal.SIGPIPE)
+
+    def answer_line(self, line: str) -> None:
         try:
             check_text(line)
         except UserError as error:  # a wrong line does not end the session
             print(f"error: {error}", file=sys.stderr)
             return
-        answer([line])
+        self.answer([line])
 
-    if a.prompt:
-        answer(a.prompt)
-    if a.interactive:
-        converse(answer_line)
-    return 0
+    def follow(self) -> None:
+        """Another rank: makes the same texts, and ends with rank 0, whatever ended that."""
+        from titan_moe.generate.ranks import leave
+        from titan_moe.runtime.heartbeat import is_collective_failure
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            while (prompts := self.same.prompts(None)) is not None:
+                for _ in self.pieces(prompts):
+                    pass
+        except Exception as error:
+            if not is_collective_failure(error):
+                raise
+            leave(130)
 
 
 def check_text(text: str) -> None:

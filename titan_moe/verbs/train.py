@@ -39,13 +39,21 @@ def run(arguments: Namespace) -> int:
     from titan_moe.checkpoint.run_dir import RunDir
 
     run_dir = RunDir(config, int(os.environ.get("RANK") or "0"))
-    if finished := run_dir.finished(config.training.steps):
+    saved = run_dir.saved_steps()
+    newest = run_dir.checkpoint(saved[-1]) if saved else None
+    if finished := run_dir.finished(saved[-1] if saved else 0, config.training.steps):
         print(finished)
         return FINISHED if arguments.check else 0
     start = config.checkpoint.load_path or config.checkpoint.upcycle_path
-    check_needs(config, has_tokenizer=bool(start) or run_dir.newest() is not None)
+
+    def check() -> None:
+        if run_dir.rank == 0:
+            check_needs(config, has_tokenizer=bool(start) or newest is not None)
+
+    if arguments.check or world == 1:  # before torch is imported
+        check()
     if arguments.check:
-        prepare_run(config, run_dir)
+        prepare_run(config, run_dir, newest)
         return 0
     from titan_moe.parallel.mesh import Mesh, from_first, limit_waiting, start_processes, stop_processes
     from titan_moe.runtime.device import pick_device
@@ -55,8 +63,10 @@ def run(arguments: Namespace) -> int:
 
     device, timeout = pick_device(), config.parallelism.timeout_seconds
     start_processes(device, timeout)
+    if world > 1:
+        from_first(check)
     from_first(run_dir.open)
-    prepared = from_first(lambda: prepare_run(config, run_dir))
+    prepared = from_first(lambda: prepare_run(config, run_dir, newest))
     from titan_moe.train.trainer import Trainer  # takes seconds, so after the checks
 
     start_log(run_dir.log, run_dir.rank)

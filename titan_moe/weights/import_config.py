@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from titan_moe.checkpoint.state import first_mistake, one_line, read_json
 from titan_moe.config.checks import check_model, check_sizes
 from titan_moe.config.tables import Config, Model
 from titan_moe.errors import UserError
+from titan_moe.runtime.json_file import first_mistake, read_object
 
 CONFIG_FILE = "config.json"
 CONFIG_BYTES = 16 << 20
@@ -63,14 +63,14 @@ class Facts:
 def read_facts(folder: Path) -> Facts:
     """The config.json of a directory. Raises UserError."""
     path = folder / CONFIG_FILE
-    try:
-        values = read_json(path.resolve(), CONFIG_BYTES)
-    except FileNotFoundError:
-        raise UserError(f"{folder}: has no {CONFIG_FILE}; give the directory of a model") from None
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is no JSON: {one_line(error)}") from error
+    values = read_object(
+        path.resolve(),
+        lambda values: values,
+        missing=UserError(f"{folder}: has no {CONFIG_FILE}; give the directory of a model"),
+        unreadable=UserError,
+        invalid=lambda what: UserError(f"{path}: is no JSON: {what}"),
+        limit=CONFIG_BYTES,
+    )
     if not isinstance(values, dict):
         raise UserError(f"{path}: is no configuration of a model")
     return Facts(values, path)

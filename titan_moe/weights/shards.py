@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_moe.checkpoint.state import one_line, read_json
 from titan_moe.errors import UserError
+from titan_moe.runtime.json_file import one_line, read_json
 from titan_moe.runtime.optional import optional
 from titan_moe.weights.entries import Entry
 

@@ -15,7 +15,7 @@ from titan_moe.checkpoint.declared import check_size
 from titan_moe.checkpoint.prepared import run_of
 from titan_moe.checkpoint.resume import damage
 from titan_moe.checkpoint.run_dir import all_steps
-from titan_moe.checkpoint.state import STATE_FILE, State, first_mistake, read_state
+from titan_moe.checkpoint.state import STATE_FILE, State, read_state
 from titan_moe.config.checks import check_model, check_sizes
 from titan_moe.config.tables import Config, Model, Table, Training
 from titan_moe.data.prepare import cache_root
@@ -24,6 +24,7 @@ from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.errors import UserError
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import single
+from titan_moe.runtime.json_file import first_mistake
 from torchtitan_ext.terms import Terms
 
 BIAS = ".expert_bias"

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from titan_moe.checkpoint.state import Finite, Natural, first_mistake, one_line, read_json
+from titan_moe.checkpoint.state import Finite, Natural
 from titan_moe.errors import UserError
 from titan_moe.runtime.files import own_folder, write_file
+from titan_moe.runtime.json_file import first_mistake, one_line, read_json
 
 UNSAFE_CHARACTERS = re.compile(r"[^\w.-]")  # replaced in file names
 LARGEST = 1 << 30  # bytes of a JSON file, which has every document's answers

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from titan_moe.analysis.evaluate.results import TaskRow, newest_results
 from titan_moe.analysis.report.schema import Inspection, RunConfig
 from titan_moe.checkpoint.run_dir import read_rows
-from titan_moe.checkpoint.state import first_mistake, one_line, read_json
 from titan_moe.errors import UserError
 from titan_moe.runtime.files import read_file
+from titan_moe.runtime.json_file import first_mistake, one_line, read_json
 
 
 class Run:

@@ -31,6 +31,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 from titan_moe.config.load import CONFIG_DIR, is_file, load_config, merge_file, set_value, user_path
 from titan_moe.config.tables import Config, Table
 from titan_moe.errors import UserError
+from titan_moe.runtime.json_file import first_mistake
 
 SWEEPS = CONFIG_DIR / "sweeps"
 
@@ -97,10 +98,7 @@ def read_sweep(name: str, base: str = "") -> tuple[Path, Sweep]:
     try:
         sweep = Sweep.model_validate(content | ({"config": base} if base else {}))
     except ValidationError as error:
-        mistake = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith(("dict[", "list[")))
-        wanted = mistake["msg"][0].lower() + mistake["msg"][1:]
-        raise UserError(f"{path}: {key}: {wanted}; a sweep has {', '.join(Sweep.model_fields)}") from error
+        raise UserError(f"{path}: {first_mistake(error)}; a sweep has {', '.join(Sweep.model_fields)}") from error
     if not sweep.baseline:
         sweep = sweep.model_copy(update={"baseline": next(iter(sweep.arms))})
     if sweep.baseline not in sweep.arms:

@@ -14,14 +14,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from titan_moe.analysis.sweep.grid import Cell, Sweep
 from titan_moe.checkpoint.changes import within
-from titan_moe.checkpoint.state import dump, first_mistake, read_json
+from titan_moe.checkpoint.state import dump
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
 from titan_moe.runtime.files import write_file
+from titan_moe.runtime.json_file import read_object
 
 BEHAVIOUR = 1
 """Version of what training computes. Raise it with a change of the code that changes the numbers of a run beyond rounding."""
@@ -94,14 +95,14 @@ def write_row(folder: Path, cell: str, key: str, result: dict[str, float]) -> No
 
 def read_row(path: Path) -> CellRow:
     """Raises UserError for a file that can't be read or is no row."""
-    try:
-        return CellRow.model_validate(read_json(path, ROW_BYTES))
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}") from error
-    except ValidationError as error:
-        raise UserError(f"{path}: is not a row of a sweep: {first_mistake(error)}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is not a row of a sweep: {error}") from error
+    return read_object(
+        path,
+        CellRow.model_validate,
+        missing=UserError(f"{path}: there is no such file"),
+        unreadable=UserError,
+        invalid=lambda what: UserError(f"{path}: is not a row of a sweep: {what}"),
+        limit=ROW_BYTES,
+    )
 
 
 def read_rows(folder: Path, keys: Mapping[str, str]) -> dict[str, CellRow]:
