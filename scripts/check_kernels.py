@@ -61,12 +61,14 @@ def swiglu_jobs() -> Iterator[Job]:
         size, constants = BYTES[dtype], {"F": width, **s.tile_sizes(k), "BLOCK": s.BLOCK, "STAGES": s.STAGES}
         per_token = 0 if mode == s.PLAIN else 4 * k * k + 8 * k  # C or the Gram matrix, and the row numbers
         for_cosines = 4 * k + 8 if mode == s.COSINES else 0  # scales and two values per token; one in the backward
-        name = f"{what}, {dtype}, k={k}, F={width}"
+        name = f"{what}{', gated' if dtype == 'bf16' else ''}, {dtype}, k={k}, F={width}"
+        constants["GATED"] = dtype == "bf16"
+        per_token += 4 * k if constants["GATED"] else 0  # a gate weight per row
         forward = {"MODE": mode.value, "PRECISION": "native" if dtype == "bf16" else "ieee"}
         backward = {"MODE": mode.value, "PRECISION": "tf32" if dtype == "bf16" else "ieee"}
         moved = 3 * k * width * size + per_token + for_cosines
         yield Job(f"SwiGLU forward, {name}", s.forward_kernel, dtype, constants | forward, s.WARPS, moved)
-        moved = 5 * k * width * size + per_token + max(for_cosines - 4, 0)
+        moved = 5 * k * width * size + per_token + max(for_cosines - 4, 0) + (4 * k if constants["GATED"] else 0)
         yield Job(f"SwiGLU backward, {name}", s.backward_kernel, dtype, constants | backward, s.WARPS, moved)
 
 

@@ -172,8 +172,8 @@ class Routed(NamedTuple):
     """Token of each row, sorted by expert."""
     offsets_E: Tensor
     """End of each expert's rows, int32."""
-    gates: Tensor
-    """Gate weights as `combine` applies them: (T, K), or one per row at the experts."""
+    gates: Tensor | None
+    """Gate weights as `combine` applies them: (T, K), or one per row at the experts; None: they are in the rows already."""
     plan: Dispatch
     """The dispatch of this rank's own tokens; its rows are in home order."""
     route: Any = None
@@ -204,6 +204,8 @@ class Dispatcher:
 
     def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
         """Expert outputs times their gate weights, summed per token: (R, D) -> (T, D)."""
+        if routed.gates is None:
+            return sum_rows(y_RD, routed.plan)
         out_TD: Tensor = _Combine.apply(y_RD, routed.gates, routed.plan.tokens_R, routed.plan.rows_TK)
         return out_TD
 
@@ -309,9 +311,11 @@ class MoELayer(nn.Module):
         gate_up, squares_PE = experts.gate_and_up(
             routed.x_RD, routed.offsets_E, None if probes is None else comm.copy_to_tp(probes.vectors_PD)
         )
-        z_RF, observed = terms.activate(gate_up, view, rows)
+        assert routed.gates is not None
+        gated = terms.activate_gated(gate_up, routed.gates, view, rows)
+        z_RF, observed = terms.activate(gate_up, view, rows) if gated is None else gated
         y_RD = experts.output(z_RF, routed.offsets_E)
-        out_TD = self.dispatcher.combine(y_RD, routed)
+        out_TD = self.dispatcher.combine(y_RD, routed if gated is None else routed._replace(gates=None))
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             if self.shared_gate is not None:
