@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions can't be compiled
 ARCHITECTURES = (80, 90, 100)
-STORED = ("gate_up", "z", "dz", "d_gate_up", "y", "out", "d_out", "d_y", "logits")
+STORED = ("gate_up", "z", "dz", "d_gate_up", "y", "out", "d_out", "d_y", "logits", "x")
 """Arguments in the dtype of the model (the router has its own `logits`, in float32); others are float32 or as INTEGERS says."""
 INTEGERS = {"rows": "*i64", "ids": "*i64", "counts": "*i32", "tokens": "i32", "columns": "*i64"}
 NUMBERS = {"floor": "fp32", "route_scale": "fp32"}
@@ -122,9 +122,20 @@ def cross_entropy_jobs() -> Iterator[Job]:
         )
 
 
+def rotary_jobs() -> Iterator[Job]:
+    from torchtitan_ext.kernels import rotary as r
+
+    for heads, width, half in ((8, 64, 32), (32, 128, 64), (16, 128, 32)):
+        constants = r.sizes(heads, width, half) | {"BACK": False}
+        moved = 2 * heads * width * BYTES["bf16"] + 8 * half
+        yield Job(
+            f"rotary, bf16, H={heads}, d={width}, w={2 * half}", r.rotate_kernel, "bf16", constants, r.WARPS, moved
+        )
+
+
 def jobs(quick: bool) -> list[Job]:
     """All kernels; quick: both ways of SwiGLU with cosines, and the gradient of the largest router."""
-    every = [*swiglu_jobs(), *combine_jobs(), *cross_entropy_jobs(), *router_jobs()]
+    every = [*swiglu_jobs(), *combine_jobs(), *cross_entropy_jobs(), *rotary_jobs(), *router_jobs()]
     return [every[2], every[3], every[-1]] if quick else every
 
 

@@ -17,6 +17,7 @@ from titan_moe.config.tables import MoE
 from titan_moe.model.comm import SINGLE_RANK, TPComm
 from titan_moe.model.feed_forward import FeedForward, SharedGate
 from titan_moe.model.gemm import grouped_linear, local
+from titan_moe.model.router_product import router_product, splits
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.ops import select
@@ -51,7 +52,10 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, weights_T: Tensor | None = None) -> Choice:
         """weights: of the tokens, for the sums."""
         dtype = accumulation_dtype(x_TD.dtype)
-        logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        if splits(x_TD) and self.weight.dtype == torch.float32:
+            logits_TE = router_product(x_TD, self.weight)
+        else:
+            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         if weights_T is not None and select.fused(logits_TE):
             moe = self.moe
             topk_ids_TK = choose_experts(logits_TE, self.expert_bias, moe.top_k, moe.score)

@@ -318,3 +318,14 @@ _operator(
     lambda *_: None,
     _cross_entropy_gradient,
 )
+
+
+def _rotate(x_NHd: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    from torchtitan_ext.kernels import rotary
+
+    out = _like(x_NHd)
+    rotary.rotate(x_NHd.contiguous(), cos.contiguous(), sin.contiguous(), out, back)
+    return out
+
+
+_operator("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _like, _rotate)
