@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions can't be compiled
 ARCHITECTURES = (80, 90, 100)
-STORED = ("gate_up", "z", "dz", "d_gate_up", "y", "out", "d_out", "d_y", "logits")
+STORED = ("gate_up", "z", "dz", "d_gate_up", "y", "out", "d_out", "d_y", "logits", "x")
 """Arguments in the dtype of the model (the router has its own `logits`, in float32); others are float32 or as INTEGERS says."""
 INTEGERS = {"rows": "*i64", "ids": "*i64", "counts": "*i32", "tokens": "i32", "columns": "*i64"}
 NUMBERS = {"floor": "fp32", "route_scale": "fp32"}
@@ -61,12 +61,14 @@ def swiglu_jobs() -> Iterator[Job]:
         size, constants = BYTES[dtype], {"F": width, **s.tile_sizes(k), "BLOCK": s.BLOCK, "STAGES": s.STAGES}
         per_token = 0 if mode == s.PLAIN else 4 * k * k + 8 * k  # C or the Gram matrix, and the row numbers
         for_cosines = 4 * k + 8 if mode == s.COSINES else 0  # scales and two values per token; one in the backward
-        name = f"{what}, {dtype}, k={k}, F={width}"
+        name = f"{what}{', gated' if dtype == 'bf16' else ''}, {dtype}, k={k}, F={width}"
+        constants["GATED"] = dtype == "bf16"
+        per_token += 4 * k if constants["GATED"] else 0  # a gate weight per row
         forward = {"MODE": mode.value, "PRECISION": "native" if dtype == "bf16" else "ieee"}
         backward = {"MODE": mode.value, "PRECISION": "tf32" if dtype == "bf16" else "ieee"}
         moved = 3 * k * width * size + per_token + for_cosines
         yield Job(f"SwiGLU forward, {name}", s.forward_kernel, dtype, constants | forward, s.WARPS, moved)
-        moved = 5 * k * width * size + per_token + max(for_cosines - 4, 0)
+        moved = 5 * k * width * size + per_token + max(for_cosines - 4, 0) + (4 * k if constants["GATED"] else 0)
         yield Job(f"SwiGLU backward, {name}", s.backward_kernel, dtype, constants | backward, s.WARPS, moved)
 
 
@@ -120,9 +122,20 @@ def cross_entropy_jobs() -> Iterator[Job]:
         )
 
 
+def rotary_jobs() -> Iterator[Job]:
+    from torchtitan_ext.kernels import rotary as r
+
+    for heads, width, half in ((8, 64, 32), (32, 128, 64), (16, 128, 32)):
+        constants = r.sizes(heads, width, half) | {"BACK": False}
+        moved = 2 * heads * width * BYTES["bf16"] + 8 * half
+        yield Job(
+            f"rotary, bf16, H={heads}, d={width}, w={2 * half}", r.rotate_kernel, "bf16", constants, r.WARPS, moved
+        )
+
+
 def jobs(quick: bool) -> list[Job]:
     """All kernels; quick: both ways of SwiGLU with cosines, and the gradient of the largest router."""
-    every = [*swiglu_jobs(), *combine_jobs(), *cross_entropy_jobs(), *router_jobs()]
+    every = [*swiglu_jobs(), *combine_jobs(), *cross_entropy_jobs(), *rotary_jobs(), *router_jobs()]
     return [every[2], every[3], every[-1]] if quick else every
 
 

@@ -28,6 +28,7 @@ if INTERPRETED and "triton" not in sys.modules:
 
         import torchtitan_ext.kernels.combine
         import torchtitan_ext.kernels.cross_entropy
+        import torchtitan_ext.kernels.rotary
         import torchtitan_ext.kernels.router
         import torchtitan_ext.kernels.swiglu  # noqa: F401
     finally:

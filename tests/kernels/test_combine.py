@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tests.helpers.interpreter import DEVICE
 from titan_moe.model.moe import Dispatcher, Routed, gather_tokens, plan_dispatch, sum_rows
+from titan_moe.parallel.experts import _ApplyGates
 from torchtitan_ext.ops import select
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}
@@ -54,3 +55,19 @@ def test_sums_of_rows_equal_pytorch(dtype: torch.dtype) -> None:
     plan = plan_dispatch(torch.randint(3, (4, 3), generator=source).to(DEVICE), 3)
     wanted = F.embedding_bag(plan.rows_TK, y.double(), mode="sum")
     close(sum_rows(y, plan), wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_at_the_experts_of_other_ranks(dtype: torch.dtype) -> None:
+    """Rows times their gate weights, as expert parallelism applies them, with both gradients."""
+    source = torch.Generator().manual_seed(2)
+    y, probe = (torch.randn(11, 20, generator=source).to(dtype).to(DEVICE) for _ in range(2))
+    gates = torch.rand(11, generator=source).to(DEVICE)
+    results = []
+    for wide in (False, True):
+        leaves = [(t.double() if wide else t).clone().requires_grad_() for t in (y, gates)]
+        out = _ApplyGates.apply(*leaves)
+        results.append((out, *torch.autograd.grad(out, leaves, probe.to(out.dtype))))
+    for found, wanted in zip(*results, strict=True):
+        close(found, wanted, 2 * TOLERANCE[dtype])
+    assert results[0][2].dtype == torch.float32

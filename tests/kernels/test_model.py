@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.helpers.interpreter import DEVICE
 from titan_moe.config.tables import ActivationCheckpoint, Model, MoE
 from titan_moe.model.init import init_weights
+from titan_moe.model.moe import Dispatcher
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.parallelize import recompute
 from torchtitan_ext.ops import select
@@ -90,6 +91,22 @@ def test_training_through_the_kernels_equals_training_without(variant: str, monk
     assert set(called) == {torch.float32}
     monkeypatch.setattr(select, "TRITON_DEVICES", ())
     compare(found, step(network(variant, torch.float32)), 2e-5)
+
+
+@pytest.mark.parametrize(("variant", "gated"), [("exact", True), ("none", True), ("sketch", False), ("others", False)])
+def test_gates_are_applied_to_z_where_no_term_needs_z_or_y_without_them(
+    variant: str, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are, the layer neither keeps the experts' outputs nor applies gates when it combines."""
+    combined = []
+    operator = Dispatcher.combine
+    monkeypatch.setattr(
+        Dispatcher,
+        "combine",
+        lambda self, y, routed: combined.append(routed.gates is None) or operator(self, y, routed),
+    )
+    step(network(variant, torch.float32))
+    assert combined == [gated] * 2
 
 
 @pytest.mark.parametrize("top_k", [1, 6])

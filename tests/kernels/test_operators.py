@@ -24,12 +24,13 @@ def arguments() -> Iterator[tuple[str, tuple[Tensor | float | None, ...]]]:
     rows = torch.randperm(TOKENS * K, generator=source).reshape(TOKENS, K).to(DEVICE)
     gate_up, dz, y = random(TOKENS * K, 2 * WIDTH), random(TOKENS * K, WIDTH), random(TOKENS * K, WIDTH)
     matrices, scales, gates = random(TOKENS, K, K), torch.ones(TOKENS, K, device=DEVICE), random(TOKENS, K)
-    yield "swiglu", (gate_up,)
-    yield "swiglu_backward", (gate_up, dz)
-    yield "swiglu_cosines", (gate_up, rows, 0.1)
-    yield "swiglu_cosines_backward", (gate_up, rows, dz, matrices, scales, random(TOKENS))
-    yield "swiglu_gram", (gate_up, rows)
-    yield "swiglu_gram_backward", (gate_up, rows, dz, matrices)
+    yield "swiglu", (gate_up, gates.flatten())
+    yield "swiglu_backward", (gate_up, dz, gates.flatten())
+    yield "swiglu_backward", (gate_up, dz, None)
+    yield "swiglu_cosines", (gate_up, rows, 0.1, gates)
+    yield "swiglu_cosines_backward", (gate_up, rows, dz, matrices, scales, random(TOKENS), gates)
+    yield "swiglu_gram", (gate_up, rows, gates)
+    yield "swiglu_gram_backward", (gate_up, rows, dz, matrices, gates)
     yield "combine", (y, rows, gates)
     yield "combine", (y, rows, None)
     yield "combine_backward", (random(TOKENS, WIDTH), y, rows, gates)
@@ -84,7 +85,7 @@ def test_the_environment_decides_which_tensors_go_to_the_kernels(
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_graph_under_torch_compile(backend: str) -> None:
     given = dict(arguments())
-    gate_up, rows, _ = given["swiglu_cosines"]
+    gate_up, rows, *_ = given["swiglu_cosines"]
     assert isinstance(gate_up, Tensor)
 
     def objective(gate_up: Tensor) -> Tensor:

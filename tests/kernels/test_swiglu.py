@@ -101,6 +101,45 @@ def test_gram_matrices_and_gradients_equal_pytorch(k: int, width: int, dtype: to
     close(slopes, wanted_slopes, 2 * STORED[dtype])
 
 
+@pytest.mark.parametrize("kind", ["alone", "cosines", "Gram"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("k", "width"), [(2, 72), (6, 33)])
+def test_gate_weights_scale_z_and_are_not_seen_by_the_cosines(
+    kind: str, k: int, width: int, dtype: torch.dtype
+) -> None:
+    """z times gates comes back, the sums are of z without them, and the gates' gradient is <dz, z>."""
+    gate_up, rows, weights, dz = problem(k, width, dtype)
+    gates = torch.rand(TOKENS, k, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    gates[4, 0] = 0
+    results = []
+    for exact in (False, True):
+        leaf = (gate_up.float() if exact else gate_up).clone().requires_grad_()
+        gate = gates.clone().requires_grad_()
+        gates_R = torch.zeros(TOKENS * k, device=DEVICE).scatter(0, rows.flatten(), gate.flatten())
+        seen: Tensor | None = None
+        if exact:
+            z = plain(leaf, dtype)
+            if kind != "alone":
+                gram = token_gram(z, rows, scaled=kind == "cosines")
+                seen = squared_cosines(gram) if kind == "cosines" else gram.sum((1, 2)) / width
+            z = z * gates_R.unsqueeze(1)
+        elif kind == "alone":
+            z = swiglu(leaf, gates_R)
+        elif kind == "cosines":
+            z, seen, _ = swiglu_cosines(leaf, rows, 0.0, gate)
+        else:
+            z, gram = swiglu_gram(leaf, rows, gate)
+            seen = gram.sum((1, 2)) / width
+        objective = (z.float() * dz.float()).sum()
+        measured_only = torch.autograd.grad(objective, gate, retain_graph=True)[0]
+        if seen is not None:
+            objective = objective + (seen * weights).sum()
+        results.append((z, *torch.autograd.grad(objective, (leaf, gate)), measured_only))
+    for number, (found, wanted) in enumerate(zip(*results, strict=True)):
+        # Gradients of gate weights are float32 sums of z in its own type.
+        close(found, wanted, (STORED, STORED, DERIVED, DERIVED)[number][dtype] * (1, 2, 2, 2)[number])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 8), (37, 67), (16, 64)])
 def test_swiglu_alone_equals_pytorch(rows: int, width: int, dtype: torch.dtype) -> None:

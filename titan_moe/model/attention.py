@@ -4,16 +4,19 @@ B sequences, S tokens, H query heads, G key-value heads, d head width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from titan_moe.config.tables import Model
 from titan_moe.model.comm import SINGLE_RANK, TPComm
 from titan_moe.model.gemm import Linear, local, product_dtype
 from titan_moe.model.masks import Mask, attend
 from torchtitan_ext.dtypes import accumulation_dtype
+from torchtitan_ext.ops import select
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +29,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = accumulation_dtype(x.dtype)
-        weight = self.weight.to(x.dtype).to(dtype)  # rounded as in FSDP's mixed precision, for equal results
+        weight = self.weight.to(x.dtype)  # rounded as in FSDP's mixed precision, for equal results
+        if x.is_cuda and dtype == torch.float32:  # one kernel, which computes in float32 and rounds its result
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        weight = weight.to(dtype)
         return F.rms_norm(x.to(dtype), weight.shape, weight, self.eps).to(x.dtype)
 
 
@@ -67,8 +73,32 @@ def rotary_tables(positions_BS: Tensor, width: int, theta: float, dtype: torch.d
     return angles.cos().to(dtype).unsqueeze(2), angles.sin().to(dtype).unsqueeze(2)
 
 
+class _Rotate(torch.autograd.Function):
+    """`rotate` by a kernel. A rotation's gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x_BSHd, cos, sin, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSHd: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad_BSHd, cos, sin, back=True), None, None
+
+
+def _turned(x_BSHd: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    tables = (table.expand(*x_BSHd.shape[:2], 1, -1).flatten(0, 2) for table in (cos, sin))
+    return torch.ops.torchtitan_ext.rotate(x_BSHd.flatten(0, 1), *tables, back).view_as(x_BSHd)
+
+
 def rotate(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x_j, x_{j + w/2}) of the first w elements by their angle, where the tables have w/2 columns."""
+    # A compiler makes one kernel of the operations below and of their neighbours.
+    if select.fused(x_BSHd) and not torch.compiler.is_compiling():
+        turned: Tensor = _Rotate.apply(x_BSHd, cos, sin)
+        return turned
     width = 2 * cos.shape[-1]
     if width < x_BSHd.shape[-1]:
         return torch.cat([rotate(x_BSHd[..., :width], cos, sin), x_BSHd[..., width:]], dim=-1)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titan_moe.model.grouped_gpu import grouped_mm
+
 
 def _cpu_multiplies_bfloat16() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -73,7 +75,7 @@ def grouped_linear(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tenso
     type of x first; on a CPU expert by expert, so that there is no second copy of all weights.
     """
     if x_RD.is_cuda and x_RD.dtype == torch.bfloat16:
-        return F.grouped_mm(x_RD, weight_END.to(x_RD.dtype).transpose(1, 2), offs=offsets_E)
+        return grouped_mm(x_RD, weight_END.to(x_RD.dtype), offsets_E)
     result: Tensor = torch.ops.titan_moe.grouped_linear(x_RD, weight_END, offsets_E)
     return result
 

@@ -17,6 +17,7 @@ from titan_moe.config.tables import MoE
 from titan_moe.model.comm import SINGLE_RANK, TPComm
 from titan_moe.model.feed_forward import FeedForward, SharedGate
 from titan_moe.model.gemm import grouped_linear, local
+from titan_moe.model.router_product import router_product, splits
 from torchtitan_ext.carry import Carry
 from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.ops import select
@@ -52,7 +53,10 @@ class Router(nn.Module):
         x: (T, D). weights: of the tokens (T,); without them there are no sums.
         """
         dtype = accumulation_dtype(x_TD.dtype)
-        logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        if splits(x_TD) and self.weight.dtype == torch.float32:
+            logits_TE = router_product(x_TD, self.weight)
+        else:
+            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         if weights_T is not None and select.fused(logits_TE):
             moe = self.moe
             topk_ids_TK = choose_experts(logits_TE, self.expert_bias, moe.top_k, moe.score)
@@ -173,8 +177,8 @@ class Routed(NamedTuple):
     """Token of each row, sorted by expert."""
     offsets_E: Tensor
     """End of each expert's rows, int32."""
-    gates: Tensor
-    """Gate weights as `combine` applies them: (T, K), or one per row at the experts."""
+    gates: Tensor | None
+    """Gate weights as `combine` applies them: (T, K), or one per row at the experts; None: they are in the rows already."""
     plan: Dispatch
     """The dispatch of this rank's own tokens; its rows are in home order."""
     route: Any = None
@@ -205,6 +209,8 @@ class Dispatcher:
 
     def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
         """Expert outputs times their gate weights, summed per token: (R, D) -> (T, D)."""
+        if routed.gates is None:
+            return sum_rows(y_RD, routed.plan)
         out_TD: Tensor = _Combine.apply(y_RD, routed.gates, routed.plan.tokens_R, routed.plan.rows_TK)
         return out_TD
 
@@ -310,9 +316,11 @@ class MoELayer(nn.Module):
         gate_up, squares_PE = experts.gate_and_up(
             routed.x_RD, routed.offsets_E, None if probes is None else comm.copy_to_tp(probes.vectors_PD)
         )
-        z_RF, observed = terms.activate(gate_up, view, rows)
+        assert routed.gates is not None
+        gated = terms.activate_gated(gate_up, routed.gates, view, rows)
+        z_RF, observed = terms.activate(gate_up, view, rows) if gated is None else gated
         y_RD = experts.output(z_RF, routed.offsets_E)
-        out_TD = self.dispatcher.combine(y_RD, routed)
+        out_TD = self.dispatcher.combine(y_RD, routed if gated is None else routed._replace(gates=None))
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             if self.shared_gate is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from titan_moe.model.moe import Dispatch, Dispatcher, Routed, gather_tokens, plan_dispatch, sum_rows
 from torchtitan_ext.collectives import Group, exchange, gather_columns
+from torchtitan_ext.ops import select
 
 
 class Route(NamedTuple):
@@ -69,6 +70,11 @@ class _ApplyGates(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_QD: Tensor) -> tuple[Tensor, Tensor]:
         y_QD, gates_Q = ctx.saved_tensors
+        if select.fused(y_QD):  # in one pass: combining with one row per token
+            rows_Q1 = torch.arange(len(y_QD), device=y_QD.device).unsqueeze(1)
+            kernel = torch.ops.torchtitan_ext.combine_backward
+            grad_y_QD, grad_gates_Q1 = kernel(grad_QD, y_QD, rows_Q1, gates_Q.unsqueeze(1))
+            return grad_y_QD, grad_gates_Q1.squeeze(1)
         grad_gates_Q = torch.linalg.vecdot(grad_QD.to(gates_Q.dtype), y_QD.to(gates_Q.dtype))
         return grad_QD * gates_Q.unsqueeze(1).to(y_QD.dtype), grad_gates_Q
 
@@ -141,7 +147,8 @@ class AllToAll(Dispatcher):
 
     @torch.compiler.disable
     def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
-        return sum_rows(self.home(_ApplyGates.apply(y_RD, routed.gates), routed), routed.plan)
+        gated_QD = y_RD if routed.gates is None else _ApplyGates.apply(y_RD, routed.gates)
+        return sum_rows(self.home(gated_QD, routed), routed.plan)
 
     @torch.compiler.disable
     def home(self, x_RX: Tensor, routed: Routed) -> Tensor:

@@ -22,75 +22,126 @@ def _operator(schema: str, fake: Callable[..., Any], run: Callable[..., Any]) ->
     torch.library.register_fake(f"torchtitan_ext::{name}", fake, lib=LIBRARY)
 
 
-def _activations(gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-
-
-def _swiglu(gate_up: Tensor) -> Tensor:
-    from torchtitan_ext.kernels import swiglu
-
-    z_RF = _activations(gate_up)
-    swiglu.forward(gate_up.contiguous(), None, {"z": z_RF})
-    return z_RF
-
-
-def _swiglu_backward(gate_up: Tensor, dz_RF: Tensor) -> Tensor:
-    from torchtitan_ext.kernels import swiglu
-
-    out = _like(gate_up)
-    swiglu.backward(gate_up.contiguous(), None, dz_RF.contiguous(), out)
-    return out
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _cosines_fake(gate_up: Tensor, rows_TK: Tensor, floor: float) -> tuple[Tensor, ...]:  # noqa: ARG001 - the schema
+def _activations(gate_up: Tensor, gates: Tensor | None = None) -> Tensor:  # noqa: ARG001 - the schema
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+def _swiglu(gate_up: Tensor, gates: Tensor | None) -> Tensor:
+    from torchtitan_ext.kernels import swiglu
+
+    z_RF = _activations(gate_up)
+    swiglu.forward(gate_up.contiguous(), None, {"z": z_RF}, gates=_contiguous(gates))
+    return z_RF
+
+
+def _gradients(gate_up: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Room for the gradients of gate_up and of the gate weights; without gates the second is empty."""
+    return _like(gate_up), gate_up.new_empty(0, dtype=torch.float32) if gates is None else _like(gates)
+
+
+def _swiglu_backward_fake(gate_up: Tensor, dz_RF: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return _gradients(gate_up, gates)
+
+
+def _swiglu_backward(gate_up: Tensor, dz_RF: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor]:
+    from torchtitan_ext.kernels import swiglu
+
+    out, d_gates = _gradients(gate_up, gates)
+    more = {"gates": _contiguous(gates), "d_gates": d_gates}
+    swiglu.backward(gate_up.contiguous(), None, dz_RF.contiguous(), out, **more)
+    return out, d_gates
+
+
+def _cosines_fake(
+    gate_up: Tensor,
+    rows_TK: Tensor,
+    floor: float,  # noqa: ARG001 - the schema
+    gates_TK: Tensor | None,  # noqa: ARG001
+) -> tuple[Tensor, ...]:
     tokens, k = rows_TK.shape
     shapes = ((tokens,), (tokens,), (tokens, k, k), (tokens, k))
     return _activations(gate_up), *(gate_up.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-def _cosines(gate_up: Tensor, rows_TK: Tensor, floor: float) -> tuple[Tensor, ...]:
+def _cosines(gate_up: Tensor, rows_TK: Tensor, floor: float, gates_TK: Tensor | None) -> tuple[Tensor, ...]:
     from torchtitan_ext.kernels import swiglu
 
-    out = _cosines_fake(gate_up, rows_TK, floor)
-    names = ("z", "values", "overlaps", "slopes", "scales")
-    swiglu.forward(gate_up.contiguous(), rows_TK.contiguous(), dict(zip(names, out, strict=True)), floor)
+    out = _cosines_fake(gate_up, rows_TK, floor, gates_TK)
+    tensors = dict(zip(("z", "values", "overlaps", "slopes", "scales"), out, strict=True))
+    swiglu.forward(gate_up.contiguous(), rows_TK.contiguous(), tensors, floor, _contiguous(gates_TK))
     return out
+
+
+def _cosines_backward_fake(
+    gate_up: Tensor,
+    rows_TK: Tensor,  # noqa: ARG001 - the schema
+    dz_RF: Tensor,  # noqa: ARG001
+    slopes_TKK: Tensor,  # noqa: ARG001
+    scales_TK: Tensor,  # noqa: ARG001
+    d_values_T: Tensor,  # noqa: ARG001
+    gates_TK: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return _gradients(gate_up, gates_TK)
 
 
 def _cosines_backward(
-    gate_up: Tensor, rows_TK: Tensor, dz_RF: Tensor, slopes_TKK: Tensor, scales_TK: Tensor, d_values_T: Tensor
-) -> Tensor:
+    gate_up: Tensor,
+    rows_TK: Tensor,
+    dz_RF: Tensor,
+    slopes_TKK: Tensor,
+    scales_TK: Tensor,
+    d_values_T: Tensor,
+    gates_TK: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     from torchtitan_ext.kernels import swiglu
 
-    out, tensors = _like(gate_up), (slopes_TKK, scales_TK, d_values_T.contiguous())
+    out, d_gates = _gradients(gate_up, gates_TK)
+    tensors = (slopes_TKK, scales_TK, d_values_T.contiguous(), _contiguous(gates_TK), d_gates)
     swiglu.backward(gate_up.contiguous(), rows_TK.contiguous(), dz_RF.contiguous(), out, *tensors)
-    return out
+    return out, d_gates
 
 
-def _gram_fake(gate_up: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
+def _gram_fake(gate_up: Tensor, rows_TK: Tensor, gates_TK: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     tokens, k = rows_TK.shape
     return _activations(gate_up), gate_up.new_empty(tokens, k, k, dtype=torch.float32)
 
 
-def _gram(gate_up: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
+def _gram(gate_up: Tensor, rows_TK: Tensor, gates_TK: Tensor | None) -> tuple[Tensor, Tensor]:
     from torchtitan_ext.kernels import swiglu
 
-    z_RF, gram_TKK = _gram_fake(gate_up, rows_TK)
-    swiglu.forward(gate_up.contiguous(), rows_TK.contiguous(), {"z": z_RF, "gram": gram_TKK})
+    z_RF, gram_TKK = _gram_fake(gate_up, rows_TK, gates_TK)
+    tensors = {"z": z_RF, "gram": gram_TKK}
+    swiglu.forward(gate_up.contiguous(), rows_TK.contiguous(), tensors, gates=_contiguous(gates_TK))
     return z_RF, gram_TKK
 
 
-def _gram_backward(gate_up: Tensor, rows_TK: Tensor, dz_RF: Tensor, coefficients_TKK: Tensor) -> Tensor:
+def _gram_backward_fake(
+    gate_up: Tensor,
+    rows_TK: Tensor,  # noqa: ARG001 - the schema
+    dz_RF: Tensor,  # noqa: ARG001
+    coefficients_TKK: Tensor,  # noqa: ARG001
+    gates_TK: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return _gradients(gate_up, gates_TK)
+
+
+def _gram_backward(
+    gate_up: Tensor, rows_TK: Tensor, dz_RF: Tensor, coefficients_TKK: Tensor, gates_TK: Tensor | None
+) -> tuple[Tensor, Tensor]:
     from torchtitan_ext.kernels import swiglu
 
-    out = _like(gate_up)
+    out, d_gates = _gradients(gate_up, gates_TK)
     tensors = (rows_TK.contiguous(), dz_RF.contiguous(), out, coefficients_TKK.contiguous())
-    swiglu.backward(gate_up.contiguous(), *tensors)
-    return out
+    swiglu.backward(gate_up.contiguous(), *tensors, gates=_contiguous(gates_TK), d_gates=d_gates)
+    return out, d_gates
 
 
 def _combine_fake(y_RD: Tensor, rows_TK: Tensor, gates_TK: Tensor | None) -> Tensor:  # noqa: ARG001 - the schema
@@ -124,22 +175,30 @@ def _combine_backward(d_out_TD: Tensor, y_RD: Tensor, rows_TK: Tensor, gates_TK:
     return d_y_RD, d_gates_TK
 
 
-_operator("swiglu(Tensor gate_up) -> Tensor", _activations, _swiglu)
-_operator("swiglu_backward(Tensor gate_up, Tensor dz) -> Tensor", _like, _swiglu_backward)
+_operator("swiglu(Tensor gate_up, Tensor? gates) -> Tensor", _activations, _swiglu)
 _operator(
-    "swiglu_cosines(Tensor gate_up, Tensor rows, float floor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "swiglu_backward(Tensor gate_up, Tensor dz, Tensor? gates) -> (Tensor, Tensor)",
+    _swiglu_backward_fake,
+    _swiglu_backward,
+)
+_operator(
+    "swiglu_cosines(Tensor gate_up, Tensor rows, float floor, Tensor? gates)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _cosines_fake,
     _cosines,
 )
 _operator(
-    "swiglu_cosines_backward(Tensor gate_up, Tensor rows, Tensor dz, Tensor slopes, Tensor scales, Tensor d_values)"
-    " -> Tensor",
-    _like,
+    "swiglu_cosines_backward(Tensor gate_up, Tensor rows, Tensor dz, Tensor slopes, Tensor scales, Tensor d_values,"
+    " Tensor? gates) -> (Tensor, Tensor)",
+    _cosines_backward_fake,
     _cosines_backward,
 )
-_operator("swiglu_gram(Tensor gate_up, Tensor rows) -> (Tensor, Tensor)", _gram_fake, _gram)
+_operator("swiglu_gram(Tensor gate_up, Tensor rows, Tensor? gates) -> (Tensor, Tensor)", _gram_fake, _gram)
 _operator(
-    "swiglu_gram_backward(Tensor gate_up, Tensor rows, Tensor dz, Tensor coefficients) -> Tensor", _like, _gram_backward
+    "swiglu_gram_backward(Tensor gate_up, Tensor rows, Tensor dz, Tensor coefficients, Tensor? gates)"
+    " -> (Tensor, Tensor)",
+    _gram_backward_fake,
+    _gram_backward,
 )
 _operator("combine(Tensor y, Tensor rows, Tensor? gates) -> Tensor", _combine_fake, _combine)
 _operator(
@@ -259,3 +318,14 @@ _operator(
     lambda *_: None,
     _cross_entropy_gradient,
 )
+
+
+def _rotate(x_NHd: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    from torchtitan_ext.kernels import rotary
+
+    out = _like(x_NHd)
+    rotary.rotate(x_NHd.contiguous(), cos.contiguous(), sin.contiguous(), out, back)
+    return out
+
+
+_operator("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _like, _rotate)

@@ -72,6 +72,7 @@ def forward_kernel(
     overlaps,  # (T,) float32 out if COSINES: the same with floor 0
     slopes,  # (T, K, K) float32 out if COSINES: C with d(value)/d(s_a z_a) = sum_b C_ab s_b z_b, s the scales
     scales,  # (T, K) float32 out if COSINES: what rows are multiplied by so that their squares stay in range
+    gates,  # (T, K) float32, of rows (R,) if PLAIN; read if GATED: z is stored times these, products are of z without them
     tokens,
     floor,
     F: tl.constexpr,
@@ -80,17 +81,23 @@ def forward_kernel(
     M: tl.constexpr,
     BLOCK: tl.constexpr,
     MODE: tl.constexpr,
+    GATED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     floor = tl.cast(floor, tl.float32)  # Inductor passes a Python float as float64, which is slow
     token, choice, row, valid = _tile(rows, tokens, K, KP, M, MODE)
+    if GATED:
+        weight = tl.load(gates + token * K + choice, mask=valid, other=0.0)
     acc = tl.zeros((M, M), dtype=tl.float32)
     for start in tl.range(0, F, BLOCK, num_stages=STAGES):
         col = start + tl.arange(0, BLOCK)
         mask = valid[:, None] & (col < F)[None, :]
         _, _, _, x = _load_activations(gate_up, row, col, mask, F)
-        tl.store(z + row[:, None] * F + col[None, :], x, mask=mask)
+        stored = x
+        if GATED:
+            stored = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
+        tl.store(z + row[:, None] * F + col[None, :], stored, mask=mask)
         if MODE != PLAIN:
             acc = _add_products(x, acc, PRECISION)
     place = tl.arange(0, M)
@@ -145,11 +152,13 @@ def forward_kernel(
 def backward_kernel(
     gate_up,  # (R, 2F)
     rows,  # (T, K) int64, not read if PLAIN
-    dz,  # (R, F): the gradient of z by itself
+    dz,  # (R, F): the gradient of z as it was stored
     coefficients,  # (T, K, K) float32, not read if PLAIN: the gradient of row a gets sum_b C_ab z_b more
     scales,  # (T, K) float32, read if COSINES: the forward's
     d_values,  # (T,) float32, read if COSINES: what a token's coefficients are multiplied by
+    gates,  # the forward's, read if GATED
     d_gate_up,  # (R, 2F) out
+    d_gates,  # float32 out if GATED, shaped as gates: inner products of dz and z before the gate
     tokens,
     F: tl.constexpr,
     K: tl.constexpr,
@@ -157,6 +166,7 @@ def backward_kernel(
     M: tl.constexpr,
     BLOCK: tl.constexpr,
     MODE: tl.constexpr,
+    GATED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -168,11 +178,17 @@ def backward_kernel(
     if MODE == COSINES:
         c *= tl.load(d_values + token, mask=valid, other=0.0)[:, None]
         scale = tl.load(scales + token * K + choice, mask=valid, other=1.0)
+    if GATED:
+        weight = tl.load(gates + token * K + choice, mask=valid, other=0.0)
+        inner = tl.zeros((M,), dtype=tl.float32)
     for start in tl.range(0, F, BLOCK, num_stages=STAGES):
         col = start + tl.arange(0, BLOCK)
         mask = valid[:, None] & (col < F)[None, :]
         d = tl.load(dz + row[:, None] * F + col[None, :], mask=mask, other=0.0).to(tl.float32)
         g, u, sigmoid, x = _load_activations(gate_up, row, col, mask, F)
+        if GATED:
+            inner += tl.sum(d * x.to(tl.float32), 1)
+            d *= weight[:, None]
         if MODE == GRAM:
             d = tl.dot(c, x.to(tl.float32), d, input_precision=PRECISION)
         if MODE == COSINES:
@@ -182,6 +198,8 @@ def backward_kernel(
         d_gate = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
         tl.store(d_gate_up + at_gate, d_gate.to(gate_up.dtype.element_ty), mask=mask)
         tl.store(d_gate_up + at_gate + F, (d * g * sigmoid).to(gate_up.dtype.element_ty), mask=mask)
+    if GATED:
+        tl.store(d_gates + token * K + choice, inner, mask=valid)
 
 
 def tile_sizes(k: int) -> dict[str, int]:
@@ -190,26 +208,36 @@ def tile_sizes(k: int) -> dict[str, int]:
     return {"K": k, "KP": padded, "M": max(16, padded)}
 
 
-def _launch(kernel, mode: int, gate_up: Tensor, tokens: int, k: int, tensors, precision: str, *numbers: float) -> None:
+def _launch(
+    kernel, mode: int, gated: bool, gate_up: Tensor, tokens: int, k: int, tensors, precision: str, *numbers: float
+) -> None:
     sizes = tile_sizes(k)
     grid = (triton.cdiv(tokens, sizes["M"] // sizes["KP"]),)
     if tokens:
         with torch.cuda.device_of(gate_up):
             kernel[grid](
-                *tensors, tokens, *numbers, F=gate_up.shape[1] // 2, **sizes, BLOCK=BLOCK, MODE=mode,
+                *tensors, tokens, *numbers, F=gate_up.shape[1] // 2, **sizes, BLOCK=BLOCK, MODE=mode, GATED=gated,
                 PRECISION=precision, STAGES=STAGES, num_warps=WARPS,
             )  # fmt: skip
 
 
-def forward(gate_up: Tensor, rows_TK: Tensor | None, out: dict[str, Tensor], floor: float = 0.0) -> None:
-    """Writes z, and what else `out` has room for: gram, or values, overlaps, slopes and scales. All contiguous."""
+def forward(
+    gate_up: Tensor,
+    rows_TK: Tensor | None,
+    out: dict[str, Tensor],
+    floor: float = 0.0,
+    gates: Tensor | None = None,
+) -> None:
+    """Writes z, times the gate weights if given, and what else `out` has room for: gram, or values, overlaps, slopes and
+    scales. All contiguous."""
     z = out["z"]
     mode = PLAIN if rows_TK is None else GRAM if "gram" in out else COSINES
     tokens, k = (gate_up.shape[0], 1) if rows_TK is None else rows_TK.shape
     names = ("gram", "values", "overlaps", "slopes", "scales")
     tensors = (gate_up, rows_TK if rows_TK is not None else z, z, *(out.get(name, z) for name in names))
+    tensors = (*tensors, z if gates is None else gates)
     precision = "native" if gate_up.dtype == torch.bfloat16 else "ieee"
-    _launch(forward_kernel, mode.value, gate_up, tokens, k, tensors, precision, floor)
+    _launch(forward_kernel, mode.value, gates is not None, gate_up, tokens, k, tensors, precision, floor)
 
 
 def backward(
@@ -220,12 +248,16 @@ def backward(
     coefficients_TKK: Tensor | None = None,
     scales_TK: Tensor | None = None,
     d_values_T: Tensor | None = None,
+    gates: Tensor | None = None,
+    d_gates: Tensor | None = None,
 ) -> None:
-    """Writes d_gate_up. coefficients: (T, k, k), with rows. scales and d_values: those of the cosines. All contiguous."""
+    """Writes d_gate_up, and d_gates if there are gates. coefficients: (T, k, k), with rows. scales and d_values: those of the
+    cosines. All contiguous."""
     mode = PLAIN if rows_TK is None else GRAM if d_values_T is None else COSINES
     tokens, k = (gate_up.shape[0], 1) if rows_TK is None else rows_TK.shape
-    given = [dz_RF if x is None else x for x in (coefficients_TKK, scales_TK, d_values_T)]
+    given = [dz_RF if x is None else x for x in (coefficients_TKK, scales_TK, d_values_T, gates)]
     tensors = (gate_up, rows_TK if rows_TK is not None else dz_RF, dz_RF, *given, d_gate_up)
+    tensors = (*tensors, d_gate_up if d_gates is None else d_gates)
     # z in bfloat16 is exact in tf32, and its 11 bits of C are more than a bfloat16 result has.
     precision = "tf32" if gate_up.dtype == torch.bfloat16 else "ieee"
-    _launch(backward_kernel, mode.value, gate_up, tokens, k, tensors, precision)
+    _launch(backward_kernel, mode.value, gates is not None, gate_up, tokens, k, tensors, precision)

@@ -59,39 +59,59 @@ def _slices(x: Tensor) -> tuple[Tensor, ...]:
 
 
 class _FusedSwiGLU(torch.autograd.Function):
-    """The same by one kernel each way."""
+    """The same by one kernel each way, times the rows' gate weights if given."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        z_RF: Tensor = torch.ops.torchtitan_ext.swiglu(gate_up)
+    def forward(ctx: Any, gate_up: Tensor, gates_R: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up, gates_R)
+        z_RF: Tensor = torch.ops.torchtitan_ext.swiglu(gate_up, gates_R)
         return z_RF
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz_RF: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        d_gate_up: Tensor = torch.ops.torchtitan_ext.swiglu_backward(gate_up, dz_RF)
-        return d_gate_up
+    def backward(ctx: Any, dz_RF: Tensor) -> tuple[Tensor, Tensor | None]:
+        gate_up, gates_R = ctx.saved_tensors
+        d_gate_up, d_gates_R = torch.ops.torchtitan_ext.swiglu_backward(gate_up, dz_RF, gates_R)
+        return d_gate_up, None if gates_R is None else d_gates_R
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up` of the two halves: (R, 2F) -> (R, F)."""
+def swiglu(gate_up: Tensor, gates_R: Tensor | None = None) -> Tensor:
+    """`silu(gate) * up` of the two halves: (R, 2F) -> (R, F). gates: (R,) float32 to multiply the rows by, only where
+    `select.fused(gate_up)`."""
     if select.transformed(gate_up):
+        assert gates_R is None
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
-    function = _FusedSwiGLU if select.fused(gate_up) else _SwiGLU
-    result: Tensor = function.apply(gate_up)
+    result: Tensor
+    if select.fused(gate_up):
+        result = _FusedSwiGLU.apply(gate_up, gates_R)
+    else:
+        assert gates_R is None
+        result = _SwiGLU.apply(gate_up)
     return result
+
+
+def _backward_alone(
+    gate_up: Tensor, rows_TK: Tensor, dz_RF: Tensor, gates_TK: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """SwiGLU's gradients where nothing else has one."""
+    operators = torch.ops.torchtitan_ext
+    if gates_TK is None:
+        return operators.swiglu_backward(gate_up, dz_RF, None)[0], None
+    gates_R = torch.empty_like(gates_TK).flatten().scatter_(0, rows_TK.flatten(), gates_TK.flatten())
+    d_gate_up, d_gates_R = operators.swiglu_backward(gate_up, dz_RF, gates_R)
+    return d_gate_up, d_gates_R[rows_TK]
 
 
 class _SwiGLUCosines(torch.autograd.Function):
     """The backward adds the cosines' gradient to that of z, and forms SwiGLU's derivative, in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, rows_TK: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
-        z_RF, values_T, overlaps_T, *saved = torch.ops.torchtitan_ext.swiglu_cosines(gate_up, rows_TK, floor)
-        ctx.save_for_backward(gate_up, rows_TK, *saved)
+    def forward(
+        ctx: Any, gate_up: Tensor, rows_TK: Tensor, floor: float, gates_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z_RF, values_T, overlaps_T, *saved = torch.ops.torchtitan_ext.swiglu_cosines(gate_up, rows_TK, floor, gates_TK)
+        ctx.save_for_backward(gate_up, rows_TK, *saved, gates_TK)
         ctx.mark_non_differentiable(overlaps_T)
         ctx.set_materialize_grads(False)
         return z_RF, values_T, overlaps_T
@@ -100,27 +120,33 @@ class _SwiGLUCosines(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, dz_RF: Tensor | None, d_values_T: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, None, None]:
-        gate_up, rows_TK, slopes_TKK, scales_TK = ctx.saved_tensors
-        operators = torch.ops.torchtitan_ext
+    ) -> tuple[Tensor | None, None, None, Tensor | None]:
+        gate_up, rows_TK, slopes_TKK, scales_TK, gates_TK = ctx.saved_tensors
         if d_values_T is None:  # sp is only measured
-            return None if dz_RF is None else operators.swiglu_backward(gate_up, dz_RF), None, None
+            if dz_RF is None:
+                return None, None, None, None
+            d_gate_up, d_gates_TK = _backward_alone(gate_up, rows_TK, dz_RF, gates_TK)
+            return d_gate_up, None, None, d_gates_TK
         if dz_RF is None:
             dz_RF = _no_gradient(gate_up)
-        arguments = (gate_up, rows_TK, dz_RF, slopes_TKK, scales_TK, d_values_T)
-        return operators.swiglu_cosines_backward(*arguments), None, None
+        arguments = (gate_up, rows_TK, dz_RF, slopes_TKK, scales_TK, d_values_T, gates_TK)
+        d_gate_up, d_gates_TK = torch.ops.torchtitan_ext.swiglu_cosines_backward(*arguments)
+        return d_gate_up, None, None, None if gates_TK is None else d_gates_TK
 
 
 def _no_gradient(gate_up: Tensor) -> Tensor:
     return gate_up.new_zeros(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-def swiglu_cosines(gate_up: Tensor, rows_TK: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_cosines(
+    gate_up: Tensor, rows_TK: Tensor, floor: float, gates_TK: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """SwiGLU and its tokens' squared cosines, where `select.fused(gate_up)`: z (R, F), values (T,), overlaps (T,).
 
     values: `squared_cosines(token_gram(z, rows, scaled=True), floor)`; overlaps: the same with floor 0, without a gradient.
-    gate_up: (R, 2F). rows: (T, k) int64; every row must belong to one token. First derivatives only."""
-    result: tuple[Tensor, Tensor, Tensor] = _SwiGLUCosines.apply(gate_up, rows_TK, floor)
+    gate_up: (R, 2F). rows: (T, k) int64; every row must belong to one token. gates: (T, k) float32 that z is multiplied by;
+    the cosines are those of z before. First derivatives only."""
+    result: tuple[Tensor, Tensor, Tensor] = _SwiGLUCosines.apply(gate_up, rows_TK, floor, gates_TK)
     return result
 
 
@@ -128,27 +154,31 @@ class _SwiGLUGram(torch.autograd.Function):
     """The same with the Gram matrices, whose gradient may be any."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
-        z_RF, gram_TKK = torch.ops.torchtitan_ext.swiglu_gram(gate_up, rows_TK)
-        ctx.save_for_backward(gate_up, rows_TK)
+    def forward(ctx: Any, gate_up: Tensor, rows_TK: Tensor, gates_TK: Tensor | None) -> tuple[Tensor, Tensor]:
+        z_RF, gram_TKK = torch.ops.torchtitan_ext.swiglu_gram(gate_up, rows_TK, gates_TK)
+        ctx.save_for_backward(gate_up, rows_TK, gates_TK)
         ctx.set_materialize_grads(False)
         return z_RF, gram_TKK
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz_RF: Tensor | None, grad_TKK: Tensor | None) -> tuple[Tensor | None, None]:
-        gate_up, rows_TK = ctx.saved_tensors
-        operators = torch.ops.torchtitan_ext
+    def backward(ctx: Any, dz_RF: Tensor | None, grad_TKK: Tensor | None) -> tuple[Tensor | None, None, Tensor | None]:
+        gate_up, rows_TK, gates_TK = ctx.saved_tensors
         if grad_TKK is None:
-            return None if dz_RF is None else operators.swiglu_backward(gate_up, dz_RF), None
+            if dz_RF is None:
+                return None, None, None
+            d_gate_up, d_gates_TK = _backward_alone(gate_up, rows_TK, dz_RF, gates_TK)
+            return d_gate_up, None, d_gates_TK
         if dz_RF is None:
             dz_RF = _no_gradient(gate_up)
-        return operators.swiglu_gram_backward(gate_up, rows_TK, dz_RF, grad_TKK + grad_TKK.transpose(1, 2)), None
+        arguments = (gate_up, rows_TK, dz_RF, grad_TKK + grad_TKK.transpose(1, 2), gates_TK)
+        d_gate_up, d_gates_TK = torch.ops.torchtitan_ext.swiglu_gram_backward(*arguments)
+        return d_gate_up, None, None if gates_TK is None else d_gates_TK
 
 
-def swiglu_gram(gate_up: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_gram(gate_up: Tensor, rows_TK: Tensor, gates_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """SwiGLU and `token_gram(z, rows)`, where `select.fused(gate_up)`: z (R, F), Gram matrices (T, k, k).
 
     For tensor parallelism, which sums Gram matrices over hidden units. Arguments and limits as in `swiglu_cosines`."""
-    result: tuple[Tensor, Tensor] = _SwiGLUGram.apply(gate_up, rows_TK)
+    result: tuple[Tensor, Tensor] = _SwiGLUGram.apply(gate_up, rows_TK, gates_TK)
     return result

@@ -301,6 +301,17 @@ class Term:
         returned. A term with `needs` must define it to work there."""
         return observed
 
+    def activate_gated(
+        self,
+        gate_up: Tensor,  # noqa: ARG002 - the interface
+        gates_TK: Tensor,  # noqa: ARG002
+        view: LayerView,  # noqa: ARG002
+        rows: ExpertRows,  # noqa: ARG002
+    ) -> tuple[Tensor, Any] | None:
+        """The same with each row of the returned z times its gate weight, so that the layer need not keep the experts' outputs
+        for the gate weights' gradient. What is observed must be that of z before. None: not here."""
+        return None
+
     def value(self, view: LayerView) -> Tensor:
         """The term's part from this layer and microbatch, a scalar. Parts are summed over layers, microbatches and ranks."""
         raise NotImplementedError

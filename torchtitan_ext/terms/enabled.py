@@ -55,10 +55,11 @@ def _union(needs: Iterable[Needs]) -> Needs:
     return Needs(*(any(flags) for flags in zip(Needs(), *needs, strict=True)))
 
 
-def _activates(term: type[Term]) -> bool:
-    """Whether `activate` is as specific as `observe`: not where a subclass of a built-in term has only overridden `observe`."""
-    activate, observe = (next(c for c in term.__mro__ if name in vars(c)) for name in ("activate", "observe"))
-    return issubclass(activate, observe)
+def _overrides(term: type[Term], name: str, other: str) -> bool:
+    """Whether a method is as specific as another: `activate` is not where a subclass of a built-in term has only overridden
+    `observe`."""
+    own, others = (next(c for c in term.__mro__ if method in vars(c)) for method in (name, other))
+    return issubclass(own, others)
 
 
 class Terms:
@@ -73,8 +74,11 @@ class Terms:
         self.needs_gradient = _union(term.needs for term in terms if term.weighted)
         """The same of terms with a weight above 0: what gradients pass through."""
         self._weights: tuple[Any, Any] = (None, None)
-        self.joining = tuple(term for term in terms if _activates(type(term)))
+        self.joining = tuple(term for term in terms if _overrides(type(term), "activate", "observe"))
         """Terms whose `activate` may be called in place of `observe`."""
+        self.observing = tuple(term for term in terms if type(term).observe is not Term.observe)
+        self.gating = tuple(term for term in self.joining if _overrides(type(term), "activate_gated", "activate"))
+        """Terms whose `activate_gated` may be."""
 
     def objective(self, terms: Tensor, factors: Mapping[str, float] | None = None) -> Tensor:
         """The weighted sum of `Carry.terms` (N,), to be added to the cross-entropy.
@@ -135,6 +139,27 @@ class Terms:
         """The tokens, and their weights, of every term that samples some."""
         drawn = {term.name: term.sample(layer, tokens) for term in self.terms}
         return {name: sample for name, sample in drawn.items() if sample is not None}
+
+    def activate_gated(
+        self, gate_up: Tensor, gates: Tensor, view: LayerView, rows: ExpertRows
+    ) -> tuple[Tensor, dict[str, Any]] | None:
+        """`activate` with each row of z times its gate weight, in one pass; None where a term needs z or y without it, or no
+        kernel can.
+
+        gates: (T, K), or at experts that are on other ranks than their tokens one per row."""
+        from torchtitan_ext.ops import select
+        from torchtitan_ext.ops.swiglu import swiglu
+
+        if not select.fused(gate_up) or any(self.needs):
+            return None
+        if not self.observing:
+            if gates.dim() == 2:
+                gates = gates.flatten().new_empty(gates.numel()).scatter(0, view.rows_TK.flatten(), gates.flatten())
+            return swiglu(gate_up, gates), {}
+        if len(self.observing) > 1 or self.observing[0] not in self.gating or gates.dim() != 2:
+            return None
+        found = self.observing[0].activate_gated(gate_up, gates, view, rows)
+        return None if found is None else (found[0], {self.observing[0].name: found[1]})
 
     def activate(self, gate_up: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, dict[str, Any]]:
         """SwiGLU, then `observe`; in one pass where a kernel computes what a term needs.

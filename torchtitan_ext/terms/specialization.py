@@ -203,6 +203,16 @@ class Specialization(Term):
         return chosen_N, weights_T.index_select(0, chosen_N) / fraction * drawn_N
 
     def activate(self, gate_up: Tensor, view: LayerView, rows: ExpertRows) -> tuple[Tensor, Any] | None:
+        return self._activate(gate_up, None, view, rows)
+
+    def activate_gated(
+        self, gate_up: Tensor, gates_TK: Tensor, view: LayerView, rows: ExpertRows
+    ) -> tuple[Tensor, Any] | None:
+        return self._activate(gate_up, gates_TK, view, rows)
+
+    def _activate(
+        self, gate_up: Tensor, gates_TK: Tensor | None, view: LayerView, rows: ExpertRows
+    ) -> tuple[Tensor, Any] | None:
         from torchtitan_ext.ops import select
         from torchtitan_ext.ops.swiglu import swiglu_cosines, swiglu_gram
 
@@ -211,10 +221,10 @@ class Specialization(Term):
         # Of all tokens, since the kernel has every token's activations at hand; `sample` takes its own from the results.
         chosen_N, weights_N = self._chosen(view)
         if gate_up.shape[1] // 2 < self.setting.hidden_dim:
-            z_RF, gram_TKK = swiglu_gram(gate_up, view.rows_TK)
+            z_RF, gram_TKK = swiglu_gram(gate_up, view.rows_TK, gates_TK)
             gram_NKK = gram_TKK if chosen_N is None else gram_TKK.index_select(0, chosen_N)
             return z_RF, Grams(rows.sum_hidden(gram_NKK if self.weighted else gram_NKK.detach()), weights_N)
-        z_RF, values_T, overlaps_T = swiglu_cosines(gate_up, view.rows_TK, self._floor)
+        z_RF, values_T, overlaps_T = swiglu_cosines(gate_up, view.rows_TK, self._floor, gates_TK)
         parts = (values_T if self.weighted else values_T.detach(), overlaps_T)
         if chosen_N is not None:
             parts = (parts[0].index_select(0, chosen_N), overlaps_T.index_select(0, chosen_N))
