@@ -20,9 +20,9 @@ PICTURE = ROOT / "docs" / "images" / "architecture.png"
 
 # Rows of folders of titan_moe/ from top to bottom. A folder imports folders of lower rows only.
 ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
-    (("verbs", "train, plan, inspect, report, sweep, place, export, import, generate, eval"),),
+    (("verbs", "train, finetune, plan, inspect, report, sweep, place, export, import, generate, eval"),),
     (("analysis", "what the experts do: measures, pages, sweeps"),),
-    (("generate", "key-value cache, sampling, text"),),
+    (("generate", "key-value cache, sampling, text"), ("finetune", "Transformers models, through TRL")),
     (("train", "the training loop, logging, validation"), ("weights", "for other programs")),
     (("checkpoint", "save, resume"), ("estimate", "memory, traffic")),
     (

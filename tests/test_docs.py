@@ -15,6 +15,7 @@ from titan_moe.analysis.sweep.grid import cell_config, cells_of, read_sweep
 from titan_moe.cli import parse
 from titan_moe.config import extensions
 from titan_moe.config.load import load_config
+from titan_moe.finetune.load import load_finetune
 from torchtitan_ext.terms import REGISTRY
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -57,7 +58,9 @@ def check_command(words: list[str], line: str) -> None:
     nproc = re.search(r"NPROC=(\d+)", line)
     ranks = (int(nproc.group(1)) if nproc else 1) * (2 if "NNODES=2" in line else 1)
     arguments = parse(words)
-    if words[0] == "sweep":
+    if words[0] == "finetune":
+        load_finetune(arguments.config, arguments.overrides, ranks)
+    elif words[0] == "sweep":
         path, sweep = read_sweep(arguments.config, arguments.base)
         for cell in cells_of(path, sweep):
             cell_config(cell, sweep, Path("runs"), arguments.overrides, ranks)

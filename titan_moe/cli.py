@@ -25,6 +25,7 @@ VERBS = {  # verb: (module in titan_moe.verbs, one line of `titan-moe --help`)
     "prepare": ("prepare", "tokenise the training text into the cache"),
     "plan": ("plan", "count parameters, FLOPs, and the memory and traffic of a rank, without training"),
     "inspect": ("inspect", "measure routing and expert specialization of checkpoints"),
+    "finetune": ("finetune", "fine-tune a Transformers MoE model with the terms, through TRL and PEFT"),
     "place": ("place", "order experts so that little routed traffic leaves a rank"),
     "eval": ("eval", "evaluate a checkpoint on tasks and texts"),
     "generate": ("generate", "continue prompts with a checkpoint's model"),
@@ -139,7 +140,7 @@ def parse(words: list[str]) -> Namespace:
     arguments, unknown = parser.parse_known_intermixed_args(words)
     valid = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
     if "overrides" in arguments:
-        valid += all_keys()
+        valid += all_keys(getattr(module, "CONFIG", None))
     else:
         unknown += overrides
     if unknown:

@@ -10,16 +10,19 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import tomli_w
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from titan_moe.config.load import fields, is_table
-from titan_moe.config.tables import Config, config_class
+from titan_moe.config.tables import config_class
 
 
-def options_help(width: int = 110) -> str:
-    """All options by table, each with its default, type and meaning."""
+def options_help(width: int = 110, table: type[BaseModel] | None = None) -> str:
+    """All options by table, each with its default, type and meaning.
+
+    table: the class of the configuration; None: that of `titan-moe train`."""
     lines: list[str] = []
-    for key, field in fields():
+    for key, field in fields(table):
         if is_table(field.annotation):
             lines.append(f"\n[{key}]  {field.annotation.__doc__ or ''}")
         else:
@@ -66,7 +69,7 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def to_toml(config: Config) -> str:
+def to_toml(config: BaseModel) -> str:
     """All keys of a configuration with their values, as TOML that `load_config` reads."""
     return tomli_w.dumps(config.model_dump())
 

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import tomli
 from pydantic import BaseModel, ValidationError
@@ -23,10 +23,13 @@ from titan_moe.errors import UserError
 from titan_moe.runtime.files import read_file
 from titan_moe.runtime.json_file import mistake_in
 
+Model = TypeVar("Model", bound=BaseModel)
 CONFIG_DIR = Path(__file__).resolve().parent.parent.parent / "train_configs"
 COMMAND_LINE = "command line"
 CONFIG_BYTES = 16 << 20
 MODULES = "extensions.modules"
+FINETUNE = "finetune_"
+"""The files of `train_configs/` whose names begin so are configurations of `titan-moe finetune`, with tables of their own."""
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -104,13 +107,15 @@ def saved_config(
     return load_config(None, overrides, world_size=world_size, settings=[(origin, kept)], trust=trust)
 
 
-def find_config(name: str) -> Path:
-    """The file that `name` means: a path, or a file of `train_configs/` with or without `.toml`. Raises UserError."""
+def find_config(name: str, finetune: bool = False) -> Path:
+    """The file that `name` means: a path, or a file of `train_configs/` with or without `.toml`. Raises UserError.
+
+    finetune: whether `titan-moe finetune` asks, for the names that an error suggests."""
     candidates = [Path(user_path(name, "--config")), CONFIG_DIR / name, CONFIG_DIR / f"{name}.toml"]
     for candidate in candidates:
         if is_file(candidate):
             return candidate
-    known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml"))
+    known = sorted(p.stem for p in CONFIG_DIR.glob("*.toml") if p.stem.startswith(FINETUNE) == finetune)
     near = nearest(Path(name).stem, known)
     hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}, or give a path"
     raise UserError(f"--config: no configuration {name!r}: {hint}")
@@ -175,11 +180,13 @@ def merge(
             values[key] = value
 
 
-def parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
-    """The (key, text) pairs of `--section.key=value` and `--section.key value` words; UserError for any other word."""
+def parse_overrides(words: Sequence[str], table: type[BaseModel] | None = None) -> list[tuple[str, str]]:
+    """The (key, text) pairs of `--section.key=value` and `--section.key value` words; UserError for any other word.
+
+    table: the class of the whole configuration; None: that of `titan-moe train`."""
     overrides, others = split_overrides(words)
     if others:
-        raise unknown_word(others[0], all_keys())
+        raise unknown_word(others[0], all_keys(table))
     return [(key, raw) for key, _, raw in (word[2:].partition("=") for word in overrides)]
 
 
@@ -213,12 +220,12 @@ def unknown_word(word: str, valid: Sequence[str]) -> UserError:
     return UserError(f"{COMMAND_LINE}: unknown option {name}{f'; did you mean --{near}?' if near else ''}")
 
 
-def override_value(key: str, raw: str) -> Any:
+def override_value(key: str, raw: str, table: type[BaseModel] | None = None) -> Any:
     """Converts the text of an override to its key's type: string keys keep the text, others are read as TOML.
 
     As people write them, `True`, `.5`, `1.e-4`, `1e3` for an integer, and `1, 2` for a list are taken too.
     """
-    field = dict(fields()).get(key)
+    field = dict(fields(table)).get(key)
     kind, text = field.annotation if field else None, raw.strip()
     if kind is str:
         return raw
@@ -309,9 +316,9 @@ def fields(table: type[BaseModel] | None = None, prefix: str = "") -> Iterator[t
             yield from fields(annotation, f"{prefix}{name}.")
 
 
-def all_keys() -> list[str]:
-    """The dotted keys of all options."""
-    return [key for key, field in fields() if not is_table(field.annotation)]
+def all_keys(table: type[BaseModel] | None = None) -> list[str]:
+    """The dotted keys of all options. table: as in `parse_overrides`."""
+    return [key for key, field in fields(table) if not is_table(field.annotation)]
 
 
 def nearest(name: str, valid: Sequence[str]) -> str | None:
@@ -327,8 +334,15 @@ def nearest(name: str, valid: Sequence[str]) -> str | None:
 
 def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) -> Config:
     """Validates the merged values; raises UserError for the first mistake."""
+    return build_table(config_class(), values, origins, default_origin)
+
+
+def build_table(
+    table: type[Model], values: dict[str, Any], origins: dict[str, str], default_origin: str, verb: str = "train"
+) -> Model:
+    """The same for a configuration of any class. verb: whose `--help` lists its keys."""
     try:
-        return config_class().model_validate(values)
+        return table.model_validate(values)
     except ValidationError as error:
         key, wanted, kind, value = mistake_in(error)
     # Inside a list or a union pydantic's location is longer than the key: take its longest prefix that has an origin.
@@ -339,12 +353,12 @@ def build(values: dict[str, Any], origins: dict[str, str], default_origin: str) 
         key, known = below, [below]
     origin = origins[known[0]] if known else default_origin
     if kind == "extra_forbidden":
-        near = nearest(key, all_keys())
-        hint = f"; did you mean {near}?" if near else "; `titan-moe train --help` lists the keys"
+        near = nearest(key, all_keys(table))
+        hint = f"; did you mean {near}?" if near else f"; `titan-moe {verb} --help` lists the keys"
         if key.startswith("regularizers."):
             hint += "; a term of your own needs its module in extensions.modules"
         raise UserError(f"{origin}: unknown key {key}{hint}")
-    inner = [name for name in all_keys() if name.startswith(f"{key}.")]
+    inner = [name for name in all_keys(table) if name.startswith(f"{key}.")]
     if inner:
         wanted = f"{key} is a table; set a key in it: {', '.join(inner)}"
     if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():

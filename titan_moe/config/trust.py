@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from titan_moe.config import extensions
 from titan_moe.config.tables import Config
 from titan_moe.errors import UserError
@@ -40,7 +42,7 @@ def marker(values: Mapping[str, Any]) -> Path:
     return cache_folder() / "configurations" / hashlib.sha256(content.encode()).hexdigest()
 
 
-def remember(config: Config) -> None:
+def remember(config: BaseModel) -> None:
     """Remembers a configuration as the user's own. Without a cache that can be written it is not remembered."""
     path = marker(config.model_dump(mode="json"))
     with contextlib.suppress(OSError):
@@ -68,10 +70,10 @@ def is_stored(path: Path) -> bool:
     return path.name == "config.toml" and any((path.parent / name).exists() for name in RUN_FILES)
 
 
-def files_named(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """The keys of FILE_KEYS that name a file, with their values. given: keys of the command line, which count as trusted."""
+def files_named(values: Mapping[str, Any], given: Collection[str], keys: Sequence[str] = FILE_KEYS) -> dict[str, Any]:
+    """Those of `keys` that name a file, with their values. given: keys of the command line, which count as trusted."""
     named = {}
-    for key in FILE_KEYS:
+    for key in keys:
         table, _, option = key.partition(".")
         inside = values.get(table)
         value = inside.get(option) if isinstance(inside, Mapping) else None
@@ -80,9 +82,11 @@ def files_named(values: Mapping[str, Any], given: Collection[str]) -> dict[str, 
     return named
 
 
-def check_files(values: Mapping[str, Any], given: Collection[str], origin: str) -> None:
-    """Raises UserError if a stored configuration names files."""
-    named = files_named(values, given)
+def check_files(
+    values: Mapping[str, Any], given: Collection[str], origin: str, keys: Sequence[str] = FILE_KEYS
+) -> None:
+    """Raises UserError if a stored configuration names files. keys: those that could."""
+    named = files_named(values, given, keys)
     if named:
         listed = ", ".join(f"{key} = {value!r}" for key, value in named.items())
         raise UserError(

@@ -61,7 +61,8 @@ class OwnExperts(Dispatcher):
     def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
         exact = torch.promote_types(y_RD.dtype, torch.float32)
         out_TD = y_RD.new_zeros(routed.plan.rows_TK.shape[0], y_RD.shape[1], dtype=exact)
-        out_TD.index_add_(0, routed.route, y_RD.to(exact) * routed.gates.unsqueeze(1).to(exact))
+        rows_RD = y_RD.to(exact) if routed.gates is None else y_RD.to(exact) * routed.gates.unsqueeze(1).to(exact)
+        out_TD.index_add_(0, routed.route, rows_RD)
         return all_sum(out_TD, self.group).to(y_RD.dtype)
 
 

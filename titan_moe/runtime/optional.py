@@ -1,6 +1,8 @@
 """Packages that are not installed with titan_moe itself."""
 
 import importlib
+import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 from titan_moe.errors import UserError, pip_install
@@ -13,6 +15,16 @@ def optional(module: str, extra: str, origin: str = "") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.split(".")[0]
-        remedy = f"{pip_install(package)} (or all of the extra {extra})"
-        raise UserError(f"{origin and f'{origin}: '}package {package!r} is not installed: {remedy}") from error
+        raise missing(module.split(".")[0], extra, origin) from error
+
+
+def check_installed(packages: Iterable[str], extra: str, origin: str = "") -> None:
+    """Raises the same UserError for the first package that is not installed. Nothing is imported."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise missing(package, extra, origin)
+
+
+def missing(package: str, extra: str, origin: str) -> UserError:
+    remedy = f"{pip_install(package)} (or all of the extra {extra})"
+    return UserError(f"{origin and f'{origin}: '}package {package!r} is not installed: {remedy}")

@@ -19,12 +19,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
+def add_overrides(parser: argparse.ArgumentParser, verb: str = "train") -> None:
     """Accepts `--section.key=value` and `--section.key value` words, as `arguments.overrides`.
 
     `titan_moe.cli` collects these words before argparse sees the others; this entry shows them in `--help`.
+    verb: whose `--help` lists the options.
     """
-    meaning = "any option of the configuration, also as --section.key=VALUE; `titan-moe train --help` lists them"
+    meaning = f"any option of the configuration, also as --section.key=VALUE; `titan-moe {verb} --help` lists them"
     parser.add_argument("--section.key", dest="overrides", default=[], metavar="VALUE", help=meaning)
 
 

@@ -337,7 +337,8 @@ OVER_TIME = {"persistence_top1": "first choice", "persistence_topk": "all choice
 
 def plots(runs: Sequence[Run]) -> Iterator[tuple[str, list[Plot]]]:
     """Sections of the page with their plots. A section without data is left out."""
-    chance = {"moe/overlap": 1.0 / runs[0].config.model.moe.hidden_dim}
+    first = runs[0].config
+    chance = {} if first.base else {"moe/overlap": 1.0 / first.model.moe.hidden_dim}
     terms = {f"reg/{name}": title for name, title in TERMS.items()} | custom_terms(runs)
     balance = {"moe/max_vio": "max_vio", "moe/dead": "dead experts"}
     sharpness = {"moe/entropy": "routing entropy", "moe/topk_mass": "top-k mass", "moe/overlap": "overlap"}

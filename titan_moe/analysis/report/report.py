@@ -88,15 +88,21 @@ def facts(run: Run) -> dict[str, str]:
     config, last = run.config, run.rows("train")[-1]
     moe, model = config.model.moe, config.model
     validations = run.rows("validation")
-    result = {
-        "run": run.name,
+    shape = {
         "model": f"{model.layers} layers, width {model.dim}",
         "experts": f"{moe.experts} of width {moe.hidden_dim}, {moe.top_k} per token",
+    }
+    if config.base:
+        trained = f"adapters of rank {config.lora.rank}" if config.lora.rank else "all parameters"
+        shape = {"model": config.base, "fine-tuned": trained}
+    result = {
+        "run": run.name,
+        **shape,
         "weights": ", ".join(f"{name} {weight:g}" for name, weight in config.weights.items() if weight) or "none",
         "balancing bias": f"rate {config.balancer.rate:g}" if config.balancer.rate else "off",
         "text": ", ".join([config.data.corpus] if isinstance(config.data.corpus, str) else config.data.corpus),
         "seed": str(config.job.seed),
-        "steps": f"{last['step']:,} of {config.training.steps:,}",
+        "steps": f"{last['step']:,} of {config.training.steps:,}" if config.training.steps else f"{last['step']:,}",
         "tokens": f"{last['tokens']:,}",
         "training loss": f"{last['ce']:.4f}",
     }

@@ -34,11 +34,18 @@ class _Steps(BaseModel):
     steps: int
 
 
+class _Adapters(BaseModel):
+    rank: Natural = 0
+
+
 class RunConfig(BaseModel):
     """What a report shows of a run's config.toml. Terms that a module registered are in it too."""
 
     job: _Job = _Job()
     model: Model
+    base: str = ""
+    """The model that `titan-moe finetune` started from; empty for a run of `titan-moe train`."""
+    lora: _Adapters = _Adapters()
     regularizers: dict[str, Any] = {}
     balancer: _Rate = _Rate()
     data: _Text = _Text()
@@ -53,6 +60,18 @@ class RunConfig(BaseModel):
         custom = self.regularizers.get("custom", {})
         tables |= {name: {"weight": weight} for name, weight in custom.items()} if isinstance(custom, dict) else {}
         return {name: _Weighted.model_validate(table).weight for name, table in tables.items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_finetuning(cls, values: Any) -> Any:
+        """The table [model] of `titan-moe finetune` names a model; its shape is in that model's own files."""
+        model = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(model, dict) or "path" not in model:
+            return values
+        data = values.get("data")
+        files = data.get("train") if isinstance(data, dict) else None
+        rest = {key: value for key, value in values.items() if key not in ("model", "data", "base")}
+        return rest | {"model": {}, "base": model["path"], "data": {} if files is None else {"corpus": files}}
 
     @model_validator(mode="after")
     def _weights_are_numbers(self) -> "RunConfig":

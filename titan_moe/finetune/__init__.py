@@ -1,0 +1,1 @@
+"""Fine-tuning of Transformers MoE models with the loss terms attached, by the trainers of TRL and PEFT."""
