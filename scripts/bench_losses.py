@@ -125,8 +125,8 @@ class Bench:
             def run() -> None:
                 experts, device = views[0].scores_TE.shape[1], self.inputs.tokens.device
                 width, measures, count = active.carried_width(experts), len(active.measures), self.inputs.tokens.numel()
-                names, layers = len(active.names), len(views)
-                carry = empty_carry(names, count, layers, experts, torch.float32, device, width, measures)
+                names, layers, sums = len(active.names), len(views), active.sums_width(experts)
+                carry = empty_carry(names, count, layers, experts, torch.float32, device, width, measures, sums)
                 leaves: list[Tensor] = []
                 passed_through: list[Tensor] = []
                 incoming: list[Tensor] = []
@@ -150,7 +150,7 @@ class Bench:
                     leaves += inputs
                     carry = active.add(local_view, observed, probes, carry)
                 if active.names:
-                    objective = active.objective(carry.terms)
+                    objective = active.objective(active.complete(carry).terms)
                     ones = torch.ones_like(objective)
                     torch.autograd.grad([objective, *passed_through], leaves, [ones, *incoming], allow_unused=True)
 

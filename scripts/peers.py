@@ -56,7 +56,8 @@ def our_layer(
             moe.expert_bias = moe.expert_bias.float()
     width, measures = terms.carried_width(settings.moe.experts), len(terms.measures)
     carry = empty_carry(len(terms.names), count, 2, settings.moe.experts, torch.float32, device, width, measures)
-    carry = carry._replace(previous=torch.ones_like(carry.previous))
+    sums = torch.zeros(2, terms.sums_width(settings.moe.experts), device=device)
+    carry = carry._replace(previous=torch.ones_like(carry.previous), term_sums=sums)
     tokens = Tokens(
         torch.full((1, count), 1.0 / count, device=device),
         torch.arange(1, device=device),
@@ -71,6 +72,7 @@ def our_layer(
     def work() -> tuple[Tensor, Tensor, Tensor | None]:
         x = x_TD.detach().requires_grad_()
         out, after, _ = layer(x, carry, tokens)
+        after = terms.complete(after)
         # The objective's gradient, without the copy of its weights to the device, which happens once per microbatch.
         outputs, gradients = ([out, after.terms], [gradient, term_weights]) if terms.names else ([out], [gradient])
         torch.autograd.backward(outputs, gradients)

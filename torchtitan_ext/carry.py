@@ -18,6 +18,9 @@ class Carry(NamedTuple):
     """(N,) running sum over layers of every enabled term, at least float32; has a gradient."""
     previous: Tensor
     """(T, n), what terms carry from the previous MoE layer (cp: its source mass or its scores); has a gradient."""
+    term_sums: Tensor
+    """(L, n), each layer's weighted sums over this rank's tokens, for terms that are formed once per microbatch, after the last
+    layer (lb of scope `global`: its scores); has a gradient."""
     counts: Tensor
     """(L, E) int64, assignments of labelled tokens to experts; no gradient."""
     sums: Tensor
@@ -33,11 +36,13 @@ def empty_carry(
     device: torch.device,
     previous_width: int,
     measures: int,
+    term_sums: int = 0,
 ) -> Carry:
-    """The carry that enters the first block. dtype: at least float32."""
+    """The carry that enters the first block. dtype: at least float32. previous_width, measures, term_sums: columns."""
     return Carry(
         terms=torch.zeros(terms, dtype=dtype, device=device),
         previous=torch.zeros(tokens, previous_width, dtype=dtype, device=device),
+        term_sums=torch.zeros(layers, term_sums, dtype=dtype, device=device),
         counts=torch.zeros(layers, experts, dtype=torch.int64, device=device),
         sums=torch.zeros(layers, measures, dtype=dtype, device=device),
     )
@@ -49,5 +54,9 @@ def add_carry(total: Carry | None, carry: Carry) -> Carry:
     if total is None:
         return detached
     return Carry(
-        total.terms + detached.terms, total.previous, total.counts + detached.counts, total.sums + detached.sums
+        terms=total.terms + detached.terms,
+        previous=total.previous,
+        term_sums=total.term_sums,
+        counts=total.counts + detached.counts,
+        sums=total.sums + detached.sums,
     )

@@ -1,6 +1,7 @@
-"""Bytes that a rank passes to every collective, counted by wrapping torch.distributed's functions."""
+"""Bytes that a rank passes to every collective, and calls, counted by wrapping torch.distributed's functions."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,14 +21,16 @@ COLLECTIVES = {
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[dict[str, int]]:
-    """Bytes by the plan's name of the collective; groups of one rank included."""
+def counted(calls: Counter[str] | None = None) -> Iterator[dict[str, int]]:
+    """Bytes by the plan's name of the collective; groups of one rank included. calls: receives how often each is called."""
     sent = dict.fromkeys(["send", *(name for name, _, _ in COLLECTIVES.values())], 0)
 
     def counting(original: Any, kind: str, position: int, keyword: str) -> Any:
         def call(*tensors: Any, **options: Any) -> Any:
             payload = tensors[position] if len(tensors) > position else options[keyword]
             sent[kind] += payload.numel() * payload.element_size()
+            if calls is not None:
+                calls[kind] += 1
             return original(*tensors, **options)
 
         return call

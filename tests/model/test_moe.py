@@ -174,10 +174,11 @@ def test_a_term_says_where_it_has_no_gradient(name: str, experts: int, top_k: in
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))
     h, tokens = torch.randn(12, 8, generator=torch.Generator().manual_seed(9)), 12
     view = Tokens(torch.full((2, 6), 1 / 12), torch.arange(2), torch.tensor(1), torch.arange(6))
-    carry = empty_carry(1, tokens, 2, experts, h.dtype, h.device, terms.carried_width(experts), len(terms.measures))
+    widths = (terms.carried_width(experts), len(terms.measures), terms.sums_width(experts))
+    carry = empty_carry(1, tokens, 2, experts, h.dtype, h.device, *widths)
     for layer in layers:
         h, carry, _ = layer(h, carry, view)
-    gradients = torch.autograd.grad(carry.terms.sum(), parameters, allow_unused=True)
+    gradients = torch.autograd.grad(terms.complete(carry).terms.sum(), parameters, allow_unused=True)
     # Softmax scores sum to 1 up to rounding, so a term that is constant has a gradient of rounding errors.
     trained = any(gradient is not None and gradient.abs().max() > 1e-5 for gradient in gradients)
     named = REGISTRY[name].without_effect(options, facts) or list(REGISTRY[name].problems(options, facts))

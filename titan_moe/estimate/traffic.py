@@ -58,6 +58,8 @@ def sizes(model: Transformer, config: Config, degrees: Degrees) -> Sizes:
         tp=degrees.tp,
         cp=degrees.cp,
         token_ranks=degrees.token_ranks,
+        all_moe_layers=model.moe_layers,
+        last_stage=degrees.pp == 1,  # of rank 0, which has the first stage
     )
 
 
@@ -181,7 +183,8 @@ def pipeline(model: Transformer, config: Config, degrees: Degrees) -> list[Line]
     stages = len(layers_per_stage(config)) // degrees.pp
     hidden = s.tokens // degrees.tp * config.model.dim * s.compute
     tied = local(model.embedding).numel() if config.model.tie_embeddings else 0
-    numbers = len(terms.names) + s.tokens * terms.carried_width(s.experts) + len(terms.measures) * model.moe_layers
+    numbers = len(terms.names) + s.tokens * terms.carried_width(s.experts)
+    numbers += (len(terms.measures) + terms.sums_width(s.experts)) * model.moe_layers
     carry = numbers * s.exact + model.moe_layers * config.model.moe.experts * COUNT_BYTES
     return [
         Line("send", "hidden states", s.steps * stages * hidden),

@@ -92,7 +92,9 @@ class Block(nn.Module):
             assert self.feed_forward is not None
             out_TD = self.feed_forward(x_TD)
             # Copies: FSDP's hooks on a block's inputs and outputs do not allow outputs that alias inputs.
-            carry = Carry(carry.terms.clone(), carry.previous.clone(), carry.counts, carry.sums)
+            carry = Carry(
+                carry.terms.clone(), carry.previous.clone(), carry.term_sums.clone(), carry.counts, carry.sums
+            )
         return h_BSD + self.comm.reduce_scatter_sequence(out_TD.view_as(x_BSD)), carry, topk_ids
 
 
@@ -135,7 +137,7 @@ class Transformer(nn.Module):
         """Cross-entropy, carry, and the chosen experts (T, k) of every MoE layer."""
         carry = self.empty_carry(inputs.tokens.numel(), inputs.tokens.device)
         h_BSD, carry, routing = self.run_blocks(inputs, self.embed(inputs.tokens), carry)
-        return self.loss(h_BSD, inputs), carry, routing
+        return self.loss(h_BSD, inputs), self.terms.complete(carry), routing
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Embedding vectors (B, S, D). Under tensor parallelism each rank looks up its part of the vocabulary."""
@@ -149,7 +151,17 @@ class Transformer(nn.Module):
         """The carry that enters the first block."""
         terms, experts, dtype = self.terms, self.settings.moe.experts, accumulation_dtype(self.dtype)
         width, measures = terms.carried_width(experts), len(terms.measures)
-        return empty_carry(len(terms.names), tokens, self.moe_layers, experts, dtype, device, width, measures)
+        return empty_carry(
+            len(terms.names),
+            tokens,
+            self.moe_layers,
+            experts,
+            dtype,
+            device,
+            width,
+            measures,
+            terms.sums_width(experts),
+        )
 
     def run_blocks(
         self, inputs: Inputs, h_BSD: Tensor, carry: Carry, layers: Iterable[int] | None = None

@@ -88,19 +88,24 @@ def run_stage(
     """Forward pass of one stage. received: what the previous stage sent, None for the first stage.
 
     Returns the tensors to send (hidden states and carry), or for the last stage the cross-entropy (1,) and the carry
-    without `previous`; and the chosen experts (T, k) of the stage's MoE layers.
+    without `previous` and `term_sums`; and the chosen experts (T, k) of the stage's MoE layers.
     """
     if received is None:
         h_BSD = model.embed(inputs.tokens)
         carry = model.empty_carry(inputs.tokens.numel(), inputs.tokens.device)
         if torch.is_grad_enabled():  # the schedules expect this of every carry, even from a stage without MoE layers
-            carry = carry._replace(terms=carry.terms.requires_grad_(), previous=carry.previous.requires_grad_())
+            for x in (carry.terms, carry.previous, carry.term_sums):
+                x.requires_grad_()
     else:
         h_BSD, carry = received[0], Carry(*received[1:])
     h_BSD, carry, routing = model.run_blocks(inputs, h_BSD, carry, layers)
     if last:
-        return (torch.stack([model.loss(h_BSD, inputs)]), carry.terms.clone(), carry.counts, carry.sums), routing
-    return (h_BSD, carry.terms.clone(), carry.previous.clone(), carry.counts, carry.sums), routing
+        terms = model.terms.complete(carry).terms.clone()
+        return (torch.stack([model.loss(h_BSD, inputs)]), terms, carry.counts, carry.sums), routing
+    carry = carry._replace(
+        terms=carry.terms.clone(), previous=carry.previous.clone(), term_sums=carry.term_sums.clone()
+    )
+    return (h_BSD, *carry), routing
 
 
 class _Stage(nn.Module):
@@ -152,7 +157,8 @@ class PipelineRunner(Runner):
         """The last stage's objective of one microbatch; adds its results to `self.sums`."""
         ce, terms, counts, sums = output
         objective = ce[0] + self.model.terms.objective(terms, self.factors)
-        self.sums = self.sums.plus(objective, ce[0], Carry(terms, terms.new_zeros(0), counts, sums))
+        carry = self.sums.carry._replace(terms=terms, counts=counts, sums=sums)
+        self.sums = self.sums.plus(objective, ce[0], carry)
         return objective
 
     def make_schedule(self, example: Inputs) -> Any:
@@ -172,7 +178,7 @@ class PipelineRunner(Runner):
             batch, seq = inputs.tokens.shape
             h = torch.empty(batch, seq // self.tp, self.model.settings.dim, dtype=self.model.dtype)
             ce = torch.empty(1, dtype=carry.terms.dtype)
-        for x in (h, ce, carry.terms, carry.previous):
+        for x in (h, ce, carry.terms, carry.previous, carry.term_sums):
             x.requires_grad_()
         return (h, *carry), (ce, carry.terms, carry.counts, carry.sums)
 
@@ -197,7 +203,8 @@ class PipelineRunner(Runner):
                     pairs[layer - 1] = (ids, later)
                 ids = later
             if stage.last:
-                ce, carry = outputs[0][0], Carry(outputs[1], carry.previous, outputs[2], outputs[3])
+                ce = outputs[0][0]
+                carry = carry._replace(terms=outputs[1], counts=outputs[2], sums=outputs[3])
                 continue
             for x in (*outputs, ids):
                 dist.send(x.contiguous(), group=self.group, group_dst=(number + 1) % ranks)

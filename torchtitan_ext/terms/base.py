@@ -214,6 +214,10 @@ class Sizes(NamedTuple):
     cp: int
     token_ranks: int
     """Ranks, or groups of tensor-parallel ranks, that hold tokens of the same microbatch."""
+    all_moe_layers: int
+    """MoE layers of the model."""
+    last_stage: bool
+    """Whether this rank has the last pipeline stage, where terms with `Term.total` are formed."""
 
     @property
     def rows(self) -> int:
@@ -314,6 +318,21 @@ class Term:
 
     def value(self, view: LayerView) -> Tensor:
         """The term's part from this layer and microbatch, a scalar. Parts are summed over layers, microbatches and ranks."""
+        raise NotImplementedError
+
+    def sums_width(self, experts: int) -> int:  # noqa: ARG002 - the interface
+        """Numbers per layer that `token_sums` returns; above 0, `total` replaces `value`."""
+        return 0
+
+    def token_sums(self, view: LayerView) -> Tensor:
+        """(n,), sums over this rank's tokens from which `total` forms the term."""
+        raise NotImplementedError
+
+    def total(self, sums_Ln: Tensor, counts_LE: Tensor) -> Tensor:
+        """The term's part from all layers of this microbatch, a scalar. Called once, after the last layer, so that ranks
+        exchange what they must in one collective and not in one per layer.
+
+        sums: what `token_sums` returned. counts: assignments of this rank's labelled tokens."""
         raise NotImplementedError
 
     def carried_width(self, experts: int) -> int:  # noqa: ARG002 - the interface

@@ -81,7 +81,7 @@ class Terms:
         """Terms whose `activate_gated` may be."""
 
     def objective(self, terms: Tensor, factors: Mapping[str, float] | None = None) -> Tensor:
-        """The weighted sum of `Carry.terms` (N,), to be added to the cross-entropy.
+        """The weighted sum of `Carry.terms` (N,), after `complete`, to be added to the cross-entropy.
 
         factors: by term name, what its weight is multiplied by at this step (warm-up, scaling to lb); 1 when not given.
         """
@@ -122,6 +122,10 @@ class Terms:
     def carried_width(self, experts: int) -> int:
         """Numbers per token that terms carry from one MoE layer to the next."""
         return sum(term.carried_width(experts) for term in self.terms)
+
+    def sums_width(self, experts: int) -> int:
+        """Numbers per layer that terms with a `total` sum over tokens: columns of `Carry.term_sums`."""
+        return sum(term.sums_width(experts) for term in self.terms)
 
     def probes(self, router_weight_ED: Tensor, layer: int, tokens: Tokens) -> Probes | None:
         """The vectors whose gate projections terms need, if one does."""
@@ -204,11 +208,15 @@ class Terms:
             assert view.responses_PE is not None
             parts = view.responses_PE.split(list(probes.counts.values()))
             responses = dict(zip(probes.counts, parts, strict=True))
-        values, measured = [], []
+        values, token_sums, measured = [], [], []
         for term, before in zip(self.terms, previous, strict=True):
             name = term.name
             own = view._replace(previous=before, observed=observed.get(name), responses_PE=responses.get(name))
             own = own if term.weighted else own.detach()
+            if term.sums_width(experts):
+                token_sums.append(term.token_sums(own).to(dtype))
+                values.append(carry.terms.new_zeros(()))
+                continue
             value = term.value(own)
             values.append(value.to(dtype))
             measured.append((term, own, value))
@@ -223,7 +231,26 @@ class Terms:
         after = carried[0] if len(carried) == 1 else torch.cat(carried, dim=1) if carried else carry.previous
         # Not `carry._replace`: compiled by torch 2.11, it returns an empty tuple.
         terms = carry.terms + torch.stack(values) if values else carry.terms
-        return Carry(terms, after, counts, sums)
+        every_layer = carry.term_sums
+        if token_sums:
+            row = token_sums[0] if len(token_sums) == 1 else torch.cat(token_sums)
+            every_layer = torch.select_scatter(every_layer, row, 0, view.layer)
+        return Carry(terms, after, every_layer, counts, sums)
+
+    def complete(self, carry: Carry) -> Carry:
+        """The carry after the last layer, with the terms that are formed once per microbatch (`Term.total`); a collective where
+        one of them needs other ranks' tokens. To be called before `objective`."""
+        import torch
+
+        widths = [term.sums_width(carry.counts.shape[1]) for term in self.terms]
+        if not sum(widths):
+            return carry
+        parts = carry.term_sums.split(widths, dim=1)
+        totals = [
+            term.total(sums_Ln, carry.counts) if width else carry.terms.new_zeros(())
+            for term, width, sums_Ln in zip(self.terms, widths, parts, strict=True)
+        ]
+        return carry._replace(terms=carry.terms + torch.stack(totals))
 
 
 def token_measures(view: LayerView) -> dict[str, Tensor]:

@@ -31,16 +31,21 @@ def load_balance_loss(
     weights: (T,). A leading dimension, (B, S, E) and (B, S, k), forms f and P per sequence and averages over sequences.
     Source: Switch Transformer, Eqs. 4-6.
     """
-    from torchtitan_ext.ops.routing import accumulate, expert_load, load_shares, mean_weights, normalize_scores
+    from torchtitan_ext.ops.routing import accumulate, expert_load, load_shares, mean_weights
 
-    scores = normalize_scores(accumulate(scores))
+    scores = accumulate(scores)
     if weights is None:
         weights = mean_weights(scores, scores.shape[:-1])
-    weights = weights.to(scores.dtype)
     if load is None:
-        load = load_shares(expert_load(topk_ids, scores.shape[-1], weights))
-    mean_scores = (weights.unsqueeze(-2) @ scores).squeeze(-2)
-    return scores.shape[-1] * (load.to(scores.dtype).detach() * mean_scores).sum()
+        load = load_shares(expert_load(topk_ids, scores.shape[-1], weights.to(scores.dtype)))
+    return scores.shape[-1] * (load.to(scores.dtype).detach() * summed_scores(scores, weights)).sum()
+
+
+def summed_scores(scores: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum over tokens of the scores, normalised to sum to 1: (..., T, E), (..., T) -> (..., E)."""
+    from torchtitan_ext.ops.routing import normalize_scores
+
+    return (weights.to(scores.dtype).unsqueeze(-2) @ normalize_scores(scores)).squeeze(-2)
 
 
 class LoadBalanceOptions(TermOptions):
@@ -66,19 +71,37 @@ class LoadBalance(Term):
         from torchtitan_ext.collectives import all_sum
         from torchtitan_ext.ops.routing import expert_load, load_shares
 
-        weights, scope = view.tokens.weights, self.options.scope
-        if scope == "sequence":
+        weights = view.tokens.weights
+        if self.options.scope == "sequence":
             scores, ids = view.scores_TE.unflatten(0, weights.shape), view.topk_ids_TK.unflatten(0, weights.shape)
             load = all_sum(expert_load(ids, scores.shape[-1], weights), self.ranks.sequence)
             return load_balance_loss(scores, ids, load_shares(load), weights=weights)
-        counts_E = view.counts_E if scope == "microbatch" else all_sum(view.counts_E, self.ranks.data)
-        load = load_shares(counts_E.to(weights.dtype))
+        load = load_shares(view.counts_E.to(weights.dtype))
         if view.sums is not None:
             return len(load) * (load * view.sums.shares_E).sum()
         return load_balance_loss(view.scores_TE, view.topk_ids_TK, load, weights=view.weights_T)
 
+    def sums_width(self, experts: int) -> int:
+        return experts if self.options.scope == "global" else 0
+
+    def token_sums(self, view: LayerView) -> Tensor:
+        """P, the mean score of each expert."""
+        return summed_scores(view.scores_TE, view.weights_T) if view.sums is None else view.sums.shares_E
+
+    def total(self, sums_Ln: Tensor, counts_LE: Tensor) -> Tensor:
+        from torchtitan_ext.collectives import all_sum
+        from torchtitan_ext.ops.routing import load_shares
+
+        load_LE = load_shares(all_sum(counts_LE, self.ranks.data).to(sums_Ln.dtype))
+        return counts_LE.shape[1] * (load_LE * sums_Ln).sum()
+
     def traffic(self, sizes: Sizes) -> Iterable[Line]:
-        scope = self.options.scope
-        if sizes.scope_ranks(scope) > 1:
-            numbers = COUNT_BYTES if scope == "global" else sizes.sequences * sizes.exact
-            yield Line("all-reduce", "lb: assignments per expert", sizes.layer_passes * sizes.experts * numbers)
+        scope, what = self.options.scope, "lb: assignments per expert"
+        if sizes.scope_ranks(scope) == 1:
+            return
+        if scope == "global":
+            layers = sizes.all_moe_layers * sizes.last_stage
+            yield Line("all-reduce", what, sizes.steps * layers * sizes.experts * COUNT_BYTES)
+        else:
+            numbers = sizes.layer_passes * sizes.experts * sizes.sequences
+            yield Line("all-reduce", what, numbers * sizes.exact)
