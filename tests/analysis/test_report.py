@@ -48,6 +48,7 @@ def write_run(folder: Path, name: str, words: list[str], steps: int = 30, checkp
         {"kind": "train", "step": n, "tokens": n * 100, **{key: float(random.random()) for key in names}}
         for n in range(1, steps + 1)
     ]
+    rows.append({"kind": "eval", "step": steps, "eval/piqa/acc": 0.5, "eval/piqa/bits_per_byte": 1.0 + seed})
     rows.append({"kind": "validation", "step": steps, "loss": 4.0 + seed, "perplexity": 55.0, "bits_per_byte": 2.0})
     (path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for number in range(1, checkpoints + 1):
@@ -148,7 +149,18 @@ def test_the_page_is_self_contained_and_every_link_has_a_target(tmp_path: Path) 
     assert "<td>arc_easy</td><td>acc</td>" in text
     assert "#tasks-results" in page_tags.targets
     plots = sorted(path.stem for path in (tmp_path / "out").glob("*.png"))
-    assert {"loss", "terms", "balance", "sharpness", "layers", "load", "kappa", "persistence", "clusters"} <= set(plots)
+    assert {
+        "loss",
+        "task_curves",
+        "terms",
+        "balance",
+        "sharpness",
+        "layers",
+        "load",
+        "kappa",
+        "persistence",
+        "clusters",
+    } <= set(plots)
     assert {"paths-0", "paths-1", "domains-0", "response-1"} <= set(plots)
     for name in plots:
         rows = list(csv.DictReader((tmp_path / "out" / f"{name}.csv").open()))

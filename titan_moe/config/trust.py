@@ -30,6 +30,7 @@ FILE_KEYS = (
     "checkpoint.load_path",
     "checkpoint.upcycle_path",
     "checkpoint.expert_order",
+    "eval.data",
 )
 """Keys that name files or directories, other than the run directory itself and modules."""
 RUN_FILES = ("checkpoints", "metrics.jsonl", "logs", ".lock")

@@ -8,7 +8,7 @@ import tomli
 from pydantic import BaseModel, ConfigDict
 
 from titan_moe.checkpoint.run_dir import RunDir, remove
-from titan_moe.checkpoint.state import Natural, one_line, read_json
+from titan_moe.checkpoint.state import Natural
 from titan_moe.config.describe import to_toml
 from titan_moe.config.tables import Config
 from titan_moe.config.trust import remember
@@ -17,6 +17,7 @@ from titan_moe.finetune.load import value_of
 from titan_moe.finetune.rows import Rows, read_rows, split
 from titan_moe.finetune.tables import FinetuneConfig
 from titan_moe.runtime.files import read_file, write_file
+from titan_moe.runtime.json_file import one_line, read_json
 from titan_moe.runtime.optional import check_installed
 
 STATE = "trainer_state.json"

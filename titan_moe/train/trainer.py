@@ -30,6 +30,7 @@ from titan_moe.data.shards import TokenStream
 from titan_moe.data.stream_reader import training_windows
 from titan_moe.errors import NonFiniteError, TrainingError, UserError
 from titan_moe.estimate.counts import count, meta_model
+from titan_moe.model.transformer import Transformer
 from titan_moe.optim import build_optimizer, lr_fraction, set_lr
 from titan_moe.parallel.compilation import CompileTime
 from titan_moe.parallel.mesh import Mesh, from_first
@@ -52,6 +53,10 @@ from titan_moe.train.watch import RoutingWatch, Spikes
 log = logging.getLogger("titan_moe")
 
 
+Evaluation = Callable[[Transformer, int, Callable[[], None]], dict[str, float]]
+"""Model, step and a function to call now and then, to the numbers of a row, by name. A collective; empty except on rank 0."""
+
+
 class Trainer:
     """A run: everything that lives as long as the process."""
 
@@ -62,9 +67,11 @@ class Trainer:
         run_dir: RunDir,
         mesh: Mesh,
         progress: Callable[[], None] = lambda: None,
+        evaluation: Evaluation | None = None,
     ) -> None:
-        """progress: called before every step and validation batch, so that a watchdog can tell when a rank is stuck."""
-        self.progress = progress
+        """progress: called before every step and validation batch, so that a watchdog can tell when a rank is stuck.
+        evaluation: called every `eval.every` steps."""
+        self.progress, self.evaluation = progress, evaluation
         self.config, self.run_dir, self.mesh, self.device = config, run_dir, mesh, mesh.device
         if config.training.deterministic:
             make_deterministic()
@@ -147,6 +154,8 @@ class Trainer:
             last = step == steps
             if last or due(step, config.validation.interval):
                 self.validate(step, to_the_end=last)
+            if last or due(step, config.eval.every):
+                self.evaluate(step)
             stop = self.stopping.stop
             saves = last or stop or due(step, config.checkpoint.interval)
             if saves:
@@ -252,6 +261,15 @@ class Trainer:
             if hasattr(tracker, "log_images"):
                 tracker.log_images(step, routing_images(found))
         return True
+
+    def evaluate(self, step: int) -> None:
+        """Runs the tasks and logs their measures."""
+        if self.evaluation is None:
+            return
+        self.report()
+        row = {"kind": "eval", "step": step, **self.evaluation(self.model, step, self.progress)}
+        for tracker in self.trackers:
+            tracker.log(row)
 
     def save(self, step: int, batches: Sequence[Batch]) -> None:
         """Writes a checkpoint, unless a number of it, or of a forward pass of `batches` from it, is not finite."""

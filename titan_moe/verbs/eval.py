@@ -62,12 +62,14 @@ def run(arguments: Namespace) -> int:
         data = from_first(lambda: data_folder(a.data, cache_root(config), "--data"))
         tasks = TaskSet(names, data, mesh, a.unsafe_code) if names else None
         if tasks is not None and tasks.missing:
-            asked = [name for name in tasks.missing if name not in only_from_suites(a.tasks)]
+            asked = tasks.missing.keys() - tasks.found - only_from_suites(a.tasks)
             if asked or not tasks.tasks:
-                raise UserError(f"--tasks: {'. '.join(tasks.missing[name] for name in asked or tasks.missing)}")
+                raise UserError(
+                    f"--tasks: {'. '.join(line for name, line in tasks.missing.items() if name in (asked or tasks.missing))}"
+                )
             if mesh.first:
                 listed = "".join(f"\n  {line}" for line in tasks.missing.values())
-                print(f"Not measured, {len(tasks.missing)} of {len(names)} tasks:{listed}", file=sys.stderr)
+                print(f"Not measured, or in part, {len(tasks.missing)} of {len(names)} tasks:{listed}", file=sys.stderr)
         loaded = load_model(checkpoint, config, mesh)
         if a.text:
             rows = [loss._asdict() for loss in text_losses(loaded, a.text, a.limit, a.batch_size)]
@@ -78,6 +80,8 @@ def run(arguments: Namespace) -> int:
             batches = Batches(a.batch_size, config.training.seq_len, mesh)
             rows, documents = tasks.run(loaded, batches, a.limit)
             if mesh.first:
+                if tasks.cut:
+                    print(f"{tasks.cut} texts were cut from the left to {batches.length} tokens", file=sys.stderr)
                 details = {"step": loaded.step, "missing": tasks.missing, "documents": documents}
                 print(markdown(rows), end="")
                 print(write_results(checkpoint, "-".join(names), "tasks", rows, details))

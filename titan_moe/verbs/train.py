@@ -10,6 +10,7 @@ from argparse import ArgumentParser, Namespace
 from titan_moe.config.degrees import resolve
 from titan_moe.config.describe import options_help
 from titan_moe.config.load import load_config, world_size_from_environment
+from titan_moe.runtime.optional import optional
 from titan_moe.runtime.ranks import check_ranks
 from titan_moe.verbs.arguments import add_config
 
@@ -49,6 +50,8 @@ def run(arguments: Namespace) -> int:
     def check() -> None:
         if run_dir.rank == 0:
             check_needs(config, has_tokenizer=bool(start) or newest is not None)
+        if config.eval.every:
+            optional("lm_eval", "eval", f"eval.every = {config.eval.every}")
 
     if arguments.check or world == 1:  # before torch is imported
         check()
@@ -73,6 +76,11 @@ def run(arguments: Namespace) -> int:
     with watched(run_dir.log, timeout, monitored if device.type == "cuda" else None) as progress:
         mesh = Mesh(resolve(config.parallelism, world, str), device)
         limit_waiting(timeout)
-        status = Trainer(config, prepared, run_dir, mesh, progress).run()
+        evaluation = None
+        if config.eval.every:
+            from titan_moe.analysis.evaluate.during import TaskEvaluation
+
+            evaluation = TaskEvaluation(config, prepared.tokenizer, mesh)
+        status = Trainer(config, prepared, run_dir, mesh, progress, evaluation).run()
     stop_processes()
     return status

@@ -1,8 +1,8 @@
 """Runs tasks through lm-evaluation-harness."""
 
 import contextlib
+import functools
 import random
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from titan_moe.analysis.evaluate.measures import Row, measures, scored_documents, together
 from titan_moe.analysis.evaluate.scores import Batches
-from titan_moe.analysis.evaluate.tasks import CODE, Task, how_to_get, resolved
-from titan_moe.errors import UserError
+from titan_moe.analysis.evaluate.tasks import CODE, HARNESS_FOLDERS, Task, how_to_get, resolved
+from titan_moe.errors import UserError, pip_install
 from titan_moe.generate.load import Loaded
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.runtime.optional import optional
@@ -36,39 +36,49 @@ class TaskSet:
         """names: of `named_tasks`. A collective. Raises UserError when the package lm_eval is missing, or for a name that
         is no task; a task whose data is missing goes to `missing`."""
         self.harness = optional("lm_eval", "eval", "--tasks")
-        optional("lm_eval.tasks", "eval", "--tasks")
-        self.manager = self.harness.tasks.TaskManager()
+        folders = {HARNESS_FOLDERS.get(name, "mmlu" if name.startswith("mmlu_") else "") for name in names}
+        self.manager = task_manager(tuple(sorted(folders)))
         self.tasks: list[LoadedTask] = []
+        self.cut = 0
+        """Texts of the latest run that were longer than the model's sequences."""
         self.missing: dict[str, str] = {}
         """By name, why a task can't be measured and how to get what is missing, in a line."""
         with fixed_random_numbers():
             for name in names:
-                try:
-                    self.tasks += self.load(name, data, mesh, run_code)
-                except (OSError, ImportError, ValueError, AssertionError) as error:
-                    self.missing[name] = how_to_get(name, reason(error))
-        for found in gathered(self.missing, mesh):
-            self.missing |= found
-        self.tasks = [one for one in self.tasks if one.task.group not in self.missing]
+                self.load(name, data, mesh, run_code)
+        for others, missing in gathered(([one.task for one in self.tasks], self.missing), mesh):
+            self.tasks = [one for one in self.tasks if one.task in others]
+            self.missing |= missing
 
-    def load(self, name: str, data: Path | None, mesh: Mesh, run_code: bool) -> list[LoadedTask]:
-        """What a name stands for, with its data. Raises UserError, and what the harness raises for missing data."""
+    @property
+    def found(self) -> set[str]:
+        """The names of which at least one measure can be taken."""
+        return {one.task.group for one in self.tasks}
+
+    def load(self, name: str, data: Path | None, mesh: Mesh, run_code: bool) -> None:
+        """Adds what a name stands for, with its data, and what is missing. Raises UserError for a name that is no task."""
+        unreadable = (OSError, ValueError, AssertionError, optional("datasets.exceptions", "eval").DatasetsError)
         definitions = {name: entry.yaml_path for name, entry in self.manager.task_index.items() if entry.yaml_path}
-        loaded = []
         with tempfile.TemporaryDirectory() as folder:
             for task in resolved(name, data, definitions, Path(folder), run_code):
                 if not task.local and task.harness not in self.manager.task_index:
                     raise UserError(
                         f"--tasks: no task {name!r} in lm-evaluation-harness; `lm-eval ls tasks` lists them"
                     )
-                if not task.local and name in CODE and not run_code:
-                    raise ValueError("without prompts its only measure runs the model's code (--unsafe-code)")
-                spec = str(Path(folder, f"{task.harness}.yaml")) if task.local else task.harness
-                found = self.manager.load([spec])
-                groups = [group for group in found["groups"].values() if group.name == task.harness]
-                check_generation(name, found["tasks"].values(), mesh)
-                loaded.append(LoadedTask(task, groups or [*found["tasks"].values()]))
-        return loaded
+                try:
+                    if not task.local and name in CODE and not run_code:
+                        raise ValueError("without prompts its only measure runs the model's code (--unsafe-code)")
+                    spec = str(Path(folder, f"{task.harness}.yaml")) if task.local else task.harness
+                    found = self.manager.load([spec])
+                except ImportError:
+                    need = "needs sympy, math_verify, antlr4" if name == "math_500" else "needs more packages"
+                    self.missing[name] = f"{name}: its measure {need}: {pip_install('lm-eval[math]')}"
+                except unreadable as error:
+                    self.missing[name] = how_to_get(name, reason(error))
+                else:
+                    check_generation(name, found["tasks"].values(), mesh)
+                    groups = [group for group in found["groups"].values() if group.name == task.harness]
+                    self.tasks.append(LoadedTask(task, groups or [*found["tasks"].values()]))
 
     def run(self, loaded: Loaded, batches: Batches, limit: int = 0) -> tuple[list[Row], list[Row]]:
         """A row per task and measure, and the answers to every document; both empty except on rank 0. A collective.
@@ -92,9 +102,18 @@ class TaskSet:
                 if found is not None and loaded.mesh.first:
                     rows += [{**row, "group": task.group} for row in measures(found, task)]
                     documents += scored_documents(found)
-        if model.cut and loaded.mesh.first:
-            print(f"{model.cut} texts were cut from the left to {model.max_length} tokens", file=sys.stderr)
+        self.cut = model.cut
         return with_means(rows), documents
+
+
+@functools.cache
+def task_manager(folders: tuple[str, ...]) -> Any:
+    """The harness's index of its definitions, of these of its folders; "": all of them."""
+    tasks = optional("lm_eval.tasks", "eval", "--tasks")
+    if "" in folders:
+        return tasks.TaskManager()
+    own = Path(tasks.__file__).parent
+    return tasks.TaskManager(include_defaults=False, include_path=[str(own / folder) for folder in folders])
 
 
 def with_means(rows: list[Row]) -> list[Row]:

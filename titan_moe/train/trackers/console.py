@@ -38,6 +38,10 @@ class Console:
                 f"bits per byte {row['bits_per_byte']:.4f}"
             )
             return
+        if row["kind"] == "eval":
+            values = "  ".join(f"{name[5:]} {row[name]:.4g}" for name in row if name.startswith("eval/"))
+            log.info(f"tasks at step {row['step']}: {values}")
+            return
         self.recent = [*self.recent[-49:], row["step_seconds"]]
         if row["step"] % self.interval == 0 or row["step"] in (1, self.steps):
             left = (self.steps - row["step"]) * sorted(self.recent)[len(self.recent) // 2]

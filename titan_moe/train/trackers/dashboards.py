@@ -49,7 +49,7 @@ class Dashboard:
 
     def log(self, row: dict[str, Any]) -> None:
         step, kind = row["step"], row["kind"]
-        if kind == "validation" or step == 1 or step % self.interval == 0:
+        if kind != "train" or step == 1 or step % self.interval == 0:
             scalars = {name: value for name, value in row.items() if name not in ("step", "kind", "data_crc")}
             self.show(step, {name if "/" in name else f"{kind}/{name}": value for name, value in scalars.items()})
 
