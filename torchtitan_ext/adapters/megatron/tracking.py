@@ -31,7 +31,7 @@ def log_names(config: Any) -> list[str]:
 
 
 def log_also(names: Sequence[str]) -> None:
-    """Makes Megatron-LM's training loop log these names beside its own. Call it once, before `pretrain`.
+    """Makes Megatron-LM's training loop log these names beside its own.
 
     Up to 0.17 the loop calls a function, which this replaces in `megatron.training.training`; later it asks a tracker, for
     which Megatron-Core has a setter."""
@@ -52,7 +52,8 @@ def with_names(function: Callable[..., Any], names: Sequence[str]) -> Callable[.
     @wraps(function)
     def wrapped(*arguments: Any, track_names: Any = None, **options: Any) -> Any:
         if track_names is not None:
-            track_names = [*([track_names] if isinstance(track_names, str) else track_names), *names]
+            asked = [track_names] if isinstance(track_names, str) else track_names
+            track_names = list(dict.fromkeys([*asked, *names]))
         return function(*arguments, track_names=track_names, **options)
 
     return wrapped
