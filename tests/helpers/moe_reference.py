@@ -13,6 +13,11 @@ from torch import Tensor
 
 from torchtitan_ext.ops import draws
 
+NAMES = (
+    *("lb", "lb-sequence", "z", "sp", "cp", "cp-activated", "cp-transition"),
+    *("o", "o-code", "v", "v-global", "v-code", "erc"),
+)
+
 
 class Layer(NamedTuple):
     """What one MoE layer of the plain model computed, with its graph."""
@@ -33,7 +38,7 @@ def captured(model: Any, score: str) -> Iterator[list[Layer]]:
     routed: list[tuple[Tensor, Tensor]] = []
 
     def router(module: Any, arguments: Any, output: Any) -> None:  # noqa: ARG001
-        (weight,) = [p for p in module.parameters() if p.dim() == 2]
+        (weight,) = [p for p in module.parameters() if p.dim() == 2 and p.shape[0] > 1]
         routed.append((output[0].reshape(-1, output[0].shape[-1]), weight))
 
     def experts(module: Any, arguments: Any, options: Any) -> None:
@@ -82,13 +87,7 @@ def terms(
     rows = weights.tolist()
     labelled = [i for i, w in enumerate(rows) if w > 0]
     zero = torch.zeros((), dtype=torch.float64)
-    found = {
-        name: zero.clone()
-        for name in (
-            *("lb", "lb-sequence", "z", "sp", "cp", "cp-activated", "cp-transition"),
-            *("o", "o-code", "v", "v-global", "v-code", "erc"),
-        )
-    }
+    found = {name: zero.clone() for name in NAMES}
     for number, layer in enumerate(layers):
         experts = layer.scores.shape[1]
         for i in labelled:
