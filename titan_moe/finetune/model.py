@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from titan_moe.checkpoint.state import one_line
 from titan_moe.errors import UserError
 from titan_moe.finetune.tables import FinetuneConfig, Lora, Model
+from titan_moe.runtime.json_file import one_line
 from titan_moe.runtime.optional import optional
 
 log = logging.getLogger("titan_moe")
