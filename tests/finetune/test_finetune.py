@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scripts.make_tiny_model import make_model
 from tests.helpers.commands import environment, start, titan_moe, wait_for_step
+from tests.helpers.tiny_models import tokenizer
 from titan_moe.checkpoint.run_dir import read_rows
 from titan_moe.cli import parse
 
@@ -43,24 +45,25 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.slow
 def test_full_fine_tuning_and_resumption(words: list[str], pairs: Path, tmp_path: Path) -> None:
     """The loss falls; the model loads. A run stopped by SIGINT at any step goes on to the same rows and weights."""
-    words = [*words, f"--data.train={pairs}", "--data.validation_fraction=0.25", "--validation.interval=3"]
+    words = [*words, f"--data.train={pairs}", "--data.validation_fraction=0.25", "--validation.interval=10"]
+    words += ["--training.steps=20", "--checkpoint.interval=5"]
     whole, parts = tmp_path / "runs" / "whole", tmp_path / "runs" / "parts"
     train(*words, "--job.name=whole")
     history = rows(whole)
-    assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in history] == [*range(1, 21)]
     assert history[-1]["ce"] < history[0]["ce"] - 0.5
     for row in history:
         terms = 1e-2 * row["reg/lb"] + 0.1 * row["reg/sp"] + 0.05 * row["reg/cp"]
         assert row["loss"] - row["ce"] == pytest.approx(terms, abs=1.5e-6)
     validations = rows(whole, "validation")
-    assert [row["step"] for row in validations] == [3, 6]
+    assert [row["step"] for row in validations] == [10, 20]
     assert validations[1]["loss"] < validations[0]["loss"]
     model = AutoModelForCausalLM.from_pretrained(whole / "model")
     assert model.dtype == torch.float32
     assert AutoTokenizer.from_pretrained(whole / "model").chat_template
 
-    process = start(*words, "--job.name=parts", "--training.steps=6")
-    wait_for_step(parts, 3, process)
+    process = start(*words, "--job.name=parts")
+    wait_for_step(parts, 3, process, seconds=200)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
@@ -73,10 +76,10 @@ def test_full_fine_tuning_and_resumption(words: list[str], pairs: Path, tmp_path
     again, once = (load_file(run / "model" / "model.safetensors") for run in (parts, whole))
     assert all(torch.equal(again[name], once[name]) for name in once)
 
-    finished = titan_moe(*words, "--job.name=parts")
+    finished = titan_moe(*words, "--job.name=parts", timeout=300)
     assert finished.returncode == 0
-    assert "is finished: 6 steps" in finished.stdout
-    changed = titan_moe(*words, "--job.name=parts", "--data.seq_len=16", "--training.steps=8")
+    assert "is finished: 20 steps" in finished.stdout
+    changed = titan_moe(*words, "--job.name=parts", "--data.seq_len=16", "--training.steps=30")
     assert changed.returncode == 2
     assert changed.stderr.splitlines()[-1].startswith("error: data.seq_len = 16: the run ")
 
@@ -102,7 +105,7 @@ def test_adapters_on_chats_merge_and_two_arms_are_compared(words: list[str], cha
         adapted = peft.PeftModel.from_pretrained(base, str(run / "adapter"))(input_ids=ids).logits
         merged = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)(input_ids=ids).logits
     torch.testing.assert_close(merged, adapted, rtol=0, atol=2e-5)
-    done = titan_moe("report", str(run), str(other), "--output", str(tmp_path / "page"))
+    done = titan_moe("report", str(run), str(other), "--output", str(tmp_path / "page"), timeout=300)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page" / "index.html").read_text()
     assert "adapters of rank 4" in page
@@ -174,3 +177,35 @@ def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--lora.rank=0  (int, >= 0)" in text
     assert "--regularizers.sp.weight=" in text
     assert "--training.deterministic" not in text
+
+
+@pytest.mark.slow
+def test_the_balancing_bias_moves_and_is_saved_with_adapters(words: list[str], pairs: Path, tmp_path: Path) -> None:
+    """Every step moves each bias by the rate or not at all. Resumed, saved and merged, it is the same; one process would
+    have the same bits."""
+    make_model("glm4_moe").save_pretrained(tmp_path / "glm")
+    tokenizer().save_pretrained(tmp_path / "glm")
+    words = [*words, f"--data.train={pairs}", f"--model.path={tmp_path / 'glm'}", "--lora.rank=4", "--lora.merge=true"]
+    words += ["--regularizers.lb.weight=0", "--balancer.rate=0.5", "--training.steps=3"]
+    train(*words, "--job.name=parts")
+    train(*words, "--job.name=parts", "--training.steps=6")
+    run = tmp_path / "runs" / "parts"
+    biases = load_file(run / "adapter" / "balancing_bias.safetensors")
+    assert len(biases) == 2
+    states = [
+        json.loads((run / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").read_text()) for step in (3, 6)
+    ]
+    for name, bias in biases.items():
+        kept = [
+            torch.tensor(state["stateful_callbacks"]["Balancing"]["attributes"]["biases"][name]) for state in states
+        ]
+        assert torch.equal(kept[1], bias)
+        assert all((values.abs() <= 0.5 * step).all() for step, values in zip((3, 6), kept, strict=True))
+        assert torch.equal(bias * 2, (bias * 2).round())  # sums of steps of 1/2
+        assert (kept[1] - kept[0]).abs().max() <= 1.5
+        assert bias.abs().max() > 0
+    merged = load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(merged[name], bias) for name, bias in biases.items())
+    refused = titan_moe(*words[:-1], "--job.name=qwen", f"--model.path={words[4].partition('=')[2]}")
+    assert refused.returncode == 2
+    assert "error: balancer.rate = 0.5: qwen3_moe has 0 balancing biases" in refused.stderr

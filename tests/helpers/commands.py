@@ -69,10 +69,10 @@ def complaints(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if not line.startswith(("Training a tokenizer", "Read ", "  "))]
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Returns once metrics.jsonl of run directory `run` has a row of `step`. Fails after a minute, or when `process`
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str], seconds: float = 60) -> None:
+    """Returns once metrics.jsonl of run directory `run` has a row of `step`. Fails after some seconds, or when `process`
     ends."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         metrics = run / "metrics.jsonl"
         if metrics.exists() and f'"step": {step},' in metrics.read_text():

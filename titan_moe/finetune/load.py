@@ -86,6 +86,8 @@ def check(config: FinetuneConfig, origins: dict[str, str], path: Path, world_siz
         )
     if config.data.validation and config.data.validation_fraction:
         raise wrong("data.validation_fraction", "data.validation names files for validation; give one of the two")
+    if config.balancer.center and not config.balancer.rate:
+        raise wrong("balancer.center", "has no effect with balancer.rate = 0")
     unknown = [name for name in config.metrics.trackers if name not in TRACKER_PACKAGES]
     if unknown:
         raise wrong("metrics.trackers", f"there are {', '.join(TRACKER_PACKAGES)}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from titan_moe.checkpoint.run_dir import remove
+from titan_moe.finetune.balancing import load_biases, save_biases
 from titan_moe.finetune.model import load_model
 from titan_moe.finetune.tables import FinetuneConfig
 from titan_moe.runtime.files import refuse_link
@@ -29,6 +30,7 @@ def save_result(config: FinetuneConfig, trainer: Any, tokenizer: Any, run: Path,
         write_model(model, run / MODEL, tokenizer, state, config.model.dtype)
         return [f"{run / MODEL}: the model, in {config.model.dtype}"]
     write(model, run / ADAPTER, tokenizer, state)
+    save_biases(model.get_base_model(), run / ADAPTER)
     lines = [f"{run / ADAPTER}: the adapters, for peft.PeftModel.from_pretrained"]
     if config.lora.merge:
         merge(config, run, tokenizer)
@@ -42,6 +44,7 @@ def merge(config: FinetuneConfig, run: Path, tokenizer: Any) -> None:
     The model is loaded once more: the one that was trained may be sharded over ranks."""
     peft = optional("peft", "hf")
     merged = peft.PeftModel.from_pretrained(load_model(config), str(run / ADAPTER)).merge_and_unload()
+    load_biases(merged, run / ADAPTER)
     write_model(merged, run / MODEL, tokenizer, merged.state_dict(), config.model.dtype)
 
 

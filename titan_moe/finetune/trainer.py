@@ -13,6 +13,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from titan_moe.checkpoint.run_dir import read_rows
 from titan_moe.errors import TrainingError, UserError
+from titan_moe.finetune.balancing import Balancing
 from titan_moe.finetune.inputs import Inputs
 from titan_moe.finetune.tables import FinetuneConfig
 from titan_moe.runtime.device import peak_memory_gib
@@ -56,6 +57,8 @@ class FineTuner(RegularizedSFTTrainer):
             peft_config=adapters,
             callbacks=[self.rows],
         )
+        if config.balancer.rate:
+            self.add_callback(Balancing(self.attached, config.balancer, inputs.checkpoint))
         self.remove_callback(PrinterCallback)  # prints every log to stdout
         self.config, self.stopping = config, stopping
         for name, dataset in (("data.train", self.train_dataset), ("data.validation", self.eval_dataset)):
