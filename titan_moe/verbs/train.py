@@ -6,6 +6,7 @@ examples: titan-moe train --config debug --training.steps=1000
 
 import os
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from titan_moe.config.degrees import resolve
 from titan_moe.config.describe import options_help
@@ -40,6 +41,11 @@ def run(arguments: Namespace) -> int:
     start = config.checkpoint.load_path or config.checkpoint.upcycle_path
     check_needs(config, has_tokenizer=bool(start) or run_dir.newest() is not None)
     if config.eval.every:
+        from titan_moe.analysis.evaluate.packaged import WORD, check_data
+        from titan_moe.analysis.evaluate.tasks import named_tasks
+
+        named_tasks(config.eval.tasks, "eval.tasks")
+        check_data(Path(config.eval.data or WORD), "eval.data")
         optional("lm_eval", "eval", f"eval.every = {config.eval.every}")
     if arguments.check:
         prepare_run(config, run_dir)
