@@ -203,3 +203,23 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path, corpus_
     assert process.returncode == 1
     assert "1 of 2 runs" in out
     assert "failed: bad--seed0: status 2: error: checkpoint.load_path = '/nowhere': " in errors
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_tasks_on_the_last_checkpoint_of_every_cell(tmp_path: Path, corpus_dir: Path) -> None:
+    """Also on cells that had finished before the sweep asked for tasks."""
+    pytest.importorskip("lm_eval")
+    (tmp_path / "data" / "piqa").mkdir(parents=True)
+    documents = [{"goal": f"import {n}", "sol1": "write it", "sol2": "read it", "label": n % 2} for n in range(3)]
+    lines = "".join(f"{json.dumps(document)}\n" for document in documents)
+    (tmp_path / "data" / "piqa" / "validation.jsonl").write_text(lines)
+    file = tmp_path / "mine.toml"
+    file.write_text("validations = 1\n[arms.lb]\n[arms.z]\nregularizers.z.weight = 0.1\n")
+    finish(start_sweep(file, tmp_path / "out", corpus_dir))
+    assert "piqa" not in (tmp_path / "out" / "results.md").read_text()
+    options = f'eval = "piqa"\neval_options = ["--data={tmp_path / "data"}", "--limit=2"]\n'
+    file.write_text(options + file.read_text())
+    finish(start_sweep(file, tmp_path / "out", corpus_dir))
+    assert "| piqa | acc | z | 1 |" in (tmp_path / "out" / "results.md").read_text()
+    measures = {row["measure"] for row in csv.DictReader((tmp_path / "out" / "comparisons.csv").open())}
+    assert {"loss", "eval/piqa/acc_norm", "eval/piqa/bits_per_byte"} <= measures

@@ -6,6 +6,7 @@ examples: titan-moe train --config debug --training.steps=1000
 
 import os
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from titan_moe.config.degrees import resolve
 from titan_moe.config.describe import options_help
@@ -51,6 +52,11 @@ def run(arguments: Namespace) -> int:
         if run_dir.rank == 0:
             check_needs(config, has_tokenizer=bool(start) or newest is not None)
         if config.eval.every:
+            from titan_moe.analysis.evaluate.packaged import WORD, check_data
+            from titan_moe.analysis.evaluate.tasks import named_tasks
+
+            named_tasks(config.eval.tasks, "eval.tasks")
+            check_data(Path(config.eval.data or WORD), "eval.data")
             optional("lm_eval", "eval", f"eval.every = {config.eval.every}")
 
     if arguments.check or world == 1:  # before torch is imported

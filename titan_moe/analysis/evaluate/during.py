@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from titan_moe.analysis.evaluate.evaluation import TaskSet
-from titan_moe.analysis.evaluate.packaged import WORD, check_data, data_folder
+from titan_moe.analysis.evaluate.packaged import WORD, data_folder
 from titan_moe.analysis.evaluate.scores import Batches
 from titan_moe.analysis.evaluate.tasks import named_tasks
 from titan_moe.config.degrees import micro_batch_size
@@ -30,10 +30,9 @@ class TaskEvaluation:
         """Loads the tasks; a collective. Raises UserError for what is no task, or has no data."""
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         chosen = Path(config.eval.data or WORD)
-        check_data(chosen, "eval.data")
         data = from_first(lambda: data_folder(chosen, cache_root(config), "eval.data"))
         with quiet():
-            self.tasks = TaskSet(named_tasks(config.eval.tasks), data, mesh)
+            self.tasks = TaskSet(named_tasks(config.eval.tasks, "eval.tasks"), data, mesh)
         if self.tasks.missing.keys() - self.tasks.found:
             raise UserError(f"eval.tasks: {'. '.join(self.tasks.missing.values())}")
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from titan_moe.analysis.evaluate.measures import Row, measures, scored_documents, together
 from titan_moe.analysis.evaluate.scores import Batches
-from titan_moe.analysis.evaluate.tasks import CODE, HARNESS_FOLDERS, Task, how_to_get, resolved
+from titan_moe.analysis.evaluate.tasks import CODE, HARNESS_FOLDERS, PROMPTS, Task, how_to_get, resolved
 from titan_moe.errors import UserError, pip_install
 from titan_moe.generate.load import Loaded
 from titan_moe.parallel.mesh import Mesh
@@ -66,8 +66,8 @@ class TaskSet:
                         f"--tasks: no task {name!r} in lm-evaluation-harness; `lm-eval ls tasks` lists them"
                     )
                 try:
-                    if not task.local and name in CODE and not run_code:
-                        raise ValueError("without prompts its only measure runs the model's code (--unsafe-code)")
+                    if name in CODE and task.kind == "harness":
+                        raise ValueError(f"there is no {name}/{PROMPTS}, from which its programs are made")
                     spec = str(Path(folder, f"{task.harness}.yaml")) if task.local else task.harness
                     found = self.manager.load([spec])
                 except ImportError:
@@ -76,7 +76,7 @@ class TaskSet:
                 except unreadable as error:
                     self.missing[name] = how_to_get(name, reason(error))
                 else:
-                    check_generation(name, found["tasks"].values(), mesh)
+                    check_possible(name, found["tasks"].values(), mesh)
                     groups = [group for group in found["groups"].values() if group.name == task.harness]
                     self.tasks.append(LoadedTask(task, groups or [*found["tasks"].values()]))
 
@@ -90,17 +90,17 @@ class TaskSet:
         rows: list[Row] = []
         documents: list[Row] = []
         with fixed_random_numbers():
-            for task, objects in self.tasks:
+            for group in dict.fromkeys(one.task.group for one in self.tasks):
+                tasks = [one for one in self.tasks if one.task.group == group]
                 found = self.harness.simple_evaluate(
                     model,
-                    tasks=objects,
+                    tasks=[item for one in tasks for item in one.objects],
                     task_manager=self.manager,
                     limit=limit or None,
                     bootstrap_iters=BOOTSTRAP,
-                    confirm_run_unsafe_code=task.name in CODE,
                 )
                 if found is not None and loaded.mesh.first:
-                    rows += [{**row, "group": task.group} for row in measures(found, task)]
+                    rows += [{**row, "group": group} for row in measures(found, [one.task for one in tasks])]
                     documents += scored_documents(found)
         self.cut = model.cut
         return with_means(rows), documents
@@ -117,17 +117,20 @@ def task_manager(folders: tuple[str, ...]) -> Any:
 
 
 def with_means(rows: list[Row]) -> list[Row]:
-    """The rows, and for a name that stands for several tasks on local files (MMLU) the means over all documents."""
-    result: list[Row] = []
-    for name in dict.fromkeys(row["group"] for row in rows):
-        own = [{key: value for key, value in row.items() if key != "group"} for row in rows if row["group"] == name]
-        parts = [row for row in own if row["task"] != name]
-        result += own if len(parts) < len(own) else [*together(own, name), *own]
-    return result
+    """The rows without their groups; where MMLU is one task per subject, before them its means over all documents."""
+    mmlu = [row for row in rows if row["group"] == "mmlu"]
+    means = [] if any(row["task"] == "mmlu" for row in mmlu) else together(mmlu, "mmlu")
+    return [*means, *({key: value for key, value in row.items() if key != "group"} for row in rows)]
 
 
-def check_generation(name: str, tasks: Any, mesh: Mesh) -> None:
-    """Raises UserError for a task with generated text where a text's tokens are spread over ranks."""
+def check_possible(name: str, tasks: Iterable[Any], mesh: Mesh) -> None:
+    """Raises UserError for a task that runs code by itself, and for one with generated text where the tokens of a text are
+    spread over ranks."""
+    tasks = [*tasks]
+    if any(getattr(task, "UNSAFE_CODE", False) for task in tasks):
+        raise UserError(
+            f"--tasks: {name}: runs code that the model has written without limits; take {' or '.join(CODE)}"
+        )
     if mesh.degrees.tp * mesh.degrees.cp > 1 and any(task.OUTPUT_TYPE == "generate_until" for task in tasks):
         raise UserError(
             f"--tasks: {name}: the model writes text, one token at a time, which tp and cp can't spread over ranks; leave "

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from titan_moe.analysis.evaluate.code import judged
@@ -11,32 +11,41 @@ from titan_moe.analysis.evaluate.tasks import PREFIX, Task
 Row = dict[str, Any]
 
 
-def measures(found: dict[str, Any], task: Task) -> list[Row]:
-    """The rows of a task, or of a group and its tasks, from a result of the harness. Runs code for tasks of kind "code"."""
-    if task.kind == "reference":
-        values = [reference_bits_per_byte(sample) for sample in found["samples"][task.harness]]
-        return [row(task.name, "bits_per_byte", *mean_and_error(values), len(values))]
-    if task.kind == "code":
-        values = [float(one) for one in judged(task.name, found["samples"][task.harness])]
-        return [row(task.name, "pass@1", *mean_and_error(values), len(values))]
+def measures(found: dict[str, Any], tasks: Sequence[Task]) -> list[Row]:
+    """The rows of tasks, or of a group and its tasks, from a result of the harness. Runs code for tasks of kind "code"."""
+    known = {task.harness: task for task in tasks}
     rows: list[Row] = []
     for name, values in found["results"].items():
-        shown = name.removeprefix(PREFIX) if name != task.harness else task.name
-        count = found["n-samples"].get(name, {}).get("effective", values.get("sample_len")) or None
+        task = known.get(name)
         samples = samples_of(found, name)
-        for key, value in values.items():
-            measure, _, rule = key.partition(",")
-            if not rule or measure.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            label = measure if rule == "none" else f"{measure} ({rule})"
-            error = values.get(f"{measure}_stderr,{rule}")
-            error = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
-            chance = chance_level(samples) if measure.startswith("acc") else None
-            rows.append(row(shown, label, float(value), error, count, chance))
-        bits = [bits for sample in samples if (bits := gold_bits_per_byte(sample)) is not None]
-        if bits and has_one_answer(samples):
-            rows.append(row(shown, "bits_per_byte", *mean_and_error(bits), len(bits)))
+        if task is not None and task.kind == "reference":
+            numbers = [reference_bits_per_byte(sample) for sample in samples]
+            rows.append(row(task.name, "bits_per_byte", *mean_and_error(numbers), len(numbers)))
+        elif task is not None and task.kind == "code":
+            numbers = [float(one) for one in judged(task.name, samples)]
+            rows.append(row(task.name, "pass@1", *mean_and_error(numbers), len(numbers)))
+        else:
+            count = found["n-samples"].get(name, {}).get("effective", values.get("sample_len")) or None
+            rows += harness_rows(name.removeprefix(PREFIX) if task is None else task.name, values, count, samples)
     return rows
+
+
+def harness_rows(
+    name: str, values: dict[str, Any], count: int | None, samples: Sequence[dict[str, Any]]
+) -> Iterator[Row]:
+    """The rows of what the harness has measured, and the bits per byte of right choices."""
+    for key, value in values.items():
+        measure, _, rule = key.partition(",")
+        if not rule or measure.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        label = measure if rule == "none" else f"{measure} ({rule})"
+        error = values.get(f"{measure}_stderr,{rule}")
+        error = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+        chance = chance_level(samples) if measure.startswith("acc") else None
+        yield row(name, label, float(value), error, count, chance)
+    bits = [bits for sample in samples if (bits := gold_bits_per_byte(sample)) is not None]
+    if bits and has_one_answer(samples):
+        yield row(name, "bits_per_byte", *mean_and_error(bits), len(bits))
 
 
 def row(

@@ -73,13 +73,13 @@ class Task(NamedTuple):
     """"harness": measured as the harness does; "reference": bits per byte of the right text; "code": pass@1 of code."""
 
 
-def named_tasks(text: str) -> list[str]:
+def named_tasks(text: str, origin: str = "--tasks") -> list[str]:
     """Task names of a list with commas, suites written out. Raises UserError."""
     names: list[str] = []
     for word in filter(None, text.split(",")):
         names += SUITES.get(word, (ALIASES.get(word, word),))
     if not names:
-        raise UserError(f"--tasks = {text!r}: names no task; give names with commas, or a suite: {', '.join(SUITES)}")
+        raise UserError(f"{origin} = {text!r}: names no task; give names with commas, or a suite: {', '.join(SUITES)}")
     return list(dict.fromkeys(names))
 
 
