@@ -14,7 +14,6 @@ from tests.helpers.commands import TINY
 from tests.helpers.runs import train
 from tests.helpers.strangers import (
     checkpoint_of,
-    copied_run,
     edit_config,
     edit_state,
     program,
@@ -28,23 +27,6 @@ from titan_moe.errors import UserError
 
 SMALL = ["--sequences=2", "--cluster-tokens=0", "--examples=1"]
 READERS = [["inspect", *SMALL], ["place", "--ranks=2", "--sequences=4"]]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, cache_dir: Path) -> Path:
-    """A run of four steps."""
-    folder = tmp_path_factory.mktemp("made")
-    words = [*TINY, f"--data.corpus={corpus_dir}", f"--data.cache_dir={cache_dir}", f"--job.output_dir={folder}"]
-    config = load_config("debug", [*words, "--training.steps=4", "--metrics.tensorboard=false"])
-    train(config)
-    return RunDir(config).path
-
-
-@pytest.fixture
-def stranger(run: Path, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the run, with the cache that has its text."""
-    monkeypatch.setenv("TITAN_MOE_CACHE", str(cache_dir))
-    return copied_run(run, tmp_path)
 
 
 @pytest.mark.parametrize("words", READERS, ids=["inspect", "place"])

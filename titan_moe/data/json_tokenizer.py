@@ -13,6 +13,7 @@ import numpy as np
 
 from titan_moe.data.tokenizer import SAMPLE, SPACE, Tokenizer
 from titan_moe.errors import UserError
+from titan_moe.runtime.json_file import read_json
 from titan_moe.runtime.optional import optional
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -125,7 +126,7 @@ def complete(model: bytes, folder: Path, origin: str) -> bytes:
     if after or not path.is_file():
         return model
     try:
-        loaded = json.loads(path.read_bytes())
+        loaded = read_json(path.resolve())  # in a download cache it is a link
         config = loaded if isinstance(loaded, dict) else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: can't be read: {error}") from error

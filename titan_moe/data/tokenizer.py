@@ -16,6 +16,7 @@ import numpy.typing as npt
 import sentencepiece
 
 from titan_moe.errors import UserError
+from titan_moe.runtime.files import read_file
 
 SKIPPED = "\u2585"  # sentencepiece does not train on a sentence with this character
 SPACE = "\u2581"  # sentencepiece's character for a space inside a piece
@@ -177,7 +178,7 @@ def _sentences(texts: Iterable[str], length: int = 2000) -> Iterator[str]:
 def read_tokenizer(path: str, origin: str) -> Tokenizer:
     """A tokenizer from a .model file or a tokenizer.json; `~` is the home directory. Raises UserError."""
     try:
-        model = Path(path).expanduser().read_bytes()
+        model = read_file(Path(path).expanduser().resolve(), TOKENIZER_BYTES)  # in a download cache it is a link
     except OSError as error:
         raise UserError(f"{origin} = {path!r}: can't be read: {error.strerror}") from error
     except (ValueError, RuntimeError) as error:  # a NUL character; no home directory
