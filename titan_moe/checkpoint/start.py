@@ -15,7 +15,7 @@ from titan_moe.checkpoint.run_dir import newest_of
 from titan_moe.checkpoint.state import State, dump, read_state
 from titan_moe.config.tables import Config, MoE
 from titan_moe.errors import UserError
-from titan_moe.model.init import draw, local_part
+from titan_moe.model.init import draw_part, local_part
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh
 
@@ -101,5 +101,8 @@ def upcycle(model: Transformer, path: Path, noise: float, seed: int) -> None:
             full = torch.stack(list(dense_weights.values())).reshape(parameter.shape[1:])
             std = noise * float(full.std())
             for expert, target in enumerate(shard, start=first):
-                expert_weight = full + draw(f"{seed}/upcycle/{name}/{expert}", full.shape, std) if std else full
-                target.copy_(expert_weight[tuple(map(slice, corner, map(add, corner, target.shape)))])
+                expert_weight = full[tuple(map(slice, corner, map(add, corner, target.shape)))]
+                if std:
+                    key = f"{seed}/upcycle/{name}/{expert}"
+                    expert_weight = expert_weight + draw_part(key, full.shape, std, corner, target.shape)
+                target.copy_(expert_weight)

@@ -80,10 +80,14 @@ def check_degrees(config: Config, degrees: Degrees, origin: Origin) -> None:
             f"{origin('parallelism.ep')} = {degrees.ep} must divide model.moe.experts = {moe.experts}: "
             f"{_divisors(moe.experts)}"
         )
-    if degrees.ep > 1 and config.model.dim % degrees.expert_fsdp:
+    hidden = moe.hidden_dim // degrees.tp
+    if degrees.ep > 1 and all(
+        size % degrees.expert_fsdp for size in (moe.experts // degrees.ep, config.model.dim, hidden)
+    ):
         raise UserError(
-            f"{origin('parallelism.ep')}: an expert can't be sharded evenly over {degrees.expert_fsdp} ranks "
-            f"(dp_shard * cp / ep): that must divide model.dim = {config.model.dim}"
+            f"{origin('parallelism.ep')}: the experts of a rank can't be sharded evenly over {degrees.expert_fsdp} ranks "
+            f"(dp_shard * cp / ep): that must divide model.moe.experts / ep = {moe.experts // degrees.ep}, "
+            f"model.dim = {config.model.dim} or model.moe.hidden_dim / tp = {hidden}"
         )
     check_tensor_parallel(config, degrees.tp, origin)
     check_pipeline(config, degrees, origin)

@@ -42,7 +42,8 @@ def on_whole_matrices(x: Tensor, like: Tensor, function: Callable[[Tensor], Tens
         return function(x)
     mesh, placements = like.device_mesh, like.placements
     if like.dim() > 2:
-        for axis, placement in enumerate(placements):
+        # The last mesh dimension first: where two of them shard the same dimension, the first one holds parts of its parts.
+        for axis, placement in reversed(list(enumerate(placements))):
             dim = getattr(placement, "dim", 0)
             if dim >= like.dim() - 2:
                 function = partial(_exchanged, function, dim, mesh.get_group(axis))

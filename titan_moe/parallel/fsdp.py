@@ -19,6 +19,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPM
 from torch.distributed.tensor import Shard
 
 from titan_moe.errors import UserError
+from titan_moe.model.gemm import local
+from titan_moe.model.moe import Experts
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.norm import sum_gradients
@@ -41,16 +43,14 @@ def apply_fsdp(model: Transformer, mesh: Mesh, reshard_after_forward: bool) -> N
             "install torch 2.13 or newer, or set it to 1"
         )
     expert_mesh = mesh_info(mesh.expert_dense) if mesh.ep is not None else None
-    # Along the model dimension where it divides evenly: ep and tp already shard the experts and their hidden units.
-    even = model.settings.dim % mesh.expert_dense.size(-1) == 0
     replicated = set(routers(model))
     for block in model.blocks():
-        expert_dims = {} if block.moe is None else {block.moe.experts.gate_up: 3, block.moe.experts.down: 1}
+        expert_dims = {} if block.moe is None else expert_dimensions(block.moe.experts, mesh.expert_dense.size(-1))
 
         def placement(parameter: nn.Parameter, expert_dims: dict[nn.Parameter, int] = expert_dims) -> Any:
             if parameter not in expert_dims:
                 return None
-            shard = Shard(expert_dims[parameter] if even else 0)
+            shard = Shard(expert_dims[parameter])
             return shard if expert_mesh is None else ShardOnMesh(shard, expert_mesh)
 
         fully_shard(
@@ -68,6 +68,19 @@ def apply_fsdp(model: Transformer, mesh: Mesh, reshard_after_forward: bool) -> N
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def expert_dimensions(experts: Experts, ranks: int) -> dict[nn.Parameter, int]:
+    """The dimension along which each weight of the experts is sharded over FSDP's ranks: the first that divides evenly.
+
+    Whole experts come first, because gathering them copies nothing. A shard along another dimension is copied into place after
+    every gather, so F of gate and up, and D of down, come next: a shard of them has long contiguous runs. ep and tp may already
+    shard the same dimension. Dimension 0 where none divides evenly, with padding."""
+    preferred = {experts.gate_up: (0, 2, 3), experts.down: (0, 1, 2)}
+    return {
+        weight: next((dim for dim in dims if local(weight).shape[dim] % ranks == 0), 0)
+        for weight, dims in preferred.items()
+    }
 
 
 def mesh_info(mesh: DeviceMesh) -> FSDPMeshInfo:
