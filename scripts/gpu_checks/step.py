@@ -77,7 +77,10 @@ def float8(report: Report) -> None:
         if not report.enough(30, mode):
             continue
         with report.trial(mode):
-            compare(report, mode, {"bfloat16": more, "float8": [*more, "--float8.enable=true"]}, 3 if report.toy else 7)
+            pairs, on = 3 if report.toy else 7, [*more, "--float8.enable=true"]
+            compare(report, mode, {"bfloat16": more, "float8": on}, pairs)
+        with report.trial(f"{mode}, experts too"):
+            compare(report, mode, {"bfloat16": more, "float8, experts too": [*on, "--float8.experts=true"]}, pairs)
 
 
 class TorchTitanLayer(nn.Module):

@@ -20,9 +20,9 @@ def recorded_gradients(words: list[str], world: int) -> tuple[dict[str, Tensor],
     asked = set()
     forward = swiglu.forward
 
-    def record(gate_up: Tensor, rows_TK: Tensor | None, out: dict[str, Tensor], *floor: Any) -> None:
+    def record(gate_up: Tensor, rows_TK: Tensor | None, out: dict[str, Tensor], *floor: Any, **gates: Any) -> None:
         asked.add(tuple(out))
-        forward(gate_up, rows_TK, out, *floor)
+        forward(gate_up, rows_TK, out, *floor, **gates)
 
     swiglu.forward = record
     return gradients(words, world), asked

@@ -132,6 +132,8 @@ def without_effect(config: Config) -> Iterator[str]:
         yield f"balancer.rate has no effect: every token goes to every expert (model.moe.top_k = {moe.top_k} of {moe.experts})"
     if config.balancer.center and not config.balancer.rate:
         yield "balancer.center has no effect while balancer.rate = 0"
+    if config.float8.experts and not config.float8.enable:
+        yield "float8.experts has no effect while float8.enable = false"
 
 
 def data_without_effect(data: Data) -> Iterator[str]:
@@ -153,7 +155,11 @@ def check_float8(config: Config, origin: Origin) -> None:
     model, tp = config.model, config.parallelism.tp
     sizes = {"model.dim": model.dim, "queries: model.heads * head_dim": model.heads * model.head_width}
     sizes["keys and values: model.kv_heads * head_dim"] = (model.kv_heads or model.heads) * model.head_width
-    if model.moe.shared_experts or (model.moe.first_dense_layers and not model.moe.dense_hidden_dim):
+    if (
+        config.float8.experts
+        or model.moe.shared_experts
+        or (model.moe.first_dense_layers and not model.moe.dense_hidden_dim)
+    ):
         sizes["model.moe.hidden_dim"] = model.moe.hidden_dim
     if model.moe.dense_hidden_dim:
         sizes["model.moe.dense_hidden_dim"] = model.moe.dense_hidden_dim

@@ -281,6 +281,8 @@ class Float8(Table):
     """Multiply in float8 in attention, dense feed-forward layers and shared experts; needs training.dtype "bfloat16"."""
     recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
     """torchao's recipe: one scale per tensor, one per row, or per row with the weights' gradient in bfloat16."""
+    experts: bool = False
+    """With `enable`: routed experts too, one scale per row, their weights' gradient in bfloat16."""
 
 
 class ActivationCheckpoint(Table):

@@ -1,6 +1,7 @@
-"""float8 products of the dense linear layers, through torchao: attention, dense feed-forward layers and shared experts.
+"""float8 products of the dense linear layers, through torchao: attention, dense feed-forward layers and shared experts; with
+`float8.experts` of the routed experts too (float8_experts.py).
 
-Embedding, head, routers and routed experts stay as they are. On a CPU torchao multiplies the float8 values in float32, which
+Embedding, head and routers stay as they are. On a CPU torchao multiplies the float8 values in float32, which
 shows what the rounding does and saves no time.
 """
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from titan_moe.config.tables import Float8
 from titan_moe.errors import UserError
+from titan_moe.model.float8_experts import GROUPED_UNITS, float8_grouped_linear
 from titan_moe.model.gemm import Linear
+from titan_moe.model.moe import Experts
 
 FLOAT8_UNITS = (8, 9)  # the first CUDA capability that has them
 
@@ -51,12 +54,19 @@ class Float8Product:
 
 
 def use_float8(model: nn.Module, settings: Float8, device: torch.device) -> None:
-    """Lets the model's dense linear layers multiply in float8, in place. Raises UserError for a GPU without float8 units."""
+    """Lets the model's dense linear layers, and the experts if asked, multiply in float8, in place. Raises UserError for a GPU
+    without the units."""
     if not settings.enable:
         return
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FLOAT8_UNITS:
         raise UserError(f"float8.enable: {torch.cuda.get_device_name(device)} has no float8 units; set it to false")
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+    if settings.experts and major is not None and major not in GROUPED_UNITS:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"float8.experts: {name} has no scaled grouped product; set it to false")
     multiply = Float8Product(settings.recipe, emulate=device.type != "cuda")
     for name, module in model.named_modules():
         if isinstance(module, Linear) and name != "output":
             module.multiply = multiply
+        if isinstance(module, Experts) and settings.experts:
+            module.multiply = float8_grouped_linear

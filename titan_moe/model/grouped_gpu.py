@@ -34,8 +34,13 @@ class _ZeroEmpty(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_END: Tensor) -> tuple[Tensor, None]:
         (offsets_E,) = ctx.saved_tensors
-        empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
-        return grad_END.masked_fill(empty_E.view(-1, 1, 1), 0.0), None  # not a product: NaN times 0 is NaN
+        return _zeroed(grad_END, offsets_E), None
+
+
+def _zeroed(grad_END: Tensor, offsets_E: Tensor) -> Tensor:
+    """The gradient with zeros for experts without rows."""
+    empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
+    return grad_END.masked_fill(empty_E.view(-1, 1, 1), 0.0)  # not a product: NaN times 0 is NaN
 
 
 def zero_empty(weight_END: Tensor, offsets_E: Tensor) -> Tensor:
@@ -49,3 +54,12 @@ def grouped_mm(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:
     if garbage_of_empty_groups(x_RD.device.index):
         weight_END = zero_empty(weight_END, offsets_E)
     return F.grouped_mm(x_RD, weight_END.transpose(1, 2), offs=offsets_E)
+
+
+def grouped_weight_gradient(grad_RN: Tensor, x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:
+    """The weights' gradient of `grouped_linear` alone, in the type of x: (E, N, D); on a CPU too, where it is slower."""
+    if not x_RD.is_cuda:
+        gradient: Tensor = torch.ops.titan_moe.grouped_linear_backward(grad_RN, x_RD, weight_END, offsets_E)[1]
+        return gradient
+    gradient = F.grouped_mm(grad_RN.t(), x_RD, offs=offsets_E)
+    return _zeroed(gradient, offsets_E) if garbage_of_empty_groups(x_RD.device.index) else gradient

@@ -7,6 +7,7 @@ the rows of this rank's own tokens, sorted by expert over all experts. Rows are 
 (T, E, F) tensor, no one-hot matrix.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -241,6 +242,8 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(moe.experts, 2, moe.hidden_dim, dim))
         self.down = nn.Parameter(torch.empty(moe.experts, dim, moe.hidden_dim))
+        self.multiply: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_linear
+        """What stands in for the plain grouped product (model/float8_experts.py)."""
 
     def gate_and_up(
         self, x_RD: Tensor, offsets_E: Tensor, probes_PD: Tensor | None = None
@@ -251,11 +254,11 @@ class Experts(nn.Module):
         gate_up = gate_up_E2FD.flatten(1, 2)
         if probes_PD is not None:
             gate_up, squares_PE = response_through(gate_up, probes_PD, hidden_dim)
-        return grouped_linear(x_RD, gate_up, offsets_E), squares_PE
+        return self.multiply(x_RD, gate_up, offsets_E), squares_PE
 
     def output(self, z_RF: Tensor, offsets_E: Tensor) -> Tensor:
         """Down projection: (R, F) -> (R, D), before the gate weight."""
-        return grouped_linear(z_RF, local(self.down), offsets_E)
+        return self.multiply(z_RF, local(self.down), offsets_E)
 
 
 class RoutedRows(NamedTuple):

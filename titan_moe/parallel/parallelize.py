@@ -35,6 +35,7 @@ PRODUCTS = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch._higher_order_ops.flex_attention,
     torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_grouped_mm.default,
     torch.ops.titan_moe.grouped_linear.default,
     torch.ops.torchtitan_ext.all_to_all.default,
 }
