@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from titan_moe.checkpoint.state import read_json
 from titan_moe.config.tables import Balancer
 from titan_moe.errors import UserError
 from titan_moe.finetune.inputs import STATE
+from titan_moe.runtime.json_file import read_json
 from titan_moe.runtime.optional import optional
 from torchtitan_ext.balancer import update_expert_bias
 from torchtitan_ext.collectives import all_sum
