@@ -40,6 +40,14 @@ def token_entropy(scores: Tensor) -> Tensor:
     return torch.special.entr(scores).sum(-1)
 
 
+def margins(scores_TE: Tensor, top_k: int) -> Tensor:
+    """Gap between each token's k-th and (k+1)-th score: (T, E) -> (T,); the k-th score itself when k = E."""
+    if top_k >= scores_TE.shape[1]:
+        return scores_TE.amin(1)
+    best = scores_TE.topk(top_k + 1, dim=1).values
+    return best[:, top_k - 1] - best[:, top_k]
+
+
 @torch.no_grad()
 def routing_entropy(scores: Tensor) -> Tensor:
     """Mean over tokens of the entropy, in nats, of the normalised routing scores (T, E)."""

@@ -169,3 +169,48 @@ def test_a_wrong_score_function_is_noticed_at_the_first_forward() -> None:
     attach(model, {"cp": 0.1}, score="sigmoid")
     with pytest.raises(RuntimeError, match="qwen3_moe: gate weights are not proportional to sigmoid scores"):
         forward(model)
+
+
+COMMON = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "llama4_text": (
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "head_dim": 8,
+            "intermediate_size": 24,
+            "num_key_value_heads": 2,
+        },
+        "llama4_text: 2 routers and 0 modules with the interface for experts functions",
+    ),
+    "nemotron_h": (
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "layers_block_type": ["moe", "attention"],
+        },
+        "nemotron_h: experts .* have no gate",
+    ),
+    "phimoe": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24, "num_key_value_heads": 2},
+        "phimoe: gate weights are not proportional",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_structures_are_refused_by_name(name: str) -> None:
+    import transformers
+
+    options, message = OTHERS[name]
+    config = transformers.AutoConfig.for_model(name, **COMMON, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    ids, labels = batch()
+
+    def use() -> None:
+        attach(model, {"sp": 0.1})
+        model(input_ids=ids, labels=labels)
+
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        use()

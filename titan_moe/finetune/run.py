@@ -1,7 +1,6 @@
 """One fine-tuning run, from checked inputs to the saved model."""
 
 import logging
-import os
 import warnings
 from typing import Any
 
@@ -24,7 +23,6 @@ log = logging.getLogger("titan_moe")
 
 def finetune(config: FinetuneConfig, inputs: Inputs) -> int:
     """Trains until the last step or a signal. Returns the exit status. Raises UserError, TrainingError."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers report to the hub
     quiet()
     device = pick_device()
     start_processes(device, config.parallelism.timeout_seconds)

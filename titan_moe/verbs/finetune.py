@@ -38,6 +38,9 @@ def run(arguments: Namespace) -> int:
     if inputs.finished:
         print(inputs.finished)
         return 0
+    os.environ.setdefault(
+        "HF_HUB_DISABLE_TELEMETRY", "1"
+    )  # TRL reports to the hub; read when the packages are imported
     from titan_moe.finetune.run import finetune  # imports torch and takes seconds, so after the checks
 
     return finetune(config, inputs)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh
 from torchtitan_ext.collectives import all_sum
-from torchtitan_ext.metrics import domain_load, token_entropy
+from torchtitan_ext.metrics import domain_load, margins, token_entropy
 from torchtitan_ext.ops.gram import squared_cosines, token_gram
 from torchtitan_ext.ops.routing import normalize_scores
 from torchtitan_ext.terms import LayerView, Needs, Setting, Term, TermOptions, Terms
@@ -162,14 +162,6 @@ def largest(values: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tens
     values, positions = values.gather(1, order), positions.gather(1, order)
     order = values.argsort(dim=1, descending=True, stable=True)[:, :count]
     return values.gather(1, order), positions.gather(1, order)
-
-
-def margins(scores_TE: Tensor, top_k: int) -> Tensor:
-    """Gap between each token's k-th and (k+1)-th score: (T, E) -> (T,); the k-th score itself when k = E."""
-    if top_k >= scores_TE.shape[1]:
-        return scores_TE.amin(1)
-    best = scores_TE.topk(top_k + 1, dim=1).values
-    return best[:, top_k - 1] - best[:, top_k]
 
 
 class Recorder(Term):

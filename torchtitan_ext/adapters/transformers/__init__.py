@@ -9,8 +9,10 @@
 
 structure.py finds routers and experts, experts.py observes activations and outputs through the library's own interface for
 experts functions, tokens.py turns labels into token weights, attached.py hands it all to the terms of `torchtitan_ext.terms`.
+inspection.py measures routing as `titan-moe inspect` does; run_directory.py writes what `titan-moe report` reads.
 """
 
 from torchtitan_ext.adapters.transformers.attached import Attached, attach
+from torchtitan_ext.adapters.transformers.run_directory import RunDirectory
 
-__all__ = ["Attached", "attach"]
+__all__ = ["Attached", "RunDirectory", "attach"]

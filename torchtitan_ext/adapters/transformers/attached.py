@@ -5,14 +5,14 @@ T tokens of a micro-batch (B rows of S), L MoE layers, E experts, K chosen exper
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchtitan_ext.adapters.transformers import experts, record, structure, tokens
+from torchtitan_ext.adapters.transformers import experts, inspection, record, structure, tokens
 from torchtitan_ext.adapters.transformers.sums import StepSums, empty_sums
 from torchtitan_ext.carry import Carry, empty_carry
 from torchtitan_ext.collectives import Group, Ranks
@@ -352,3 +352,40 @@ class Attached:
         group: sums over these ranks, which must all call it. Empty before the first labelled forward pass.
         """
         return {} if self._sums is None else self._sums.metrics(per_layer, group)
+
+    @torch.no_grad()
+    def inspect(self, batches: Iterable[Mapping[str, Any]], step: int = 0) -> dict[str, Any]:
+        """The measures of `titan-moe inspect` on these batches, in the form that `titan-moe report` reads.
+
+        batches: arguments of the model, with labels. step: written into the result. The model runs in eval mode; terms and
+        `metrics()` are left as they are. Raises ValueError without a labelled token."""
+        found = self.structure
+        measures = inspection.Measures(len(found.layers), found.experts, found.top_k)
+        kept = {name: getattr(self, name) for name in ("terms", "sequence_terms", "_sums", "add_to_loss")}
+        training, loss, count = self.model.training, 0.0, 0
+        self.terms, self.sequence_terms, self.add_to_loss = Terms([measures]), Terms(), True
+        self._sums = None
+        try:
+            self.model.eval()
+            for batch in batches:
+                out = self.model(**{"use_cache": False, **batch})
+                here = int(tokens.labelled(batch["labels"]).sum())
+                loss, count = loss + float(out.loss) * here if here else loss, count + here
+        finally:
+            self.model.train(training)
+            for name, value in kept.items():
+                setattr(self, name, value)
+        if count == 0:
+            raise ValueError("inspect: the batches have no labelled token")
+        losses = {"loss": loss / count, "tokens": count}
+        return measures.result(found.layers, found.hidden_dim, step, losses)
+
+    def objective(self, metrics: Mapping[str, float]) -> float:
+        """The weighted sum of the terms in `metrics()`: what they add to the loss."""
+        terms = (self.terms, self.sequence_terms)
+        factors = self._factors(self.terms) | self._factors(self.sequence_terms)
+        return sum(
+            term.options.weight * factors.get(term.name, 1.0) * metrics[f"reg/{term.name}"]
+            for one in terms
+            for term in one.terms
+        )
