@@ -236,6 +236,11 @@ def logged(config: Any, microbatches: int) -> dict[str, float]:
     return {name.removesuffix("_loss"): float(value) * layers for name, value in totals.items()}
 
 
+def eightfold(loss: Tensor) -> Tensor:
+    """A loss scale, as fp16 has one."""
+    return loss * 8
+
+
 def micro_steps(data_parallel: int, microbatch: int) -> list[list[int]]:
     """The sequences of each micro-step, over all data-parallel ranks."""
     size = data_parallel * microbatch
@@ -312,10 +317,11 @@ def scheduled_step(
         micro_batch_size=microbatch,
         forward_only=False,
     )
+    scale = 1.0 if config.grad_scale_func is None else float(config.grad_scale_func(torch.ones(())))
     errors = {}
     for model, part in zip(models, parts, strict=True):
         for name, parameter in model.named_parameters():
-            reference = part.part(name, parameter, expected)
+            reference = part.part(name, parameter, expected) * scale
             distance = (parameter.main_grad - reference).norm() / (reference.norm() + 1e-12)
             errors[part.names[name]] = float(distance)
     return Step(errors, logged(config, steps))
