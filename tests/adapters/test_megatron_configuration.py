@@ -106,7 +106,7 @@ def examine() -> dict[str, Any]:
     stock = configuration(special=False)
     copied = adapter.specialized_config(stock, moe_sp_loss_coeff=0.5)
     found["copied"] = (
-        type(copied),
+        type(copied).__name__,
         copied.moe_sp_loss_coeff,
         copied.num_moe_experts,
         hasattr(stock, "moe_sp_loss_coeff"),

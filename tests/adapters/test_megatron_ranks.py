@@ -15,6 +15,7 @@ from tests.helpers.megatron_models import (
     Step,
     build,
     configuration,
+    eightfold,
     micro_steps,
     needs_megatron,
     scheduled_step,
@@ -69,11 +70,21 @@ TWO = {
         grouped=True,
         changes={"moe_grouped_gemm": True, "bias_activation_fusion": True, **MOE_ACT},
     ),
+    "experts, loss scale": Case(2, Layout(ep=2), changes={"grad_scale_func": eightfold}),
+    "experts, loss scale, moe_act": Case(
+        2,
+        Layout(ep=2),
+        per_token=True,
+        grouped=True,
+        changes={"grad_scale_func": eightfold, "moe_grouped_gemm": True, **MOE_ACT},
+    ),
     "experts, transition": Case(2, Layout(ep=2), scopes={"moe_cp_source": "transition"}),
     "stages, per token": Case(2, Layout(pp=2), per_token=True, padded=True),
     "stages, one micro-batch": Case(2, Layout(pp=2), microbatch=4),
     "stages, full recomputation": Case(2, Layout(pp=2), changes=FULL),
     "stages, TEGroupedMLP, moe_act": Case(2, Layout(pp=2), grouped=True, changes={"moe_grouped_gemm": True, **MOE_ACT}),
+    # Two micro-batches: with four, messages between stages are mixed up over gloo, in Megatron's own models too.
+    "interleaved stages": Case(2, Layout(pp=2, chunks=2), microbatch=2, changes=FULL),
     "tensors": Case(2, Layout(tp=2, ep=2)),
     "tensors, per token": Case(2, Layout(tp=2, ep=2), per_token=True, padded=True),
     "tensors, one micro-batch": Case(2, Layout(tp=2, ep=2), microbatch=4),
@@ -93,6 +104,9 @@ FOUR = {
     "experts on four ranks": Case(4, Layout(ep=4)),
     "experts and data": Case(4, Layout(ep=2), microbatch=1, per_token=True, padded=True),
     "experts and stages": Case(4, Layout(pp=2, ep=2), changes=FULL),
+    "experts and interleaved stages, moe_act": Case(
+        4, Layout(pp=2, ep=2, chunks=2), grouped=True, changes={"moe_grouped_gemm": True, **MOE_ACT}
+    ),
     "tensors, experts and stages": Case(4, Layout(tp=2, pp=2, ep=2)),
 }
 

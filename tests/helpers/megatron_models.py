@@ -29,6 +29,13 @@ class Layout(NamedTuple):
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    chunks: int = 1
+    """Model chunks of a pipeline stage: more than one with Megatron's interleaved schedule."""
+
+    @property
+    def virtual(self) -> int | None:
+        """Megatron's virtual_pipeline_model_parallel_size."""
+        return self.chunks if self.chunks > 1 else None
 
 
 def start(layout: Layout = Layout(), compiled: bool = False) -> None:  # noqa: B008 - immutable
@@ -47,7 +54,11 @@ def start(layout: Layout = Layout(), compiled: bool = False) -> None:  # noqa: B
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        layout.tp, layout.pp, expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=1
+        layout.tp,
+        layout.pp,
+        layout.virtual,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
     )
 
 
@@ -80,6 +91,7 @@ def configuration(layout: Layout = Layout(), special: bool = True, **changes: An
         "tensor_model_parallel_size": layout.tp,
         "sequence_parallel": layout.tp > 1,
         "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.virtual,
         "pipeline_dtype": torch.float32,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": 1,
@@ -87,7 +99,7 @@ def configuration(layout: Layout = Layout(), special: bool = True, **changes: An
     return (SpecializedConfig if special else TransformerConfig)(**values | changes)
 
 
-def block_spec(config: Any, special: bool, grouped: bool) -> Any:
+def block_spec(config: Any, special: bool, grouped: bool, chunk: int | None = None) -> Any:
     """Megatron's own spec for these experts, with the adapter's classes if special."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
@@ -95,9 +107,9 @@ def block_spec(config: Any, special: bool, grouped: bool) -> Any:
 
     parallel, config.sequence_parallel = config.sequence_parallel, False  # its norm would refuse
     if special and not grouped:
-        spec = layer_spec(config)
+        spec = layer_spec(config, chunk)
     else:
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+        spec = get_gpt_decoder_block_spec(config, False, normalization=config.normalization, vp_stage=chunk)
         spec = with_grouped_experts(spec) if grouped else spec
         spec = specialized(spec) if special else spec
     config.sequence_parallel = parallel
@@ -135,23 +147,26 @@ def with_grouped_experts(spec: Any) -> Any:
     return dataclasses.replace(spec, layer_specs=[changed(layer) for layer in spec.layer_specs])
 
 
-def build(config: Any, special: bool = True, grouped: bool = False) -> Any:
-    """A GPTModel, or this pipeline stage of one. Routers and experts are scaled up, so that the losses are not near 0."""
+def build(config: Any, special: bool = True, grouped: bool = False, chunk: int | None = None) -> Any:
+    """A GPTModel, or a chunk of this pipeline stage of one. Routers and experts are scaled up, so that the losses are not
+    near 0."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
+    where: dict[str, Any] = {"ignore_virtual": chunk is None, "vp_stage": chunk}
     model = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, special, grouped),
+        transformer_layer_spec=block_spec(config, special, grouped, chunk),
         vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        vp_stage=chunk,
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -221,6 +236,11 @@ def logged(config: Any, microbatches: int) -> dict[str, float]:
     return {name.removesuffix("_loss"): float(value) * layers for name, value in totals.items()}
 
 
+def eightfold(loss: Tensor) -> Tensor:
+    """A loss scale, as fp16 has one."""
+    return loss * 8
+
+
 def micro_steps(data_parallel: int, microbatch: int) -> list[list[int]]:
     """The sequences of each micro-step, over all data-parallel ranks."""
     size = data_parallel * microbatch
@@ -260,16 +280,20 @@ def scheduled_step(
     # A backward pass outside the schedule has set a scale of another shape, which the schedule can't write to.
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     config = configuration(layout, **changes)
-    model = build(config, grouped=grouped)
-    parts = Whole(model, layout)
+    chunks = [None] if layout.virtual is None else range(layout.chunks)
+    models = [build(config, grouped=grouped, chunk=chunk) for chunk in chunks]
+    parts = [Whole(model, layout) for model in models]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(parts.part(name, parameter, whole))
-    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(overlap_grad_reduce=False), model)
+        for model, part in zip(models, parts, strict=True):
+            for name, parameter in model.named_parameters():
+                parameter.copy_(part.part(name, parameter, whole))
+    settings = DistributedDataParallelConfig(overlap_grad_reduce=False)
+    wrapped = [DistributedDataParallel(config, settings, model) for model in models]
     config.finalize_model_grads_func = finalize_model_grads
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     steps = SEQUENCES // (ranks * microbatch)
-    mine = iter([[(m * ranks + rank) * microbatch + b for b in range(microbatch)] for m in range(steps)])
+    mine = [[(m * ranks + rank) * microbatch + b for b in range(microbatch)] for m in range(steps)]
+    data = [iter(mine) for _ in chunks]
 
     def forward(data: Any, model: Any) -> Any:
         sequences = next(data)
@@ -282,18 +306,22 @@ def scheduled_step(
 
         return model(ids, positions, mask, labels=ids, **words), loss
 
-    ddp.zero_grad_buffer()
+    for model in wrapped:
+        model.zero_grad_buffer()
     get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=mine,
-        model=[ddp],
+        data_iterator=data if layout.virtual else data[0],
+        model=wrapped,
         num_microbatches=steps,
         seq_length=LENGTH,
         micro_batch_size=microbatch,
         forward_only=False,
     )
+    scale = 1.0 if config.grad_scale_func is None else float(config.grad_scale_func(torch.ones(())))
     errors = {}
-    for name, parameter in model.named_parameters():
-        reference = parts.part(name, parameter, expected)
-        errors[parts.names[name]] = float((parameter.main_grad - reference).norm() / (reference.norm() + 1e-12))
+    for model, part in zip(models, parts, strict=True):
+        for name, parameter in model.named_parameters():
+            reference = part.part(name, parameter, expected) * scale
+            distance = (parameter.main_grad - reference).norm() / (reference.norm() + 1e-12)
+            errors[part.names[name]] = float(distance)
     return Step(errors, logged(config, steps))
