@@ -128,7 +128,9 @@ def evaluated(run: Path, data: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_tasks_on_local_files_have_all_measures(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_on_local_files_have_all_measures(
+    run: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The accuracy is that of the written log-likelihoods; a task without data is named."""
     pytest.importorskip("lm_eval")
     result = evaluated(run, data)
@@ -143,6 +145,7 @@ def test_tasks_on_local_files_have_all_measures(run: Path, data: Path, capsys: p
     assert values["boolq", "acc"]["chance"] == 0.5
     assert values["hellaswag", "acc_norm"]["chance"] == 0.25
     assert "| boolq | acc | " in capsys.readouterr().out
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         UserError, match=r"--tasks: arc_challenge: .*give --data=DIR with arc_challenge/validation\.jsonl"
     ):
@@ -319,16 +322,23 @@ def test_prompts_are_scored_continued_and_judged(
 
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_does(run: Path, data: Path) -> None:
+    """Tasks and the loss of a text, with experts spread over the ranks."""
     pytest.importorskip("lm_eval")
+    text = str(data / "import.txt")
+    Path(text).write_text("import os\n\n\ndef names(path):\n    return os.listdir(path)\n" * 20)
+    assert verb("eval", str(run), "--text", text) == 0
+    (losses,) = json.loads(next((run / "eval").glob("*-text.json")).read_text())["rows"]
     one = evaluated(run, data)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "titan_moe.cli", "eval"]
-    words = [str(run), f"--tasks={','.join(DOCUMENTS)}", f"--data={data}", "--parallelism.ep=2"]
+    words = [str(run), f"--tasks={','.join(DOCUMENTS)}", f"--data={data}", "--parallelism.ep=2", "--text", text]
     subprocess.run([*command, *words], check=True, env=environment(), timeout=300)
     two = json.loads(next((run / "eval").glob(f"*{'-'.join(DOCUMENTS)}.json")).read_text())
     assert len(two["documents"]) == len(one["documents"])
     for row, other in zip(two["rows"], one["rows"], strict=True):
         assert (row["task"], row["measure"], row["documents"]) == (other["task"], other["measure"], other["documents"])
         assert row["value"] == pytest.approx(other["value"], rel=1e-5), row
+    (again,) = json.loads(next((run / "eval").glob("*-text.json")).read_text())["rows"]
+    assert again == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.slow
