@@ -22,7 +22,9 @@ settings="$("$PYTHON" -m titan_moe.runtime.processes)" || exit $?
 eval "$settings" # sets NPROC, NNODES, NODE_RANK, RDZV_ENDPOINT, RDZV_TIMEOUT, MAX_RESTARTS and OMP_NUM_THREADS
 # What only this configuration needs is installed too, where the environment is set-up's own.
 if _is_own && ! _has_extra hf; then
-    needed="$(RANK=0 WORLD_SIZE=$((NPROC * NNODES)) "$PYTHON" -m titan_moe.cli train --extras "$@")" || exit $?
+    ranks=() # else those that the environment describes
+    if [ $((NPROC * NNODES)) != 1 ]; then ranks=(RANK=0 "WORLD_SIZE=$((NPROC * NNODES))"); fi
+    needed="$(env ${ranks[@]+"${ranks[@]}"} "$PYTHON" -m titan_moe.cli train --extras "$@")" || exit $?
     for extra in $needed; do _has_extra "$extra" || _add_extra "$extra" || exit 1; done
 fi
 if [ "${NPROC:-1}" = 1 ] && [ "${NNODES:-1}" = 1 ]; then

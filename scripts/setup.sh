@@ -78,7 +78,7 @@ _extras() { cat "$_venv/extras" 2>/dev/null; }
 _has_extra() { [ "$(_recorded)" = "$(_asked --dev)" ] || _extras | grep -qx "$1"; }
 
 # Whether $PYTHON is the `.venv` that a set-up has made. Another environment is its owner's, and nothing is installed into it.
-_is_own() { [ "$PYTHON" = "$_venv/bin/python" ] && [ -n "$(_recorded)" ]; }
+_is_own() { [ "$(dirname "$(dirname "$PYTHON")")" = "$_venv" ] && [ -n "$(_recorded)" ]; }
 
 # Installs the packages of an extra, by version and hash, into the `.venv` of a set-up.
 _add_extra() {

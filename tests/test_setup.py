@@ -186,6 +186,7 @@ def test_what_the_tests_need_is_installed_when_they_are_to_run(checkout: Checkou
     assert (checkout.venv / "mine").exists()
 
 
+ACTIVE = '&& PATH="$_venv/bin:$PATH" && hash -r && _setup'
 ADD = "&& _is_own && { _has_extra hf || _add_extra hf; }"
 
 
@@ -200,6 +201,7 @@ def test_an_extra_is_added_once_and_stays_when_the_lock_changes(checkout: Checko
     assert checkout.has("extraprobe")
     assert not checkout.has("testprobe")
     assert checkout.set_up("", ADD) == (0, f"{checkout.venv}/bin/python\n")
+    assert checkout.set_up("", f"{ACTIVE} {ADD} && echo own")[1].endswith("own\n")  # also when it is activated
     # An update of the environment installs what its own extras are locked to now.
     (checkout.root / "requirements-hf.txt").write_text(
         f"extraprobe==1.1 \\\n    {wheel(checkout.wheels, 'extraprobe', '1.1')}\n"

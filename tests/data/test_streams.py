@@ -239,6 +239,31 @@ def test_one_process_writes_and_another_goes_on_when_it_ends(tmp_path: Path, tok
     assert all(written[name] == wanted[name] for name in written if name in wanted)
 
 
+def test_a_writer_that_fails_is_started_again_and_says_why(
+    hub: tuple[Path, list[str]], tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a directory without the data; then it is there again."""
+    monkeypatch.setattr("titan_moe.data.stream_writer.PAUSES", (0.0,))
+    prepared = prepare(config_of(tmp_path, tokenizer))
+    monkeypatch.chdir(tmp_path)
+    writer = BackgroundWriter(StreamFolder(prepared.folder), 10**9, tmp_path / "log")
+    for _ in range(3):
+        assert writer.error is None
+        writer.keep_going()
+        assert writer.process is not None
+        assert writer.process.wait(timeout=120) == 2
+    monkeypatch.setattr("titan_moe.data.stream_writer.PAUSES", (60.0,))
+    writer.keep_going()
+    assert writer.error is not None
+    assert writer.error.startswith("data.corpus = 'c4': the hub can't be reached (")
+    monkeypatch.chdir(hub[0])
+    monkeypatch.setattr("titan_moe.data.stream_writer.PAUSES", (0.0,))
+    writer.keep_going()
+    assert writer.error is None
+    assert writer.process.wait(timeout=120) == 0
+    assert StreamFolder(prepared.folder).ended
+
+
 def test_a_writer_ends_with_its_parent(tmp_path: Path, tokenizer: Path) -> None:
     prepared = prepare(config_of(tmp_path, tokenizer))
     lock = FileLock(prepared.folder / ".lock")

@@ -28,7 +28,8 @@ from titan_moe.runtime.owner import remove_abandoned
 
 POLL_SECONDS = 0.5
 NICE = 10  # the run's own threads come first
-ATTEMPTS = 3  # starts of the process without a new shard
+ATTEMPTS = 3  # starts of the process without a new shard, after which a run that needs one stops
+PAUSES = (0.0, 0.0, 10.0, 60.0)  # seconds before the process is started again, by the number of such starts
 
 
 def write_stream(stream: StreamFolder, tokens: int, told: Callable[[int], None] = lambda _: None) -> None:
@@ -94,29 +95,35 @@ class Writer:
 
 
 class BackgroundWriter:
-    """The process that writes a stream's shards while a run reads them. It is started again when it was killed."""
+    """The process that writes a stream's shards while a run reads them. When it fails or is killed it is started again: the
+    run may not need its tokens before the hub is back."""
 
     def __init__(self, stream: StreamFolder, tokens: int, log: Path) -> None:
         """tokens: that the run reads. log: receives what the process prints."""
         self.stream, self.tokens, self.log = stream, tokens, log
         self.process: subprocess.Popen[bytes] | None = None
         self.attempts, self.shards = 0, -1
-        self.error: str | None = None
-        """Why the process has ended without all tokens, and is not started again."""
+        self.ended_at: float | None = None
+
+    @property
+    def error(self) -> str | None:
+        """Why the process has ended several times without a new shard, the last time just now; None while it may go on."""
+        return last_line(self.log) if self.attempts >= ATTEMPTS and self.ended_at is not None else None
 
     def keep_going(self) -> None:
-        """Starts the process unless it runs, all tokens are there, or it has failed too often."""
-        if self.error is not None or (self.process is not None and self.process.poll() in (None, 0)):
+        """Starts the process unless it runs, or all tokens are there. Call it often: after a failure it pauses."""
+        if self.process is not None and self.process.poll() in (None, 0):
             return
         self.stream.update()
         if self.stream.has(self.tokens):
             return
         if len(self.stream.shards) > self.shards:
             self.attempts, self.shards = 0, len(self.stream.shards)
-        if self.attempts == ATTEMPTS:
-            self.error = last_line(self.log)
-            return
-        self.attempts += 1
+        if self.process is not None:
+            self.ended_at = self.ended_at or time.monotonic()
+            if time.monotonic() < self.ended_at + PAUSES[min(self.attempts, len(PAUSES) - 1)]:
+                return
+        self.attempts, self.ended_at = self.attempts + 1, None
         words = [str(self.stream.folder), str(self.tokens), str(os.getpid())]
         with open_append(self.log) as log:
             self.process = subprocess.Popen(

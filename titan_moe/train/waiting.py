@@ -36,7 +36,7 @@ class TextOfRun:
         self.writer: BackgroundWriter | None = None
         self.known = 0
         """Tokens that all ranks have."""
-        self.failed = False
+        self.failed, self.error = False, ""
 
     @property
     def growing(self) -> bool:
@@ -79,7 +79,7 @@ class TextOfRun:
                 self.known = needed
                 return True
             if failures:
-                self.failed = True
+                self.failed, self.error = True, (self.writer and self.writer.error) or ""
                 return False
             if self.stopping.vote():
                 return False
@@ -106,6 +106,6 @@ class TextOfRun:
         """Raises why the run was stopped, if the tokens of its next step could not be written."""
         if not self.failed:
             return
-        if self.writer is not None and self.writer.error is not None:
-            raise UserError(f"{self.writer.error} (the run has saved its state; the same command goes on from there)")
+        if self.error:
+            raise UserError(f"{self.error} (the run has saved its state; the same command goes on from there)")
         raise TrainingError("the text of the next step could not be written; the log of another rank says why")
