@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from titan_moe.checkpoint.state import first_mistake, one_line
 from titan_moe.errors import UserError
-from titan_moe.runtime.cpus import available_cpus, use_all_cpus
+from titan_moe.runtime.cpus import cpus_of_rank, use_all_cpus
 from titan_moe.runtime.files import read_file
 
 MANIFEST_FILE = "manifest.json"
@@ -57,7 +57,7 @@ class UnreadableError(UserError):
 def entry_of(path: Path) -> Entry:
     """The entry of a file, which is read completely."""
     size = path.stat().st_size
-    with ThreadPoolExecutor(available_cpus(), initializer=use_all_cpus) as pool:
+    with ThreadPoolExecutor(cpus_of_rank(), initializer=use_all_cpus) as pool:
         blocks = list(pool.map(lambda start: block_digest(path, start), range(0, size, BLOCK_BYTES)))
     return Entry(size, blocks)
 
@@ -135,5 +135,5 @@ def verify(folder: Path, entries: dict[str, Entry], part: int = 0, parts: int = 
         if digest != entries[name].blocks[number]:
             raise DamageError(f"{name} is altered (checksum of block {number})")
 
-    with ThreadPoolExecutor(available_cpus(), initializer=use_all_cpus) as pool:
+    with ThreadPoolExecutor(cpus_of_rank(), initializer=use_all_cpus) as pool:
         list(pool.map(lambda block: check(*block), blocks[part::parts]))
