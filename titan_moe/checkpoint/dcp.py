@@ -7,6 +7,7 @@ Loading executes no code from a file: it reads only tensors, and unpickles only 
 
 import errno
 import io
+import itertools
 import pickle
 import warnings
 import zipfile
@@ -166,6 +167,27 @@ def check_part(file: BinaryIO, part: Any) -> None:
 class _TensorsOnly(DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: Any) -> None:  # noqa: ARG002 - torch's signature
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is not a tensor")
+
+
+class PlanCache:
+    """Plans of a checkpoint, kept from one to the next: only the first one is sent to rank 0, merged there and sent back, as
+    long as names and shards stay as they are.
+
+    DCP keeps them in class attributes by a planner's key. So every cache has a key of its own, on every rank the same."""
+
+    numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """To be called on every rank when a checkpoint failed on one: some ranks may then have kept plans that others lack."""
+        self.key = f"titan_moe.{next(self.numbers)}"
+
+    def planner(self) -> DefaultSavePlanner:
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        planner._cached_plans_key = self.key
+        return planner
 
 
 class _Lazy(DefaultSavePlanner):

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from titan_moe.errors import UserError
-from titan_moe.runtime.cpus import available_cpus, use_all_cpus
+from titan_moe.runtime.cpus import cpus_of_rank, use_all_cpus
 from titan_moe.runtime.json_file import read_object
 
 MANIFEST_FILE = "manifest.json"
@@ -56,7 +56,7 @@ class UnreadableError(UserError):
 def entry_of(path: Path) -> Entry:
     """The entry of a file, which is read completely."""
     size = path.stat().st_size
-    with ThreadPoolExecutor(available_cpus(), initializer=use_all_cpus) as pool:
+    with ThreadPoolExecutor(cpus_of_rank(), initializer=use_all_cpus) as pool:
         blocks = list(pool.map(lambda start: block_digest(path, start), range(0, size, BLOCK_BYTES)))
     return Entry(size, blocks)
 
@@ -130,5 +130,5 @@ def verify(folder: Path, entries: dict[str, Entry], part: int = 0, parts: int = 
         if digest != entries[name].blocks[number]:
             raise DamageError(f"{name} is altered (checksum of block {number})")
 
-    with ThreadPoolExecutor(available_cpus(), initializer=use_all_cpus) as pool:
+    with ThreadPoolExecutor(cpus_of_rank(), initializer=use_all_cpus) as pool:
         list(pool.map(lambda block: check(*block), blocks[part::parts]))

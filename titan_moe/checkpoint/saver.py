@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_moe.checkpoint.dcp import tensors, write_tensors
+from titan_moe.checkpoint.dcp import PlanCache, tensors, write_tensors
 from titan_moe.checkpoint.manifest import Entry, UnreadableError, entry_of, write_manifest
 from titan_moe.checkpoint.run_dir import RunDir, all_steps, fsync_file, fsync_folder, looks_whole, remove
 from titan_moe.checkpoint.state import STATE_FILE
@@ -37,6 +37,7 @@ class Saver:
         # A separate group, since the thread's collectives must not interleave with training's.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.copies: dict[str, Tensor] = {}
+        self.plans = PlanCache()
         # One thread for the whole run: memory that a thread allocated is not all returned to the system when it ends.
         self.writer = ThreadPoolExecutor(1, initializer=start_writer, initargs=(next(model.parameters()).device,))
         self.pending: Future[None] | None = None
@@ -86,7 +87,7 @@ class Saver:
         self.barrier()
         problem: OSError | None = None
         try:
-            write_tensors(temporary, state, self.group)
+            write_tensors(temporary, state, self.group, self.plans.planner())
             entries = self.entries(temporary)
             if self.first:
                 self.finalize(step, temporary, final, text, entries)
@@ -134,6 +135,8 @@ class Saver:
             messages: list[str | None] = [None] * dist.get_world_size()
             dist.all_gather_object(messages, None if problem is None else str(problem), group=self.group)
             other = next((text for text in messages if text is not None), None)
+            if other is not None:
+                self.plans.forget()
             if problem is None and other is not None:
                 raise TrainingError(f"another rank could not write the checkpoint: {other}")
         if problem is not None:

@@ -16,6 +16,13 @@ def available_cpus() -> int:
     return max(1, math.floor(min(affinity(), cgroup_cpus())))
 
 
+def cpus_of_rank() -> int:
+    """This rank's part, at least 1, of the CPUs that the ranks of this node (LOCAL_WORLD_SIZE) share."""
+    cpus, ranks = available_cpus(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    # With at most an n-th of the machine each, the n ranks have CPUs of their own: a scheduler has divided them already.
+    return cpus if affinity() * ranks <= (os.cpu_count() or 1) else max(1, cpus // ranks)
+
+
 def affinity() -> int:
     """The CPUs that the operating system lets this process run on."""
     return len(ALLOWED) if ALLOWED else os.cpu_count() or 1
