@@ -156,6 +156,12 @@ def test_measured_terms_have_no_gradient_and_evaluation_has_no_terms() -> None:
     for name, gradient in plain.gradients.items():
         assert torch.equal(seen.gradients[name], gradient), name
 
+    _, without = with_terms("qwen3", {})
+    assert set(without) == {
+        "loss_metrics/cross_entropy",
+        *(f"moe/{n}" for n in ("entropy", "topk_mass", "max_vio", "dead")),
+    }
+
     model, loss = built(configuration("qwen3", TERMS))
     stock, stock_loss = built(configuration("qwen3"))
     tokens, labels = batch()
