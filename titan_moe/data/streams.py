@@ -54,7 +54,8 @@ SOURCES = {"c4": Source("allenai/c4", "en", "1588ec454efa1a09f29cd18ddd04fe05fc8
 class Rows:
     """The documents of one split of a streamed corpus, in the data set's order, from any row on.
 
-    After each document, `position()` is where the next one begins, as JSON keeps it."""
+    After each document, `position()` is where the next one begins, as JSON keeps it: the state of the package `datasets`, and
+    for its other versions the number of rows to skip, which takes as long as reading them."""
 
     def __init__(
         self, name: str, split: str, position: dict[str, Any] | None = None, without: frozenset[int] = frozenset()
@@ -64,18 +65,17 @@ class Rows:
         source = SOURCES[name]
         self.column = source.column
         self.datasets = optional("datasets", "hf", f"data.corpus = {name!r}")
-        self.rows = 0
+        self.rows, self.version = 0, self.datasets.__version__
         with self.hub_errors():
             self.stream = self.datasets.load_dataset(
                 source.dataset, source.config, split=split, streaming=True, revision=source.revision
             )
             if position is not None:
                 self.rows = int(position["rows"])
-                if position["datasets"] == self.datasets.__version__:
+                if position["datasets"] == self.version:
                     self.stream.load_state_dict(position["state"])
                 else:  # another version of the package may number its blocks otherwise
-                    self.stream = self.stream.skip(self.rows)
-
+                    self.stream, self.version = self.stream.skip(self.rows), ""  # whose state is of another form
         self.documents = self.kept()
 
     def __iter__(self) -> Iterator[Document]:
@@ -94,7 +94,7 @@ class Rows:
                 yield Document(row[self.column], self.name)
 
     def position(self) -> dict[str, Any]:
-        return {"rows": self.rows, "datasets": self.datasets.__version__, "state": self.stream.state_dict()}
+        return {"rows": self.rows, "datasets": self.version, "state": self.stream.state_dict()}
 
     def hub_errors(self) -> "HubErrors":
         return HubErrors(self.name, self.datasets.exceptions.DatasetsError)
