@@ -60,7 +60,7 @@ def train_step(
     numbers, carry = sum_over_ranks(sums, log.stopping.votes(), mesh)
     sum_replicated_gradients(model, mesh)
     copies = tied_copies(model, mesh.pp)
-    norm, norms = clip_gradients(list(model.parameters()), config.training.max_grad_norm, mesh.pp, copies)
+    norm, norms = clip_gradients(list(model.parameters()), config.training.max_grad_norm, mesh.pp, copies, optimizer)
     # Deferred reads (a GPU) always admit: there `found_inf`, set on the optimizer, blocks the update on the device.
     update = log.allow(step, pack(numbers, norm, norms, carry.counts))
     if update:
