@@ -93,6 +93,27 @@ def test_evaluation_without_terms() -> None:
     assert not torch.equal(forward(model.train()).loss, plain.loss)
 
 
+def test_an_evaluation_between_micro_batches_is_not_part_of_the_step() -> None:
+    model = build("qwen3_moe")
+    attached = attach(model, {"sp": 0.5}, add_to_loss=False)
+    attached.step = 1
+    forward(model)
+    with torch.no_grad():
+        model(input_ids=batch()[0])  # of a reference, say: leaves the pass before it for `penalty`
+    attached.penalty(batch()[1])
+    step = attached.metrics()
+    model.eval()
+    ids, labels = batch(2)
+    with torch.no_grad():
+        model(input_ids=ids, labels=labels)
+        attached.penalty(labels)
+    assert attached.metrics()["reg/sp"] != pytest.approx(step["reg/sp"], rel=1e-3)
+    model.train()
+    forward(model)
+    attached.penalty(batch()[1])
+    assert attached.metrics() == step
+
+
 def test_a_deep_copy_is_a_plain_model() -> None:
     model = build("qwen3_moe")
     plain = forward(model)
