@@ -32,7 +32,7 @@ def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 
 def train(*words: str) -> None:
-    done = titan_moe(*words, timeout=300)
+    done = titan_moe(*words, timeout=900)
     assert done.returncode == 0, done.stderr
 
 
@@ -63,7 +63,7 @@ def test_full_fine_tuning_and_resumption(words: list[str], pairs: Path, tmp_path
     assert AutoTokenizer.from_pretrained(whole / "model").chat_template
 
     process = start(*words, "--job.name=parts")
-    wait_for_step(parts, 3, process, seconds=200)
+    wait_for_step(parts, 3, process, seconds=600)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
@@ -76,7 +76,7 @@ def test_full_fine_tuning_and_resumption(words: list[str], pairs: Path, tmp_path
     again, once = (load_file(run / "model" / "model.safetensors") for run in (parts, whole))
     assert all(torch.equal(again[name], once[name]) for name in once)
 
-    finished = titan_moe(*words, "--job.name=parts", timeout=300)
+    finished = titan_moe(*words, "--job.name=parts", timeout=900)
     assert finished.returncode == 0
     assert "is finished: 20 steps" in finished.stdout
     changed = titan_moe(*words, "--job.name=parts", "--data.seq_len=16", "--training.steps=30")
@@ -105,7 +105,7 @@ def test_adapters_on_chats_merge_and_two_arms_are_compared(words: list[str], cha
         adapted = peft.PeftModel.from_pretrained(base, str(run / "adapter"))(input_ids=ids).logits
         merged = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)(input_ids=ids).logits
     torch.testing.assert_close(merged, adapted, rtol=0, atol=2e-5)
-    done = titan_moe("report", str(run), str(other), "--output", str(tmp_path / "page"), timeout=300)
+    done = titan_moe("report", str(run), str(other), "--output", str(tmp_path / "page"), timeout=900)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page" / "index.html").read_text()
     assert "adapters of rank 4" in page
@@ -121,7 +121,7 @@ def test_two_ranks_equal_one(shard: bool, words: list[str], pairs: Path, tmp_pat
     train(*words, "--job.name=one")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "titan_moe.cli"]
     command += [*words, "--job.name=two", f"--parallelism.shard={str(shard).lower()}"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     one, two = (read_rows(tmp_path / "runs" / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):

@@ -17,13 +17,17 @@ from titan_moe.runtime.optional import optional
 log = logging.getLogger("titan_moe")
 
 
-def load_model(config: FinetuneConfig) -> Any:
+def load_model(config: FinetuneConfig, checkpoint: Path | None = None) -> Any:
     """The model in its training type: float32 for full fine-tuning, `model.dtype` with adapters. Raises UserError.
 
+    checkpoint: of a run that trains all parameters, to take the weights from. Trainer's own resumption would leave the
+    experts at what they are (transformers 5.24): a checkpoint has a tensor per expert, and it looks for the fused ones.
     Code that comes with a model is never run. A file that lacks a tensor of the model, or has one too many, is refused:
     Transformers would train random numbers in its place."""
     transformers = optional("transformers", "hf")
     model = config.model
+    if checkpoint is not None:
+        model = model.model_copy(update={"path": str(checkpoint), "revision": ""})
     dtype = getattr(torch, model.dtype) if config.lora.rank else torch.float32
     found, info = from_pretrained(
         transformers.AutoModelForCausalLM,

@@ -85,7 +85,7 @@ def build_trainer(config: FinetuneConfig, inputs: Inputs, tokenizer: Any, stoppi
     from titan_moe.finetune.trainer import FineTuner
 
     world = dist.get_world_size() if dist.is_initialized() else 1
-    model = load_model(config)
+    model = load_model(config, None if config.lora.rank else inputs.checkpoint)
     options = trainer_options(config, inputs.training, inputs.validation, inputs.run_dir.checkpoints, world)
     adapters = lora_config(model, config.lora) if config.lora.rank else None
     training = datasets.Dataset.from_list(inputs.training.rows)
