@@ -149,7 +149,7 @@ def everyday() -> dict[str, Compared]:
 
 @pytest.fixture(scope="module")
 def others() -> dict[str, Compared]:
-    return launch(1, compare_all, OTHERS, False)[0]
+    return launch(1, compare_all, OTHERS, False, seconds=580)[0]
 
 
 def check(compared: Compared) -> None:

@@ -168,9 +168,7 @@ def kinds(mlp: Any) -> tuple[str, str]:
 
 
 def build_layer(spec: Any, config: Any) -> Any:
-    from megatron.core.transformer.spec_utils import build_module
-
-    return build_module(spec.layer_specs[0].submodules.mlp, config=config)
+    return spec.layer_specs[0].submodules.mlp(config=config)
 
 
 @pytest.fixture(scope="module")

@@ -147,8 +147,8 @@ Results = dict[str, list[tuple[Step, dict[str, float]]]]
 
 def run(cases: dict[str, Case], folder: Path) -> Results:
     (ranks,) = {case.ranks for case in cases.values()}
-    launch(1, judge_all, cases, folder)
-    by_rank = launch(ranks, step_all, cases, folder)
+    launch(1, judge_all, cases, folder, seconds=280)
+    by_rank = launch(ranks, step_all, cases, folder, seconds=300)
     return {name: [one[name] for one in by_rank] for name in cases}
 
 

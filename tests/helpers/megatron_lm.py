@@ -1,4 +1,4 @@
-"""Runs the adapter's entry script, and with it Megatron-LM's training loop, on a CPU: python -m tests.helpers.megatron_lm ARGUMENTS.
+"""Runs the entry script, and so Megatron-LM's training loop, on a CPU: python -m tests.helpers.megatron_lm ARGUMENTS.
 
 A checkout of Megatron-LM must be on the import path, before an installed megatron-core.
 """
