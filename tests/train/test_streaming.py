@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import ROOT, TINY, environment, wait_for_step
+from tests.helpers.commands import ROOT, TINY, environment
 from tests.helpers.hub import make_c4
 from tests.helpers.rank_runs import EXACT, assert_same_rows, rows
 from tests.helpers.runs import untimed
@@ -74,11 +74,18 @@ def writers(cache: Path) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Returns once metrics.jsonl has a row of a step. Fails when `process` ends."""
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: process.poll() is not None or (metrics.exists() and f'"step": {step},' in metrics.read_text()))
+    assert process.poll() is None, process.communicate()
 
 
 def shards(cache: Path) -> int:
