@@ -167,6 +167,12 @@ def test_impossible_layouts(world: int, words: list[str], message: str) -> None:
         load_config("debug", [f"--parallelism.{word}" for word in words], world_size=world)
 
 
+@pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "InterleavedZeroBubble"])
+def test_zero_bubble_schedules_are_refused_with_the_reason(schedule: str) -> None:
+    with pytest.raises(UserError, match=rf"pp_schedule = '{schedule}': .*after FSDP has freed the weights"):
+        load_config("debug", [f"--parallelism.pp_schedule={schedule}"])
+
+
 PIPELINES = [
     (["pp_layers=[1,1,1]"], r"stages of at least one block each must add up to model\.layers = 4"),
     (["pp_layers=[2,1,1]"], r"3 stages; 1F1B over 2 ranks needs 2"),

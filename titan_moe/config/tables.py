@@ -7,7 +7,7 @@ import functools
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from titan_moe.config.extensions import optimizers
 from torchtitan_ext.terms import REGISTRY, Term, TermOptions, Weight
@@ -28,6 +28,15 @@ def expand_user(path: str) -> str:
     if expanded.startswith("~") and not os.path.lexists(path):
         raise ValueError("no home directory is known for '~'; set HOME, or write the whole path")
     return expanded
+
+
+def refuse_zero_bubble(schedule: object) -> object:
+    """Raises ValueError, with the reason, for schedules of PyTorch that can't run here."""
+    if isinstance(schedule, str) and "ZeroBubble" in schedule:
+        raise ValueError(
+            "a zero-bubble schedule computes the weights' gradients after FSDP has freed the weights; take 'Interleaved1F1B'"
+        )
+    return schedule
 
 
 PathText = Annotated[str, AfterValidator(expand_user)]
@@ -261,7 +270,7 @@ class Parallelism(Table):
     """Reduce gradients over ranks once a step, after the last micro-batch: less traffic, whole gradients until then."""
     timeout_seconds: PositiveInt = 600
     """A collective that takes longer than this ends the run."""
-    pp_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B"] = "1F1B"
+    pp_schedule: Annotated[Literal["GPipe", "1F1B", "Interleaved1F1B"], BeforeValidator(refuse_zero_bubble)] = "1F1B"
     """Pipeline schedule; interleaved: two stages a rank."""
     pp_layers: list[PositiveInt] = []
     """Blocks of each pipeline stage; empty: as even as can be."""
