@@ -49,7 +49,7 @@ def interpreter(version: str, folder: Path) -> Path:
     python = environment / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages(version)]
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages(version)]
     subprocess.run(install, check=True, env={**os.environ, "PIP_CONSTRAINT": ""})
     return python
 
@@ -65,12 +65,12 @@ def check(version: str, folder: Path, words: list[str]) -> Outcome:
         python = interpreter(version, folder)
     except subprocess.CalledProcessError as error:
         return outcome(f"not installed: pip ended with status {error.returncode}", "")
-    asked = [python, "-c", "import torch; print(torch.__version__)"]
+    asked = [str(python), "-c", "import torch; print(torch.__version__)"]
     found = subprocess.run(asked, capture_output=True, text=True, check=False)
     if found.returncode:
         return outcome(f"cannot be imported: {found.stderr.strip().splitlines()[-1][:150]}", "")
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
-    command = [python, "-m", "pytest", "--color=no", *words]
+    command = [str(python), "-m", "pytest", "--color=no", *words]
     done = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True)
     assert done.stdout is not None
     lines = []
