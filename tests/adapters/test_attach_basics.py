@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.helpers.moe_families import batch, build
-from torchtitan_ext.adapters.transformers import Attached, attach
+from torchtitan_ext.adapters.transformers import Attached, attach, experts
+from torchtitan_ext.terms import Needs, Term, register
 
 pytest.importorskip("transformers", reason="the package transformers (extra hf) is not installed")
 
@@ -90,6 +91,27 @@ def test_evaluation_without_terms() -> None:
         assert torch.equal(forward(model).loss, plain.loss)
     assert attached.metrics()["reg/sp"] > 0
     assert not torch.equal(forward(model.train()).loss, plain.loss)
+
+
+def test_an_evaluation_between_micro_batches_is_not_part_of_the_step() -> None:
+    model = build("qwen3_moe")
+    attached = attach(model, {"sp": 0.5}, add_to_loss=False)
+    attached.step = 1
+    forward(model)
+    with torch.no_grad():
+        model(input_ids=batch()[0])  # of a reference, say: leaves the pass before it for `penalty`
+    attached.penalty(batch()[1])
+    step = attached.metrics()
+    model.eval()
+    ids, labels = batch(2)
+    with torch.no_grad():
+        model(input_ids=ids, labels=labels)
+        attached.penalty(labels)
+    assert attached.metrics()["reg/sp"] != pytest.approx(step["reg/sp"], rel=1e-3)
+    model.train()
+    forward(model)
+    attached.penalty(batch()[1])
+    assert attached.metrics() == step
 
 
 def test_a_deep_copy_is_a_plain_model() -> None:
@@ -214,3 +236,78 @@ def test_other_structures_are_refused_by_name(name: str) -> None:
 
     with pytest.raises((ValueError, RuntimeError), match=message):
         use()
+
+
+def test_an_eager_loop_with_operations_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("olmoe", "eager")
+    kind: Any = type(model.model.layers[0].mlp.experts)
+    plain = kind.forward.__wrapped__
+    monkeypatch.setattr(kind.forward, "__wrapped__", lambda *arguments: plain(*arguments) * 1.5)
+    monkeypatch.setattr(experts, "_SAME_LOOP", set())
+    attach(model, {"sp": 0.1})
+    with pytest.raises(RuntimeError, match=r"the eager loop of OlmoeExperts .* call model.set_experts_implementation"):
+        forward(model)
+
+
+def test_outputs_as_a_tuple_are_refused() -> None:
+    model = build("qwen3_moe")
+    attach(model, {"sp": 0.1})
+    with pytest.raises(RuntimeError, match="return_dict=True"):
+        forward(model, return_dict=False)
+
+
+def test_shifted_labels_count_the_same_tokens() -> None:
+    model = build("qwen3_moe")
+    attached = attach(model, {"sp": 0.1, "z": 0.1})
+    labels = batch()[1]
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+    losses = [forward(model).loss, forward(model, labels=labels.flip(1), shift_labels=shifted).loss]
+    assert torch.equal(*losses)
+    attached.detach()
+
+
+def test_a_term_that_reads_activations_needs_per_token() -> None:
+    class Reading(Term):
+        name = "reading"
+        needs = Needs(activations=True)
+
+    register(Reading)
+    with pytest.raises(ValueError, match="term reading does not define `per_token`"):
+        attach(build("qwen3_moe"), {"reading": 0.1})
+
+
+def test_bfloat16_logits_stay_and_terms_are_float32() -> None:
+    model = build("qwen3_moe", dtype=torch.bfloat16)
+    plain = forward(model)
+    attached = attach(model, {"sp": 0.5, "cp": 0.1, "o": 0.1, "erc": 0.1})
+    attached.step = 1
+    out = forward(model)
+    out.loss.backward()
+    assert torch.equal(out.logits, plain.logits)
+    exact = build("qwen3_moe")
+    wanted = attach(exact, {"sp": 0.5})
+    forward(exact)
+    # Three significant digits of activations, averaged over 90 pairs.
+    assert attached.metrics()["reg/sp"] == pytest.approx(wanted.metrics()["reg/sp"], rel=0.05)
+
+
+def test_adapters_of_peft_on_experts_and_router_get_the_terms() -> None:
+    peft = pytest.importorskip("peft", reason="the package peft (extra finetune) is not installed")
+    plain = forward(build("qwen3_moe"))
+    options = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"],
+        init_lora_weights=True,
+    )
+    model = peft.get_peft_model(build("qwen3_moe"), options)
+    attached = attach(model, {"sp": 0.5, "erc": 0.5}, add_to_loss=False)
+    attached.step = 1
+    out = forward(model)
+    assert torch.equal(out.logits, plain.logits)
+    attached.penalty(batch()[1]).backward()
+    moved = {
+        name: p.grad.abs().sum() > 0 for name, p in model.named_parameters() if p.grad is not None and "lora_B" in name
+    }
+    assert moved["base_model.model.model.layers.0.mlp.gate.lora_B.default.weight"]
+    assert any(grad for name, grad in moved.items() if "layers.2.mlp.experts" in name)

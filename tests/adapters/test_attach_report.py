@@ -75,10 +75,11 @@ def test_measures_are_those_of_inspect(name: str) -> None:
     assert all(0 < pair["kappa"] <= 1 for pair in result["pairs"])
 
 
-def test_report_shows_a_run(tmp_path: Path) -> None:
+def three_steps(folder: Path) -> list[torch.Tensor]:
+    """A run directory of three training steps and an inspection; the batch."""
     model = build("qwen3_moe")
     attached = attach(model, {"sp": {"weight": 0.1, "warmup_steps": 2}, "v": 0.1})
-    run = RunDirectory(tmp_path / "tuned", attached, steps=3)
+    run = RunDirectory(folder, attached, steps=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ids, labels = batch()
     for step in range(1, 4):
@@ -89,10 +90,23 @@ def test_report_shows_a_run(tmp_path: Path) -> None:
         optimizer.zero_grad()
         run.log(step, tokens=step * ids.numel(), loss=out.loss.item(), lr=0.1)
     run.write_inspection(attached.inspect(batches(), step=3))
-    rows = Run(tmp_path / "tuned", "tuned").rows("train")
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    return [ids, labels]
+
+
+def test_a_run_directory_has_the_rows_that_the_report_reads(tmp_path: Path) -> None:
+    ids, labels = three_steps(tmp_path / "tuned")
+    run = Run(tmp_path / "tuned", "tuned")
+    assert [row["step"] for row in run.rows("train")] == [1, 2, 3]
     plain = build("qwen3_moe")(input_ids=ids, labels=labels, use_cache=False).loss.item()
-    assert rows[0]["ce"] == pytest.approx(plain, abs=1e-6)
+    # sp's weight is halved at the first of two warm-up steps.
+    assert run.rows("train")[0]["ce"] == pytest.approx(plain, abs=1e-6)
+    assert run.config.weights == {"sp": 0.1, "v": 0.1}
+    assert run.newest["step"] == 3
+
+
+@pytest.mark.slow
+def test_report_shows_a_run(tmp_path: Path) -> None:
+    three_steps(tmp_path / "tuned")
     page = write_report([tmp_path / "tuned"], tmp_path / "report").read_text()
     assert "sp 0.1, v 0.1" in page
     assert "3 of 3" in page

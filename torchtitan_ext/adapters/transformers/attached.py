@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchtitan_ext.adapters.transformers import experts, inspection, record, structure, tokens
+from torchtitan_ext.adapters.transformers import evaluate, experts, inspection, record, structure, tokens
 from torchtitan_ext.adapters.transformers.sums import StepSums, empty_sums
-from torchtitan_ext.carry import Carry, empty_carry
+from torchtitan_ext.carry import Carry
 from torchtitan_ext.collectives import Group, Ranks
 from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.ops.routing import labelled_counts
@@ -154,9 +154,11 @@ class Attached:
             return
         gradients = torch.is_grad_enabled()
         labels = self._given(arguments, options).get("labels") is not None
-        self._record = record.Record(len(self.structure.layers), gradients) if gradients or labels else None
-        if self._record is not None:
+        if gradients or labels:
+            self._record = record.Record(len(self.structure.layers), gradients)
             self._require_step()
+        elif self._record is not None and self._record.open:  # of a pass that ended with an exception
+            self._record = None
 
     def _require_step(self) -> None:
         for term in (*self.terms.terms, *self.sequence_terms.terms):
@@ -232,7 +234,7 @@ class Attached:
         return record.LayerObserver(self.terms, view, recorded, responses)
 
     def _finish(self, model: nn.Module, arguments: Any, options: dict[str, Any], output: Any) -> Any:
-        if model is not self.model or self._record is None:
+        if model is not self.model or self._record is None or not self._record.open:
             return None
         self._record.open = False
         given = self._given(arguments, options)
@@ -274,7 +276,9 @@ class Attached:
             raise RuntimeError(
                 f"attach: {labelled_BS.numel()} labels, but the MoE layers saw {len(layers[0].topk_ids_TK)} tokens"
             )
-        self._check_score(layers)
+        if not self._checked:
+            kind = self.model.config.get_text_config().model_type
+            self.score, self._checked = evaluate.checked_score(layers, self.score, kind), True
         dtype = accumulation_dtype(layers[0].logits_TE.dtype)
         device = layers[0].logits_TE.device
         labelled_BS = labelled_BS.to(device)
@@ -282,13 +286,13 @@ class Attached:
         flat = self._layer_tokens(labelled_BS.numel(), weights_BS)._replace(
             weights=weights_BS.reshape(1, -1), fraction=cast(float, weights_BS.sum())
         )
-        by_layer, carry = self._run(self.terms, layers, flat, None)
+        by_layer, carry = evaluate.evaluate(self.terms, layers, flat, None, cast(str, self.score))
         values, names = [by_layer], [*self.terms.names]
         extra = self.terms.objective(by_layer.sum(0), self._factors(self.terms))
         if self.sequence_terms.names:
             found = tokens.documents(self._positions, *weights_BS.shape)
-            sequences = self._sequence_tokens(weights_BS, found)
-            by_layer, _ = self._run(self.sequence_terms, layers, sequences, found)
+            sequences = evaluate.sequence_tokens(weights_BS, found, flat.step)
+            by_layer, _ = evaluate.evaluate(self.sequence_terms, layers, sequences, found, cast(str, self.score))
             extra = extra + self.sequence_terms.objective(by_layer.sum(0), self._factors(self.sequence_terms))
             values.append(by_layer)
             names += self.sequence_terms.names
@@ -298,55 +302,16 @@ class Attached:
     def _factors(self, terms: Terms) -> dict[str, float]:
         return terms.factors(self._step, {}) if self._step is not None else {}
 
-    def _sequence_tokens(self, weights_BS: Tensor, found: tokens.Documents | None) -> Tokens:
-        """One row per document, for terms that are formed per sequence."""
-        weights = weights_BS if found is None else weights_BS.flatten()[found.tokens] * found.real
-        rows, length = weights.shape
-        device = weights.device
-        step = torch.tensor(self._step or 1, device=device)
-        return Tokens(weights, torch.arange(rows, device=device), step, torch.arange(length, device=device))
-
-    def _run(
-        self, terms: Terms, layers: list[record.Seen], given: Tokens, found: tokens.Documents | None
-    ) -> tuple[Tensor, Carry]:
-        """The terms by layer (L, N), and the carry with counts and measures. found: order of `given`, if not the layers'."""
-        dtype, device = given.weights.dtype, given.weights.device
-        sizes = (given.weights.numel(), len(layers), self.structure.experts, dtype, device)
-        width, measures = terms.carried_width(self.structure.experts), len(terms.measures)
-        carry = empty_carry(len(terms.names), *sizes, width, measures)
-        values = []
-        for number, seen in enumerate(layers):
-            if found is not None:
-                order = found.tokens.flatten()
-                seen = seen._replace(
-                    logits_TE=seen.logits_TE[order], topk_ids_TK=seen.topk_ids_TK[order], gates_TK=seen.gates_TK[order]
-                )
-            view = record.layer_view(seen, number, cast(str, self.score), given)
-            carry = terms.add(view, seen.observed, seen.responses, carry._replace(terms=torch.zeros_like(carry.terms)))
-            values.append(carry.terms)
-        return torch.stack(values), carry
-
-    def _check_score(self, layers: list[record.Seen]) -> None:
-        """Once: the gate weights must be proportional to the scores; a score function that is not known is found so."""
-        if self._checked:
-            return
-        kind = self.model.config.get_text_config().model_type
-        fitting = [name for name in structure.SCORES if all(record.proportional(seen, name) for seen in layers)]
-        if self.score is None and len(fitting) == 1:
-            self.score = fitting[0]
-        if self.score is None and fitting:
-            raise RuntimeError(f"attach: {kind}: scores may be softmax or sigmoid: call attach with score=")
-        if self.score not in fitting:
-            raise RuntimeError(f"attach: {kind}: gate weights are not proportional to {self.score or 'known'} scores")
-        self._checked = True
-
     def _add(self, names: list[str], values_LN: Tensor, carry: Carry, weights_BS: Tensor) -> None:
-        if self._sums is None or self._step is None:
-            self._sums = empty_sums(names, self.terms.measures, values_LN, carry)
+        training = bool(self.model.training)
+        if self._sums is None or self._step is None or self._sums.training != training:
+            self._sums = empty_sums(names, self.terms.measures, training, values_LN, carry)
         self._sums.add(values_LN, carry, weights_BS.sum().detach())
 
     def metrics(self, per_layer: bool = False, group: Group | None = None) -> dict[str, float]:
         """Terms and routing measures of the last step (or forward pass, if `step` is not set): means over labelled tokens.
+
+        Passes in eval mode are not mixed with those in training mode: after an evaluation these are its values.
 
         `reg/NAME` are unweighted sums over layers, `moe/NAME` means over layers. per_layer: with `layer-0/reg/NAME` and so on.
         group: sums over these ranks, which must all call it. Empty before the first labelled forward pass.

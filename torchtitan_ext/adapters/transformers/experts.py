@@ -7,7 +7,7 @@ show their results. Only `eager` has a loop of its own, since there the library 
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary, WeakMethod
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +84,13 @@ class StandIn:
 
 
 def register() -> None:
-    """Makes our experts functions known to Transformers; they serve all attached models."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    """Makes our experts functions known to Transformers; they serve all attached models. Raises ImportError."""
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(
+            "attach: needs the package 'transformers' 5 (extra hf): pip install 'transformers>=5,<6'"
+        ) from error
 
     if PREFIX + "eager" not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(PREFIX + "eager", observed_eager)
@@ -124,6 +129,10 @@ def inverse(order_R: Tensor) -> Tensor:
     return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
 
 
+_SAME_LOOP: "WeakSet[type]" = WeakSet()
+"""Classes of experts whose own loop was seen to give the result of ours."""
+
+
 class Part(NamedTuple):
     """One expert's rows."""
 
@@ -133,7 +142,9 @@ class Part(NamedTuple):
 
 
 def observed_eager(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The loop over experts that every experts class has, with the same operations in the same order, observed."""
+    """The loop over experts that every experts class has, with the same operations in the same order, observed.
+
+    The first result of each class is compared with that of its own loop. Raises RuntimeError if they differ."""
     observer = _observer(self, top_k_index, top_k_weights)
     if observer is None:
         plain: Tensor = type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
@@ -153,6 +164,15 @@ def observed_eager(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
         activations.append(z)
         outputs.append(y)
         out_TD.index_add_(0, tokens, (y * top_k_weights[tokens, choices, None]).to(out_TD.dtype))
+    if type(self) not in _SAME_LOOP:
+        with torch.no_grad():
+            expected = type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+        if not torch.equal(expected, out_TD):
+            raise RuntimeError(
+                f"attach: the eager loop of {type(self).__name__} does something of its own; call "
+                "model.set_experts_implementation('grouped_mm') before attach"
+            )
+        _SAME_LOOP.add(type(self))
     order_R = torch.cat([tokens * top_k_index.shape[1] + choices for _, choices, tokens in parts])
     rows_TK = inverse(order_R).view_as(top_k_index)
     observer.activations(torch.cat(activations), rows_TK, local=False)

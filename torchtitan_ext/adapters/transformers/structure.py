@@ -129,8 +129,8 @@ def _router_class(model: Any, kind: str) -> tuple[type[nn.Module], int]:
 
 
 def _layer(kind: str, router_name: str, router: nn.Module, name: str, experts: nn.Module) -> MoELayer:
-    block = router_name.rpartition(".")[0]
-    if not name.startswith(block):
+    block = router_name.replace(".base_layer", "").rpartition(".")[0]  # PEFT wraps modules whose parameters it adapts
+    if not name.startswith(f"{block}."):
         raise ValueError(f"attach: {kind}: router {router_name} and experts {name} are not in the same layer")
     if not getattr(experts, "has_gate", False):
         raise ValueError(f"attach: {kind}: experts {name} have no gate, so no SwiGLU activations")

@@ -15,6 +15,8 @@ class StepSums(NamedTuple):
 
     names: list[str]
     measures: tuple[str, ...]
+    training: bool
+    """Whether these are passes in training mode."""
     terms_LN: Tensor
     sums_LM: Tensor
     counts_LE: Tensor
@@ -49,7 +51,9 @@ class StepSums(NamedTuple):
         return result
 
 
-def empty_sums(names: list[str], measures: tuple[str, ...], terms_LN: Tensor, carry: Carry) -> StepSums:
+def empty_sums(names: list[str], measures: tuple[str, ...], training: bool, terms_LN: Tensor, carry: Carry) -> StepSums:
     """Sums of nothing, with shapes and dtypes as given."""
     zero = torch.zeros_like
-    return StepSums(names, measures, zero(terms_LN), zero(carry.sums), zero(carry.counts), terms_LN.new_zeros(()))
+    return StepSums(
+        names, measures, training, zero(terms_LN), zero(carry.sums), zero(carry.counts), terms_LN.new_zeros(())
+    )
