@@ -335,6 +335,12 @@ class Term:
         sums: what `token_sums` returned. counts: assignments of this rank's labelled tokens."""
         raise NotImplementedError
 
+    def at_layer(self, view: LayerView) -> Tensor:
+        """The term's part from this layer, also for a term with a `total`: for models that add terms layer by layer."""
+        if not self.sums_width(view.scores_TE.shape[-1]):
+            return self.value(view)
+        return self.total(self.token_sums(view).unsqueeze(0), view.counts_E.unsqueeze(0))
+
     def carried_width(self, experts: int) -> int:  # noqa: ARG002 - the interface
         """Numbers per token that `carried` returns."""
         return 0

@@ -252,6 +252,23 @@ class Terms:
         ]
         return carry._replace(terms=carry.terms + torch.stack(totals))
 
+    def totals_by_layer(self, carry: Carry) -> Tensor:
+        """What `complete` adds to the terms, layer by layer: (L, N), with a collective for each layer."""
+        import torch
+
+        layers = carry.counts.shape[0]
+        rows = (
+            self.complete(
+                carry._replace(
+                    terms=torch.zeros_like(carry.terms),
+                    term_sums=carry.term_sums[n : n + 1],
+                    counts=carry.counts[n : n + 1],
+                )
+            ).terms
+            for n in range(layers)
+        )
+        return torch.stack(list(rows))
+
 
 def token_measures(view: LayerView) -> dict[str, Tensor]:
     """TOKEN_MEASURES: weighted sums over tokens. Call it under torch.no_grad()."""

@@ -63,7 +63,7 @@ class SpecializedRouter(TopKRouter):
                 view = view._replace(previous=self._previous(term, view))
                 if view.previous is None:
                     continue
-            value = term.value(view)
+            value = term.at_layer(view)
             log_value(term.name, value, self)
             total = total + term.options.weight * value
         return attach(probs, total, weights, self.config), routing_map

@@ -106,11 +106,13 @@ class Record:
             device,
             terms.carried_width(experts),
             len(terms.measures),
+            terms.sums_width(experts),
         )
         variant = next((term.options.variant for term in terms.terms if isinstance(term, Orthogonality)), "paper")
         for number, seen in enumerate(layers):
             view, observed = _view(number, seen, tokens, variant)
             carry = terms.add(view, observed, None, carry)
+        carry = terms.complete(carry)
         self._total = add_carry(self._total, carry)
         detached = cross_entropy.detach().float()
         self._cross_entropy = detached if self._cross_entropy is None else self._cross_entropy + detached

@@ -20,7 +20,9 @@ def evaluate(
     where it is not the layers'."""
     dtype, device, experts = given.weights.dtype, given.weights.device, layers[0].logits_TE.shape[1]
     sizes = (given.weights.numel(), len(layers), experts, dtype, device)
-    carry = empty_carry(len(terms.names), *sizes, terms.carried_width(experts), len(terms.measures))
+    carry = empty_carry(
+        len(terms.names), *sizes, terms.carried_width(experts), len(terms.measures), terms.sums_width(experts)
+    )
     values = []
     for number, seen in enumerate(layers):
         ordered = seen
@@ -32,7 +34,7 @@ def evaluate(
         view = layer_view(ordered, number, score, given)
         carry = terms.add(view, seen.observed, seen.responses, carry._replace(terms=torch.zeros_like(carry.terms)))
         values.append(carry.terms)
-    return torch.stack(values), carry
+    return torch.stack(values) + terms.totals_by_layer(carry), carry
 
 
 def sequence_tokens(weights_BS: Tensor, found: Documents | None, step: Tensor) -> Tokens:
