@@ -13,6 +13,16 @@ from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
 from torchtitan_ext.terms import REGISTRY
 
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())  # scripts/mark_slow.py
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of slow.txt, before `-m` selects."""
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:

@@ -161,7 +161,8 @@ def test_a_verbs_help_has_usage_defaults_and_examples_that_parse(verb: str, caps
     assert not end.value.code
     text = capsys.readouterr().out
     assert text.startswith(f"usage: titan-moe {verb} ")
-    assert "(default: " in re.sub(r"\s+", " ", text)
+    words = re.sub(r"\s+", " ", text)
+    assert "(default: " in words or "options of the configuration, with their defaults" in words
     examples = re.findall(rf"^(?:examples?:)? +titan-moe ({verb} .*)$", text, re.MULTILINE)
     assert examples
     for example in examples:

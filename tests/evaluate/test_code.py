@@ -32,7 +32,9 @@ def test_a_program_passes_only_when_it_reaches_its_end_within_the_limits(program
 
 def test_an_endless_program_and_its_children_are_ended() -> None:
     began = time.monotonic()
-    assert not passes("import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])", seconds=1)
+    assert not passes(
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'], check=True)", seconds=1
+    )
     assert not passes("while True: pass", seconds=1)
     assert time.monotonic() - began < 60
 

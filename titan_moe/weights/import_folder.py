@@ -86,12 +86,12 @@ def import_folder(source: Path, out: Path, tokenizer_path: str = "") -> list[str
     if model.moe.first_dense_layers == model.layers:
         width = model.moe.dense_width
         lines.append(
-            f"a dense model; make its layers experts: titan-moe train --checkpoint.upcycle_path={out} with its [model] table, "
+            f"a dense model; make its layers experts: ./run_train.sh --checkpoint.upcycle_path={out} with its [model] table, "
             f"model.moe.first_dense_layers = 0 and model.moe.hidden_dim = {width}"
         )
     else:
         lines.append(
-            f"train it: titan-moe train --config {out / 'config.toml'} --checkpoint.load_path={out} --job.name=NAME"
+            f"train it: ./run_train.sh --config {out / 'config.toml'} --checkpoint.load_path={out} --job.name=NAME"
         )
     return lines
 
