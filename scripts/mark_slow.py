@@ -9,7 +9,7 @@ trains, resumes, stops, and computes on several ranks. Tests that the file does 
 
 import re
 import sys
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ WHOLE_FILES = ("tests/test_docs.py", "tests/test_structure.py")  # their tests s
 
 
 def main() -> None:
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines():
         timed = re.fullmatch(r" *([\d.]+)s (?:call|setup|teardown) +(tests/.*?)\s*", line)
         if timed:

@@ -1,7 +1,8 @@
 """Loads a checkpoint's model for running it, on one rank or several, without gradients and without loss terms."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,7 +17,9 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.replicated import replicate_tokens
 from titan_moe.train.build import build_model
-from torchtitan_ext.terms import Terms
+from torchtitan_ext.carry import Carry
+from torchtitan_ext.terms import LayerView, Terms
+from torchtitan_ext.terms.base import Probes
 
 
 class Loaded(NamedTuple):
@@ -49,12 +52,19 @@ def load_model(checkpoint: Path, config: Config, mesh: Mesh, same_tokens: bool =
     return Loaded(model, tokenizer, config, state.step, mesh)
 
 
+class _NoTerms(Terms):
+    """Computes no measures either."""
+
+    def add(self, view: LayerView, observed: Mapping[str, Any], probes: Probes | None, carry: Carry) -> Carry:  # noqa: ARG002
+        return carry
+
+
 def prepare_for_inference(model: Transformer, whole: bool = True) -> None:
     """Removes the loss terms, in place, and rounds every weight once that a forward pass would round each time.
 
     whole: False for weights in FSDP's shards, which it rounds as it gathers them."""
     model.requires_grad_(False)
-    model.terms = Terms()
+    model.terms = _NoTerms()
     for moe in model.moe_modules():
         moe.terms = model.terms
     if not whole:
