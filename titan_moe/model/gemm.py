@@ -77,9 +77,8 @@ def grouped_linear(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tenso
     if x_RD.is_cuda and x_RD.dtype == torch.bfloat16:
         return grouped_mm(x_RD, weight_END.to(x_RD.dtype), offsets_E)
     if type(x_RD) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _products(
-            x_RD, weight_END, offsets_E
-        )  # without the cost of calling an operator, for a few tokens at a time
+        # For a few tokens at a time, calling an operator costs as much as its work.
+        return _products(x_RD, weight_END, offsets_E)
     result: Tensor = torch.ops.titan_moe.grouped_linear(x_RD, weight_END, offsets_E)
     return result
 
@@ -124,6 +123,7 @@ def _rows_times(x_RD: Tensor, weight_DN: Tensor, out_RN: Tensor, start: int, end
 
 
 def _products(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:
+    """`grouped_linear` by one product per expert."""
     dtype = product_dtype(x_RD)
     out_RN = x_RD.new_empty(x_RD.shape[0], weight_END.shape[1])
     for e, start, end in _groups(offsets_E):
