@@ -19,6 +19,7 @@ MODULE_OF = {
     "pytest-timeout": "pytest_timeout",
     "pytest-xdist": "xdist",
     "lm-eval": "lm_eval",
+    "megatron-core": "megatron.core",
 }
 
 
@@ -40,12 +41,25 @@ def satisfied(requirement: str) -> bool:
     One with a marker, "triton>=3.4; sys_platform == 'linux'", counts on that platform only.
     """
     requirement, _, marker = requirement.partition(";")
-    if marker and marker.split("'")[1] != sys.platform:
+    if marker and not applies(marker):
         return True
     name = re.split(r"[<>=!~ ]", requirement, maxsplit=1)[0]
     if importlib.util.find_spec(MODULE_OF.get(name, name)) is None:
         return False
     return in_range(requirement, importlib.metadata.version(name))
+
+
+def applies(marker: str) -> bool:
+    """Whether a marker holds here, such as "python_version >= '3.11' and sys_platform == 'linux'"."""
+    for part in marker.split(" and "):
+        condition = re.fullmatch(r"\s*(sys_platform ==|python_version >=) '([^']+)'\s*", part)
+        assert condition, f"pyproject.toml: marker {part.strip()!r} is not one that this script reads"
+        name, value = condition.groups()
+        if name == "sys_platform ==" and sys.platform != value:
+            return False
+        if name == "python_version >=" and sys.version_info[:2] < release(value):
+            return False
+    return True
 
 
 def in_range(requirement: str, version: str) -> bool:
