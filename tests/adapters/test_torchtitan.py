@@ -125,6 +125,12 @@ def test_terms_and_gradients_equal_those_computed_token_by_token(kind: str) -> N
         assert share > 20 * BFLOAT16, f"{name}: the terms have too small a gradient for this test to see an error in it"
 
 
+def assert_same(value: torch.Tensor, right: torch.Tensor, name: str) -> None:
+    """Bitwise equal but for the last bit: repeated in one process, the stock model's own gradients differ by up to 3e-7 of the
+    largest, in about one run of three on a busy machine."""
+    assert (value - right).abs().max() <= 1e-6 * right.abs().max(), name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_model_is_unchanged_and_recomputation_changes_no_gradient(kind: str) -> None:
     stock, stock_loss = built(configuration(kind))
@@ -139,7 +145,7 @@ def test_model_is_unchanged_and_recomputation_changes_no_gradient(kind: str) -> 
         assert torch.equal(result.hidden, plain.hidden)
         assert torch.equal(result.loss, reference.loss)
         for name, gradient in reference.gradients.items():
-            assert torch.equal(result.gradients[name], gradient), (mode, name)
+            assert_same(result.gradients[name], gradient, f"{mode} {name}")
         # TorchTitan itself counts a recomputed token twice, and halves the counts where they are used.
         unchanged = step(*built(configuration(kind), lambda model, mode=mode: checkpointed(mode, model)), *batch())
         for count, stock_count in zip(result.counts, unchanged.counts, strict=True):
@@ -154,7 +160,7 @@ def test_measured_terms_have_no_gradient_and_evaluation_has_no_terms() -> None:
     assert metrics["reg/cp"] < 0
     assert torch.equal(seen.loss, plain.loss)
     for name, gradient in plain.gradients.items():
-        assert torch.equal(seen.gradients[name], gradient), name
+        assert_same(seen.gradients[name], gradient, name)
 
     _, without = with_terms("qwen3", {})
     assert set(without) == {
