@@ -178,24 +178,25 @@ class SweepState:
     def waiting(self) -> list[Cell]:
         """Cells that are still to be run, in that order. A cell that others need runs also when another machine has made its
         row, since they need its directory."""
-        decided = self.decided()
-        ends = {*self.results, *self.failed}
-        runs = [
-            cell
-            for cell in self.order
-            if cell.name not in ends
-            and cell.arm not in self.sweep.before
-            and Group(cell.grid_point, cell.arm) not in decided
-        ]
-        needed = {need for cell in runs for need in cell.needs}
-        if not self.sweep.sequential:
-            needed |= {cell.name for cell in self.cells if cell.arm in self.sweep.before and cell.name not in ends}
-        before = [
-            cell
-            for cell in self.order
-            if cell.name in needed - {*self.failed} and not (cell.name in self.results and self.complete(cell))
-        ]
-        return sorted([*before, *runs], key=self.order.index)
+        decided, ends = self.decided(), {*self.results, *self.failed}
+
+        def is_open(cell: Cell) -> bool:
+            return cell.name not in ends and Group(cell.grid_point, cell.arm) not in decided
+
+        needed = {
+            need for cell in self.cells if cell.arm not in self.sweep.before and is_open(cell) for need in cell.needs
+        }
+
+        def is_waiting(cell: Cell) -> bool:
+            if cell.arm not in self.sweep.before:
+                return is_open(cell)
+            if cell.name in self.failed:
+                return False
+            if cell.name in self.results:
+                return cell.name in needed and not self.complete(cell)
+            return cell.name in needed or not self.sweep.sequential
+
+        return [cell for cell in self.order if is_waiting(cell)]
 
     def decided(self) -> set[Group]:
         """Arms that get no more seeds: those of a sequential sweep whose difference is decided, and baselines of such arms
