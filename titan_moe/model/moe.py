@@ -102,6 +102,11 @@ def plan_dispatch(topk_ids_TK: Tensor, experts: int) -> Dispatch:
     return Dispatch(order_R // k, rows.reshape(tokens, k), offsets_E)
 
 
+def gates_by_row(gates_TK: Tensor, plan: Dispatch) -> Tensor:
+    """The gate weight of each row, (R,), in the order of the experts."""
+    return gates_TK.new_zeros(gates_TK.numel()).scatter(0, plan.rows_TK.flatten(), gates_TK.flatten())
+
+
 class _Gather(torch.autograd.Function):
     """Tokens to expert order. The backward sums each token's k rows in one pass, with no (T, k, D) tensor."""
 

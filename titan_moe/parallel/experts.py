@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_moe.model.moe import Dispatch, Dispatcher, Routed, gather_tokens, plan_dispatch, sum_rows
+from titan_moe.model.moe import Dispatch, Dispatcher, Routed, gates_by_row, gather_tokens, plan_dispatch, sum_rows
 from torchtitan_ext.collectives import Group, exchange, gather_columns
 from torchtitan_ext.ops import select
 
@@ -104,8 +104,8 @@ class AllToAll(Dispatcher):
         plan = plan_dispatch(topk_ids_TK, experts)
         wanted_R = None if sampled_N is None else self.wanted(plan.rows_TK.index_select(0, sampled_N), plan)
         route, offsets_J = self.route(plan.offsets_E, wanted_R)
-        gates_R = gates_TK.new_zeros(gates_TK.numel()).scatter(0, plan.rows_TK.flatten(), gates_TK.flatten())
-        x_QD, gates_Q = self.send(gather_tokens(x_TD, plan), route), self.send(gates_R, route)
+        x_QD = self.send(gather_tokens(x_TD, plan), route)
+        gates_Q = self.send(gates_by_row(gates_TK, plan), route)
         return Routed(x_QD, offsets_J, gates_Q, plan, route)
 
     def route(self, offsets_E: Tensor, wanted_R: Tensor | None) -> tuple[Route, Tensor]:

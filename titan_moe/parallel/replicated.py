@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from titan_moe.model.attention import ProjectionNorm
-from titan_moe.model.moe import Dispatcher, MoELayer, Routed, plan_dispatch
+from titan_moe.model.moe import Dispatcher, MoELayer, Routed, gates_by_row, plan_dispatch
 from titan_moe.model.transformer import Block, Transformer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.tensor import GroupTPComm
@@ -52,10 +52,9 @@ class OwnExperts(Dispatcher):
         first = self.group.rank() * here
         ends = [0, *plan.offsets_E.tolist()]
         start, end = ends[first], ends[first + here]
-        gates_R = gates_TK.new_empty(gates_TK.numel()).scatter(0, plan.rows_TK.flatten(), gates_TK.flatten())
         tokens = plan.tokens_R[start:end]
         offsets = plan.offsets_E[first : first + here] - start
-        return Routed(x_TD.index_select(0, tokens), offsets, gates_R[start:end], plan, tokens)
+        return Routed(x_TD.index_select(0, tokens), offsets, gates_by_row(gates_TK, plan)[start:end], plan, tokens)
 
     @torch.compiler.disable
     def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
