@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.sweeps import SWEEP, finish, start_sweep
-from titan_moe.analysis.sweep.rows import FOLDER, write_row
-from titan_moe.analysis.sweep.sweep import SweepState, run_sweep
+from titan_moe.analysis.sweep.rows import FOLDER, CellRow, measured, write_row
+from titan_moe.analysis.sweep.sweep import Running, SweepState, run_sweep
 from titan_moe.errors import UserError
 
 TABLES = ("results.csv", "comparisons.csv", "results.md")
@@ -30,7 +33,9 @@ def write_rows(state: SweepState, parity: int | None = None) -> None:
     for index, cell in enumerate(state.cells):
         if parity is None or index % 2 == parity:
             loss = 4.0 + 0.01 * index
-            write_row(state.folder, cell.name, state.keys[cell.name], {"loss": loss, "perplexity": 50.0 + index})
+            result = {"loss": loss, "perplexity": 50.0 + index}
+            key = state.keys[cell.name]
+            write_row(state.folder, CellRow(key=key, cell=cell.name, measured=measured(state.sweep), result=result))
 
 
 def tables(sweep_file: Path, folder: Path, *sources: Path) -> dict[str, str]:
@@ -77,6 +82,33 @@ def test_rows_of_other_settings_and_damaged_rows_are_one_line(sweep_file: Path, 
         with pytest.raises(UserError, match=r"lb--vanilla--seed0\.json: is not a row of a sweep") as caught:
             run_sweep(str(sweep_file), "", tmp_path / "a", [], 1, True)
         assert "\n" not in str(caught.value)
+
+
+def test_rows_with_other_measures_do_not_finish_a_cell_and_are_not_merged(sweep_file: Path, tmp_path: Path) -> None:
+    write_rows(state_of(sweep_file, tmp_path / "a"))
+    sweep_file.write_text(sweep_file.read_text().replace("validations = 2", 'validations = 1\neval = "piqa"'))
+    state = state_of(sweep_file, tmp_path / "a")
+    state.open()
+    assert not state.results
+    with pytest.raises(UserError, match=r"--merge: .*\.json: was measured with another validations, eval$"):
+        run_sweep(str(sweep_file), "", tmp_path / "b", [], 1, True, sources=[tmp_path / "a"])
+
+
+@pytest.mark.parametrize(("told", "status"), [(True, -signal.SIGTERM), (True, 1), (False, -signal.SIGTERM)])
+def test_a_finished_cell_that_ends_by_the_signal_to_stop_has_not_failed(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool, status: int
+) -> None:
+    state = state_of(sweep_file, tmp_path / "a")
+    state.open()
+    end = f"raise SystemExit({status})" if status > 0 else f"import os; os.kill(os.getpid(), {-status})"
+    process = subprocess.Popen([sys.executable, "-c", end])
+    process.wait()
+    state.running = [Running(state.cells[0], process, ["before"])]
+    monkeypatch.setattr(state, "command", lambda _: None)
+    monkeypatch.setattr("titan_moe.analysis.sweep.sweep.result_of", lambda *_: {"loss": 1.0})
+    monkeypatch.setattr("titan_moe.analysis.sweep.sweep.write_tables", lambda *_: None)
+    assert state.collect_ended(stopped=told)
+    assert bool(state.failed) == (not told or status > 0)
 
 
 def test_the_first_seed_of_all_arms_comes_first(sweep_file: Path, tmp_path: Path) -> None:

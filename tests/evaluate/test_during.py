@@ -42,6 +42,10 @@ def without_tasks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in untimed(rows) if row["kind"] != "eval"]
 
 
+def numbers_of_tasks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: row[name] for name in row if name != "kind"} for row in rows if row["kind"] == "eval"]
+
+
 def test_a_run_with_tasks_has_the_same_rows_and_tensors_and_theirs(tiny_options: list[str], data: Path) -> None:
     """Bitwise. The row of the last step is what `eval` measures on the last checkpoint; TensorBoard has the points."""
     pytest.importorskip("lm_eval")
@@ -92,7 +96,7 @@ def test_two_ranks_with_spread_experts_measure_what_one_does(
         runs[name] = rows_of(tmp_path / "runs" / name)
     assert without_tasks(runs["two"]) == untimed(runs["plain"])
     assert_same_rows(runs["two"], runs["one"])
-    one, two = ([row for row in runs[name] if row["kind"] == "eval"] for name in ("one", "two"))
+    one, two = (numbers_of_tasks(runs[name]) for name in ("one", "two"))
     assert [row["step"] for row in two] == [3, 6]
     for row, other in zip(two, one, strict=True):
         assert row == pytest.approx(other, rel=1e-9)

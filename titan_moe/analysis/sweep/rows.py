@@ -2,9 +2,10 @@
 
     SWEEP/cells/CELL.json     the cell's numbers, and a key: a digest of everything that decides them
 
-A row counts as the result of a cell if its key is that of the cell: the resolved configuration, the runs that it needs, what
-was measured, and `BEHAVIOUR`. Keys that say where files lie or how the work is divided do not enter it, so that another
-machine's rows count.
+A row counts as the result of a cell if its key is that of the cell: the resolved configuration, the runs that it needs and
+`BEHAVIOUR`. Settings that say where files lie or how the work is divided do not enter it, so that another machine's rows
+count. A row also says what was measured on its run. When the sweep's file asks for other measures than that, the cell is
+not finished: its run, if it is there, is measured again.
 """
 
 import hashlib
@@ -28,6 +29,8 @@ BEHAVIOUR = 1
 """Version of what training computes. Raise it with a change of the code that changes the numbers of a run beyond rounding."""
 FOLDER = "cells"
 ROW_BYTES = 1 << 20
+MEASURED = ("validations", "inspect", "inspect_options", "eval", "eval_options")
+"""Keys of a sweep's file that say what is measured on its runs."""
 ELSEWHERE = (
     "job.name",
     "job.output_dir",
@@ -53,20 +56,23 @@ class CellRow(BaseModel):
 
     key: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     cell: str
+    measured: dict[str, Any]
+    """The values of `MEASURED` in the sweep's file."""
     result: dict[str, float]
 
 
-def cell_keys(cells: Iterable[Cell], configs: Mapping[str, Config], sweep: Sweep, runs: Path) -> dict[str, str]:
+def measured(sweep: Sweep) -> dict[str, Any]:
+    """What the file of a sweep asks to measure on every run."""
+    return sweep.model_dump(mode="json", include={*MEASURED})
+
+
+def cell_keys(cells: Iterable[Cell], configs: Mapping[str, Config], runs: Path) -> dict[str, str]:
     """The key of every cell, by name. cells: those that others need come first. runs: the folder of the run directories."""
     keys: dict[str, str] = {}
     folders = {str(runs / name): name for name in configs}
-    measured = sweep.model_dump(
-        mode="json", include={"validations", "inspect", "inspect_options", "eval", "eval_options"}
-    )
     for cell in cells:
         content = {
             "behaviour": BEHAVIOUR,
-            "measured": measured,
             "needs": [keys[need] for need in cell.needs],
             "config": _deciding(dump(configs[cell.name]), folders, keys),
         }
@@ -86,11 +92,10 @@ def _deciding(values: Any, folders: Mapping[str, str], keys: Mapping[str, str], 
     return keys[folders[values]] if isinstance(values, str) and folders.get(values) in keys else values
 
 
-def write_row(folder: Path, cell: str, key: str, result: dict[str, float]) -> None:
+def write_row(folder: Path, row: CellRow) -> None:
     """Writes the row of a finished cell. folder: the sweep's."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    row = CellRow(key=key, cell=cell, result=result)
-    write_file(folder / FOLDER / f"{cell}.json", json.dumps(row.model_dump(), indent=1, sort_keys=True) + "\n")
+    write_file(folder / FOLDER / f"{row.cell}.json", json.dumps(row.model_dump(), indent=1) + "\n")
 
 
 def read_row(path: Path) -> CellRow:
@@ -105,23 +110,26 @@ def read_row(path: Path) -> CellRow:
     )
 
 
-def read_rows(folder: Path, keys: Mapping[str, str]) -> dict[str, CellRow]:
-    """The rows of a sweep's cells, by name. Raises UserError for a row that was made with other settings."""
+def read_rows(folder: Path, keys: Mapping[str, str], measures: Mapping[str, Any]) -> dict[str, CellRow]:
+    """The rows of a sweep's cells, by name, but those with other measures. Raises UserError for a row that was made with
+    other settings. measures: what the sweep asks for."""
     rows = {}
     for cell, key in keys.items():
         path = folder / FOLDER / f"{cell}.json"
         if path.exists():
-            rows[cell] = read_row(path)
-            if rows[cell].key != key:
+            row = read_row(path)
+            if row.key != key:
                 raise UserError(f"{path}: was made with other settings; take another --output, or delete it")
+            if row.measured == measures:
+                rows[cell] = row
     return rows
 
 
-def merge(folder: Path, sources: Iterable[Path], keys: Mapping[str, str]) -> int:
+def merge(folder: Path, sources: Iterable[Path], keys: Mapping[str, str], measures: Mapping[str, Any]) -> int:
     """Copies rows of other directories of the same sweep that this one lacks. Returns how many.
 
     sources: directories of sweeps, or directories of row files. Raises UserError when one has no row of this sweep, or has a
-    row of other settings."""
+    row of other settings or with other measures."""
     copied = 0
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for source in sources:
@@ -131,8 +139,12 @@ def merge(folder: Path, sources: Iterable[Path], keys: Mapping[str, str]) -> int
             raise UserError(f"--merge: {source} has no row of this sweep ({FOLDER}/CELL.json)")
         for cell in found:
             path, own = inside / f"{cell}.json", folder / FOLDER / f"{cell}.json"
-            if read_row(path).key != keys[cell]:
+            row = read_row(path)
+            if row.key != keys[cell]:
                 raise UserError(f"--merge: {path}: was made with other settings or by another version")
+            if row.measured != measures:
+                differing = ", ".join(name for name in MEASURED if row.measured.get(name) != measures[name])
+                raise UserError(f"--merge: {path}: was measured with another {differing}")
             if not own.exists():
                 shutil.copyfile(path, own)
                 copied += 1

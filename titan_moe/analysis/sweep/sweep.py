@@ -26,7 +26,7 @@ from rich.live import Live
 from rich.table import Table as RichTable
 
 from titan_moe.analysis.sweep.grid import Cell, cell_config, cells_of, read_sweep
-from titan_moe.analysis.sweep.rows import FOLDER, cell_keys, merge, read_rows, write_row
+from titan_moe.analysis.sweep.rows import FOLDER, CellRow, cell_keys, measured, merge, read_rows, write_row
 from titan_moe.analysis.sweep.sequential import FINAL, decision
 from titan_moe.analysis.sweep.tables import (
     Group,
@@ -84,7 +84,7 @@ class SweepState:
         self.failed: dict[str, str] = {}
         """Reasons, by cell name."""
         self.results: dict[str, dict[str, float]] = {}
-        self.keys = cell_keys(self.cells, self.configs, self.sweep, self.folder / "runs")
+        self.keys = cell_keys(self.cells, self.configs, self.folder / "runs")
         self.order = sorted(self.cells, key=lambda cell: self.sweep.seeds.index(cell.seed))
 
     def complete(self, cell: Cell) -> bool:
@@ -130,7 +130,7 @@ class SweepState:
                 self.check_same(cell, file, config)
             write_file(file, to_toml(config))
         own_folder(self.folder, FOLDER)
-        rows = read_rows(self.folder, self.keys)
+        rows = read_rows(self.folder, self.keys, measured(self.sweep))
         for cell in self.cells:
             if cell.name in rows:
                 self.results[cell.name] = rows[cell.name].result
@@ -157,7 +157,8 @@ class SweepState:
             raise UserError(f"validation.interval: {error}") from error
         if cell.name not in self.results:
             self.results[cell.name] = result
-            write_row(self.folder, cell.name, self.keys[cell.name], result)
+            row = CellRow(key=self.keys[cell.name], cell=cell.name, measured=measured(self.sweep), result=result)
+            write_row(self.folder, row)
 
     def start(self) -> None:
         """Starts cells while there is room."""
@@ -243,7 +244,9 @@ class SweepState:
             next_command = self.command(cell)
             if stopped and next_command is not None:
                 continue
-            if status != 0 or next_command == running.command:
+            # A process that had done all when the signal came may end by it.
+            failed = status != 0 and not (stopped and status == -signal.SIGTERM)
+            if failed or next_command == running.command:
                 self.failed[cell.name] = f"status {status}: {last_line(self.folder / 'logs' / f'{cell.name}.log')}"
             elif next_command is not None:
                 self.launch(cell)
@@ -315,7 +318,7 @@ def run_sweep(
     with contextlib.ExitStack() as stack:
         stack.callback(lock.release)
         if sources:
-            print(f"--merge: {merge(state.folder, sources, state.keys)} rows copied")
+            print(f"--merge: {merge(state.folder, sources, state.keys, measured(state.sweep))} rows copied")
         state.open()
         if not only_tables and state.waiting():
             prepare_once(state.configs.values())
