@@ -1,8 +1,8 @@
 """Matrix products: the dense one, and the grouped one that every expert layer goes through.
 
 `grouped_linear` is the one seam for expert products: replace it to try another kernel. On a GPU it is PyTorch's grouped
-GEMM, which is for bfloat16. On a CPU, and for float32 and float64, it is one product per expert, written into place; on a GPU
-that is slow, because the host has to read the sizes of the products.
+GEMM, which is for bfloat16; on a CPU with tiles of bfloat16 (AMX), a C kernel. Otherwise it is one product per expert,
+written into place; on a GPU that is slow, because the host has to read the sizes of the products.
 
 R routed rows sorted by expert, D inner width, N outer width, E experts.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_moe.model.grouped_gpu import grouped_mm
+from torchtitan_ext.ops import native
 
 
 def _cpu_multiplies_bfloat16() -> bool:
@@ -83,6 +84,12 @@ def grouped_linear(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tenso
     return result
 
 
+def _in_tiles(x_RD: Tensor, weight_END: Tensor) -> bool:
+    """Whether the C kernel multiplies these."""
+    types = (torch.bfloat16, torch.float32)
+    return x_RD.device.type == "cpu" and x_RD.dtype == types[0] and weight_END.dtype in types and native.tiles()
+
+
 def _groups(offsets_E: Tensor) -> list[tuple[int, int, int]]:
     """(expert, first row, end row) of every expert that has rows."""
     ends = offsets_E.tolist()
@@ -123,7 +130,9 @@ def _rows_times(x_RD: Tensor, weight_DN: Tensor, out_RN: Tensor, start: int, end
 
 
 def _products(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:
-    """`grouped_linear` by one product per expert."""
+    """`grouped_linear` on a CPU, or by one product per expert."""
+    if _in_tiles(x_RD, weight_END):
+        return native.grouped(x_RD, weight_END, offsets_E)
     dtype = product_dtype(x_RD)
     out_RN = x_RD.new_empty(x_RD.shape[0], weight_END.shape[1])
     for e, start, end in _groups(offsets_E):
@@ -149,6 +158,9 @@ def _(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:  # noqa: A
 def _grouped_linear_backward(
     grad_RN: Tensor, x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if _in_tiles(x_RD, weight_END):
+        grad_x_RD = native.grouped_rows_gradient(grad_RN, weight_END, offsets_E)
+        return grad_x_RD, native.grouped_weight_gradient(grad_RN, x_RD, offsets_E, weight_END.dtype)
     dtype = product_dtype(x_RD)
     grad_x_RD = torch.empty_like(x_RD)
     grad_weight_END = torch.empty_like(weight_END)

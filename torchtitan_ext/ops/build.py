@@ -1,7 +1,7 @@
 """Compiles the C kernels and keeps the library in a directory that only this user can write.
 
     $TITAN_MOE_CACHE, or $XDG_CACHE_HOME/titan_moe, or ~/.cache/titan_moe
-        kernels-UID/KEY-SHA256.so       KEY: source, compiler, flags and processor; SHA256: of the file itself
+        kernels-UID/KEY-SHA256.so       KEY: sources, compiler, flags and processor; SHA256: of the file itself
 
 Whoever can write the library runs code as this user, so owner, permissions and checksum are verified on the open file, and
 that file is loaded, not its name. A file that fails is compiled again. Where there is no such directory (read-only, another
@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
+SOURCES = tuple(sorted(Path(__file__).with_name("csrc").glob("*.c")))
 # PyTorch has loaded an OpenMP runtime already; the kernels use the same one and its threads.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 COMPILE_SECONDS = 120
@@ -33,7 +33,7 @@ def load() -> ctypes.CDLL:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "cc"))), None)
     if compiler is None:
         raise OSError("no C compiler (gcc or cc) on PATH")
-    parts = (SOURCE.read_text(), compiler, *FLAGS, _processor())
+    parts = (*(source.read_text() for source in SOURCES), compiler, *FLAGS, _processor())
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     try:
         folder = _private_folder()
@@ -93,7 +93,7 @@ def _compile(compiler: str, folder: Path, key: str) -> Path:
     """Compiles into a new file of `folder`. Raises CompileError, or OSError when the folder can't be written."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several processes may compile; all results are equal
         temporary = Path(scratch) / "kernels.so"
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
+        command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(temporary)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
         if done.returncode:
             raise CompileError(f"{' '.join(command)}: {done.stderr.strip()}")

@@ -53,6 +53,43 @@ def supports(operation: str, x: Tensor) -> bool:
     return x.dtype != torch.bfloat16 or operation in BFLOAT16
 
 
+@functools.cache
+def tiles() -> bool:
+    """Whether the CPU has units for tiles of bfloat16 (AMX), which the grouped products use, and lets this process use
+    them."""
+    kernels = library()
+    return kernels is not None and bool(kernels.grouped_available())
+
+
+def grouped(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:
+    """Row r times the transposed weight of its expert, rounded once to bfloat16: (R, D), (E, N, D) -> (R, N).
+
+    x: bfloat16, its rows sorted by expert. weight: bfloat16 or float32, rounded to bfloat16. offsets: (E,) int32, the end of
+    each expert's rows. Needs `tiles()`, as do the two below."""
+    out_RN = x_RD.new_empty(len(x_RD), weight_END.shape[1])
+    weight_END = weight_END.contiguous()
+    _call(
+        "grouped_forward", weight_END.dtype, (x_RD.contiguous(), weight_END, offsets_E, out_RN), tuple(weight_END.shape)
+    )
+    return out_RN
+
+
+def grouped_rows_gradient(grad_RN: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:
+    """The gradient of x from that of `grouped`, rounded once to bfloat16: (R, N), (E, N, D) -> (R, D)."""
+    grad_RD = grad_RN.new_empty(len(grad_RN), weight_END.shape[2])
+    tensors = (grad_RN.contiguous(), weight_END.contiguous(), offsets_E, grad_RD)
+    _call("grouped_backward_rows", weight_END.dtype, tensors, tuple(weight_END.shape))
+    return grad_RD
+
+
+def grouped_weight_gradient(grad_RN: Tensor, x_RD: Tensor, offsets_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of the weight, (E, N, D), in bfloat16 or in float32 without rounding."""
+    sizes = (len(offsets_E), grad_RN.shape[1], x_RD.shape[1])
+    grad_END = grad_RN.new_empty(sizes, dtype=dtype)
+    _call("grouped_backward_weight", dtype, (grad_RN.contiguous(), x_RD.contiguous(), offsets_E, grad_END), sizes)
+    return grad_END
+
+
 def token_gram(z_RF: Tensor, rows_TK: Tensor, out_TKK: Tensor) -> None:
     """`out[t, a, b] = <z[rows[t, a]], z[rows[t, b]]>`; all contiguous, out in at least float32."""
     tokens, k = rows_TK.shape
