@@ -36,6 +36,33 @@ def test_the_loss_has_the_weighted_terms_and_metrics_has_their_values() -> None:
     assert found["moe/overlap"] == pytest.approx(found["reg/sp"] / (3 * 3 * 2))
 
 
+def test_assignments_are_those_of_the_labelled_tokens_of_a_step() -> None:
+    """Two forward passes of a step: the experts that the routers chose for tokens whose next token is a label."""
+    model = build("qwen3_moe")
+    attached = attach(model, {"z": 0.1})
+    attached.step = 1
+    with pytest.raises(RuntimeError, match="nothing is counted"):
+        attached.assignments()
+    wanted, found = torch.zeros(3, 8, dtype=torch.int64), []
+    hooks = [
+        layer.router.register_forward_hook(lambda _module, _inputs, output: found.append(output[-1]))
+        for layer in attached.structure.layers
+    ]
+    for seed in (1, 2):
+        ids, labels = batch(seed)
+        model(input_ids=ids, labels=labels, use_cache=False)
+        counted = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1)).flatten()
+        wanted += torch.stack([chosen[counted].flatten().bincount(minlength=8) for chosen in found])
+        found.clear()
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(attached.assignments(), wanted)
+    assert wanted.sum() > 0
+    attached.step = 2
+    with pytest.raises(RuntimeError, match="nothing is counted"):
+        attached.assignments()
+
+
 def test_detach_restores_loss_hooks_and_the_implementation() -> None:
     model = build("mixtral", "eager")
     plain = forward(model)

@@ -57,12 +57,19 @@ def arguments(folder: Path, **options: Any) -> SFTConfig:
     )
 
 
-class Recording(RegularizedSFTTrainer):
-    """Keeps the micro-batches that it was trained on."""
+class Recorded:
+    """Makes a trainer keep the micro-batches that it was trained on."""
 
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
-        self.batches = [*getattr(self, "batches", []), copy.deepcopy(dict(inputs))]
-        return super().compute_loss(model, inputs, *rest, **options)
+        self.batches = [*getattr(self, "batches", []), copy.deepcopy(self.recorded(inputs))]
+        return super().compute_loss(model, inputs, *rest, **options)  # type: ignore[misc] # of the trainer
+
+    def recorded(self, inputs: Any) -> dict[str, Any]:
+        return dict(inputs)
+
+
+class Recording(Recorded, RegularizedSFTTrainer):
+    pass
 
 
 def adapters(network: Any, rank: int = 4) -> Any:
@@ -143,12 +150,8 @@ def language_rows() -> Dataset:
     return Dataset.from_list(rows)
 
 
-class RecordingTrainer(Trainer):
-    """Keeps the micro-batches that it was trained on."""
-
-    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
-        self.batches = [*getattr(self, "batches", []), copy.deepcopy(dict(inputs))]
-        return super().compute_loss(model, inputs, *rest, **options)
+class RecordingTrainer(Recorded, Trainer):
+    pass
 
 
 def test_trainer_needs_only_the_callback(tmp_path: Path) -> None:
@@ -223,12 +226,10 @@ def test_a_loss_function_of_the_users_is_refused(tmp_path: Path) -> None:
         )
 
 
-class RegularizedDPO(Regularized, DPOTrainer):
-    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+class RegularizedDPO(Recorded, Regularized, DPOTrainer):
+    def recorded(self, inputs: Any) -> dict[str, Any]:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
-        self.batches = [*getattr(self, "batches", []), copy.deepcopy(batch)]
-        return super().compute_loss(model, inputs, *rest, **options)
+        return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
 
 
 @pytest.mark.slow

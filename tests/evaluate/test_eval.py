@@ -1,19 +1,23 @@
 """`titan-moe eval`: log-likelihoods of the harness's own Hugging Face back end on an equal model, and losses of texts."""
 
+import functools
+import io
 import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.commands import TINY, environment
+from tests.helpers.commands import TINY, environment, titan_moe
 from tests.helpers.runs import train
 from tests.helpers.strangers import checkpoint_of, verb
 from titan_moe.analysis.evaluate.measures import gold_bits_per_byte
+from titan_moe.analysis.evaluate.progress_bars import no_progress_bars
 from titan_moe.analysis.evaluate.scores import Batches, Scored, log_likelihoods, text_losses
 from titan_moe.checkpoint.chosen import from_checkpoint
 from titan_moe.checkpoint.run_dir import RunDir
@@ -148,6 +152,53 @@ def test_tasks_on_local_files_have_all_measures(run: Path, data: Path, capsys: p
         UserError, match=r"--tasks: arc_challenge: .*give --data=DIR with arc_challenge/validation\.jsonl"
     ):
         verb("eval", str(run), "--tasks=arc_challenge", f"--data={data}")
+
+
+@pytest.mark.slow
+def test_the_harness_draws_no_bars_and_its_warnings_are_shown(run: Path, data: Path, tmp_path: Path) -> None:
+    """In a process of its own, outside of a git repository, where a warning is given while tqdm draws nothing."""
+    pytest.importorskip("lm_eval")
+    words = [str(run), "--tasks=piqa", f"--data={data}"]
+    done = titan_moe("eval", *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("| task | measure | ")
+    from tqdm import tqdm
+
+    written = io.StringIO()
+    with no_progress_bars():
+        assert [*tqdm(range(2), file=written, disable=False)] == [0, 1]
+        assert written.getvalue() == ""
+        with pytest.warns(UserWarning, match="shown"):
+            warnings.warn("shown", stacklevel=1)
+    assert [*tqdm(range(2), file=written)] == [0, 1]
+    assert "2/2" in written.getvalue()
+
+
+@pytest.mark.slow
+def test_few_shot_prompts_are_those_of_simple_evaluate(loaded: Loaded, tmp_path: Path) -> None:
+    """Examples are drawn with its seeds: the same log-likelihoods of two tasks with examples, and their number."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from titan_moe.analysis.evaluate.evaluation import TaskSet
+    from titan_moe.analysis.evaluate.language_model import LanguageModel
+
+    for name in ("arc_easy", "piqa"):
+        (tmp_path / name).mkdir()
+        lines = "".join(f"{json.dumps(document)}\n" for document in DOCUMENTS[name])
+        for split in ("validation", "train"):
+            (tmp_path / name / f"{split}.jsonl").write_text(lines)
+    mesh = loaded.mesh
+    model = LanguageModel(loaded, Batches(4, 128, mesh))
+    found = {}
+    for theirs in (False, True):
+        tasks = TaskSet(["arc_easy", "piqa"], tmp_path, mesh)
+        objects = [item for one in tasks.tasks for item in one.objects]
+        for task in objects:
+            task.set_config("num_fewshot", 2)
+        evaluate = functools.partial(lm_eval.simple_evaluate, task_manager=tasks.manager, bootstrap_iters=1000)
+        found[theirs] = evaluate(model, tasks=objects) if theirs else tasks.evaluated(model, objects, 0)
+    assert found[False]["results"] == found[True]["results"]
+    assert found[False]["n-shot"] == found[True]["n-shot"] == {"local_arc_easy": 2, "local_piqa": 2}
+    assert found[False]["samples"] == found[True]["samples"]
 
 
 def test_log_likelihoods_are_those_of_the_harness_on_an_equal_model(run: Path, loaded: Loaded, data: Path) -> None:

@@ -18,7 +18,6 @@ from titan_moe.finetune.inputs import STATE
 from titan_moe.runtime.json_file import read_json
 from titan_moe.runtime.optional import optional
 from torchtitan_ext.balancer import update_expert_bias
-from torchtitan_ext.collectives import all_sum
 
 NAME = "e_score_correction_bias"
 FILE = "balancing_bias.safetensors"
@@ -61,7 +60,7 @@ class Balancing(TrainerCallback, ExportableState):
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - the interface
-        counts_LE = all_sum(self.attached._sums.counts_LE, dist.group.WORLD if dist.is_initialized() else None)
+        counts_LE = self.attached.assignments(dist.group.WORLD if dist.is_initialized() else None)
         for bias, counts_E in zip(self.biases.values(), counts_LE, strict=True):
             update_expert_bias(bias.view(-1), counts_E, self.options.rate, self.options.center)
 

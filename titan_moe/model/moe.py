@@ -24,7 +24,7 @@ from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.ops import select
 from torchtitan_ext.ops.response import response_through, safe_sqrt
 from torchtitan_ext.ops.router import RouterSums, choose_experts, route
-from torchtitan_ext.ops.routing import labelled_counts, normalize_scores
+from torchtitan_ext.ops.routing import gates_by_row, labelled_counts, normalize_scores
 from torchtitan_ext.terms import LayerView, Terms, Tokens
 
 
@@ -102,11 +102,6 @@ def plan_dispatch(topk_ids_TK: Tensor, experts: int) -> Dispatch:
     return Dispatch(order_R // k, rows.reshape(tokens, k), offsets_E)
 
 
-def gates_by_row(gates_TK: Tensor, plan: Dispatch) -> Tensor:
-    """The gate weight of each row, (R,), in the order of the experts."""
-    return gates_TK.new_zeros(gates_TK.numel()).scatter(0, plan.rows_TK.flatten(), gates_TK.flatten())
-
-
 class _Gather(torch.autograd.Function):
     """Tokens to expert order. The backward sums each token's k rows in one pass, with no (T, k, D) tensor."""
 
@@ -172,7 +167,7 @@ class _Combine(torch.autograd.Function):
             return *torch.ops.torchtitan_ext.combine_backward(grad_TD, y_RD, rows_TK, gates_TK), None, None
         grad_RD = grad_TD.index_select(0, tokens_R)
         grad_gates_R = torch.linalg.vecdot(grad_RD.to(gates_TK.dtype), y_RD.to(gates_TK.dtype))
-        gates_R = torch.empty_like(grad_gates_R).scatter_(0, rows_TK.flatten(), gates_TK.flatten())
+        gates_R = gates_by_row(gates_TK, rows_TK)
         return grad_RD * gates_R.unsqueeze(1).to(y_RD.dtype), grad_gates_R[rows_TK], None, None
 
 

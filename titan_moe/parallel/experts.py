@@ -14,9 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_moe.model.moe import Dispatch, Dispatcher, Routed, gates_by_row, gather_tokens, plan_dispatch, sum_rows
+from titan_moe.model.moe import Dispatch, Dispatcher, Routed, gather_tokens, plan_dispatch, sum_rows
 from torchtitan_ext.collectives import Group, exchange, gather_columns
 from torchtitan_ext.ops import select
+from torchtitan_ext.ops.routing import gates_by_row
 
 
 class Route(NamedTuple):
@@ -105,7 +106,7 @@ class AllToAll(Dispatcher):
         wanted_R = None if sampled_N is None else self.wanted(plan.rows_TK.index_select(0, sampled_N), plan)
         route, offsets_J = self.route(plan.offsets_E, wanted_R)
         x_QD = self.send(gather_tokens(x_TD, plan), route)
-        gates_Q = self.send(gates_by_row(gates_TK, plan), route)
+        gates_Q = self.send(gates_by_row(gates_TK, plan.rows_TK), route)
         return Routed(x_QD, offsets_J, gates_Q, plan, route)
 
     def route(self, offsets_E: Tensor, wanted_R: Tensor | None) -> tuple[Route, Tensor]:

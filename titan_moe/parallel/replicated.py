@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from titan_moe.model.attention import ProjectionNorm
-from titan_moe.model.moe import Dispatcher, MoELayer, Routed, gates_by_row, plan_dispatch
+from titan_moe.model.moe import Dispatcher, MoELayer, Routed, plan_dispatch
 from titan_moe.model.transformer import Block, Transformer
 from titan_moe.parallel.mesh import Mesh
 from titan_moe.parallel.tensor import GroupTPComm
 from torchtitan_ext.collectives import Group, all_sum
+from torchtitan_ext.ops.routing import gates_by_row
 
 
 class ReplicatedTokensComm(GroupTPComm):
@@ -54,7 +55,9 @@ class OwnExperts(Dispatcher):
         start, end = ends[first], ends[first + here]
         tokens = plan.tokens_R[start:end]
         offsets = plan.offsets_E[first : first + here] - start
-        return Routed(x_TD.index_select(0, tokens), offsets, gates_by_row(gates_TK, plan)[start:end], plan, tokens)
+        return Routed(
+            x_TD.index_select(0, tokens), offsets, gates_by_row(gates_TK, plan.rows_TK)[start:end], plan, tokens
+        )
 
     @torch.compiler.disable
     def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:

@@ -6,12 +6,10 @@ examples: titan-moe train --config debug --training.steps=1000
 
 import os
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from titan_moe.config.degrees import resolve
 from titan_moe.config.describe import options_help
 from titan_moe.config.load import load_config, world_size_from_environment
-from titan_moe.runtime.optional import optional
 from titan_moe.runtime.ranks import check_ranks
 from titan_moe.verbs.arguments import add_config
 
@@ -52,12 +50,9 @@ def run(arguments: Namespace) -> int:
         if run_dir.rank == 0:
             check_needs(config, has_tokenizer=bool(start) or newest is not None)
         if config.eval.every:
-            from titan_moe.analysis.evaluate.packaged import WORD, check_data
-            from titan_moe.analysis.evaluate.tasks import named_tasks
+            from titan_moe.analysis.evaluate.packaged import check_tasks
 
-            named_tasks(config.eval.tasks, "eval.tasks")
-            check_data(Path(config.eval.data or WORD), "eval.data")
-            optional("lm_eval", "eval", f"eval.every = {config.eval.every}")
+            check_tasks(config.eval)
 
     if arguments.check or world == 1:  # before torch is imported
         check()

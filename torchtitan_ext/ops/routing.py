@@ -97,3 +97,8 @@ def largest_ids(scores: Tensor, count: int) -> Tensor:
     ids = torch.empty(scores.shape[0], count, dtype=torch.int64)
     kernel(scores.contiguous(), ids)
     return ids
+
+
+def gates_by_row(gates_TK: Tensor, rows_TK: Tensor) -> Tensor:
+    """The gate weight of each of the R = T K rows, in the order of the experts: (T, K), (T, K) -> (R,). rows: int64."""
+    return gates_TK.new_zeros(gates_TK.numel()).scatter(0, rows_TK.flatten(), gates_TK.flatten())

@@ -152,13 +152,14 @@ class Terms:
 
         gates: (T, K), or at experts that are on other ranks than their tokens one per row."""
         from torchtitan_ext.ops import select
+        from torchtitan_ext.ops.routing import gates_by_row
         from torchtitan_ext.ops.swiglu import swiglu
 
         if not select.fused(gate_up) or any(self.needs):
             return None
         if not self.observing:
             if gates.dim() == 2:
-                gates = gates.flatten().new_empty(gates.numel()).scatter(0, view.rows_TK.flatten(), gates.flatten())
+                gates = gates_by_row(gates, view.rows_TK)
             return swiglu(gate_up, gates), {}
         if len(self.observing) > 1 or self.observing[0] not in self.gating or gates.dim() != 2:
             return None

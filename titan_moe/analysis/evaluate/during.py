@@ -1,9 +1,7 @@
 """Tasks during training, every `eval.every` steps, on the model as it is spread over the ranks."""
 
-import contextlib
-import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from titan_moe.analysis.evaluate.evaluation import TaskSet
@@ -31,8 +29,7 @@ class TaskEvaluation:
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         chosen = Path(config.eval.data or WORD)
         data = from_first(lambda: data_folder(chosen, cache_root(config), "eval.data"))
-        with quiet():
-            self.tasks = TaskSet(named_tasks(config.eval.tasks, "eval.tasks"), data, mesh)
+        self.tasks = TaskSet(named_tasks(config.eval.tasks, "eval.tasks"), data, mesh)
         if self.tasks.missing.keys() - self.tasks.found:
             raise UserError(f"eval.tasks: {'. '.join(self.tasks.missing.values())}")
 
@@ -43,15 +40,7 @@ class TaskEvaluation:
         config, mesh = self.config, self.mesh
         size, full = micro_batch_size(config, mesh.degrees), compiles(config.compile, mesh.device)
         batches = Batches(size, config.training.seq_len, mesh, full, progress)
-        with quiet():
-            rows, _ = self.tasks.run(Loaded(model, self.tokenizer, config, step, mesh), batches, config.eval.limit)
+        rows, _ = self.tasks.run(Loaded(model, self.tokenizer, config, step, mesh), batches, config.eval.limit)
         if self.tasks.cut and mesh.first:
             log.info(f"{self.tasks.cut} texts of the tasks were cut from the left to {batches.length} tokens")
         return {f"eval/{row['task']}/{row['measure']}": row["value"] for row in rows}
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Leaves out the harness's progress bars. Errors and the log go where they went."""
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        yield

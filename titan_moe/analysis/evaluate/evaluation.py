@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from titan_moe.analysis.evaluate.measures import Row, measures, scored_documents, together
+from titan_moe.analysis.evaluate.progress_bars import no_progress_bars
 from titan_moe.analysis.evaluate.scores import Batches
 from titan_moe.analysis.evaluate.tasks import CODE, HARNESS_FOLDERS, PROMPTS, Task, how_to_get, resolved
 from titan_moe.errors import UserError, pip_install
@@ -21,6 +22,7 @@ from titan_moe.parallel.mesh import Mesh
 from titan_moe.runtime.optional import optional
 
 BOOTSTRAP = 1000  # repetitions, for measures whose standard error has no formula
+FIRST_SEED, SEED = 0, 1234  # of Python's random numbers, and of all others: the defaults of lm_eval.simple_evaluate
 
 
 class LoadedTask(NamedTuple):
@@ -43,7 +45,7 @@ class TaskSet:
         """Texts of the latest run that were longer than the model's sequences."""
         self.missing: dict[str, str] = {}
         """By name, why a task can't be measured and how to get what is missing, in a line."""
-        with fixed_random_numbers():
+        with fixed_random_numbers(), no_progress_bars():
             for name in names:
                 self.load(name, data, mesh, run_code)
         for others, missing in gathered(([one.task for one in self.tasks], self.missing), mesh):
@@ -89,21 +91,28 @@ class TaskSet:
         model = LanguageModel(loaded, batches)
         rows: list[Row] = []
         documents: list[Row] = []
-        with fixed_random_numbers():
+        with fixed_random_numbers(), no_progress_bars():
             for group in dict.fromkeys(one.task.group for one in self.tasks):
                 tasks = [one for one in self.tasks if one.task.group == group]
-                found = self.harness.simple_evaluate(
-                    model,
-                    tasks=[item for one in tasks for item in one.objects],
-                    task_manager=self.manager,
-                    limit=limit or None,
-                    bootstrap_iters=BOOTSTRAP,
-                )
-                if found is not None and loaded.mesh.first:
+                found = self.evaluated(model, [item for one in tasks for item in one.objects], limit)
+                if loaded.mesh.first:
                     rows += [{**row, "group": group} for row in measures(found, [one.task for one in tasks])]
                     documents += scored_documents(found)
         self.cut = model.cut
         return with_means(rows), documents
+
+    def evaluated(self, model: Any, objects: list[Any], limit: int) -> Any:
+        """What `lm_eval.simple_evaluate` finds for these tasks, with its seeds. That function also describes the environment,
+        for which it starts pip and git, and git complains outside of a repository."""
+        loaded = self.manager.load(objects)
+        random.seed(FIRST_SEED)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=SEED)
+        return self.harness.evaluate(model, loaded, limit=limit or None, bootstrap_iters=BOOTSTRAP)
 
 
 @functools.cache

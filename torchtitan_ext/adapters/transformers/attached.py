@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchtitan_ext.adapters.transformers import evaluate, experts, inspection, record, structure, tokens
 from torchtitan_ext.adapters.transformers.sums import StepSums, empty_sums
 from torchtitan_ext.carry import Carry
-from torchtitan_ext.collectives import Group, Ranks
+from torchtitan_ext.collectives import Group, Ranks, all_sum
 from torchtitan_ext.dtypes import accumulation_dtype
 from torchtitan_ext.ops.routing import labelled_counts
 from torchtitan_ext.terms import REGISTRY, LayerView, ModelFacts, Setting, Term, Terms, Tokens, build_terms
@@ -317,6 +317,15 @@ class Attached:
         group: sums over these ranks, which must all call it. Empty before the first labelled forward pass.
         """
         return {} if self._sums is None else self._sums.metrics(per_layer, group)
+
+    def assignments(self, group: Group | None = None) -> Tensor:
+        """Assignments of labelled tokens to experts in the last step (or forward pass, if `step` is not set).
+
+        (L, E) int64 for L MoE layers and E experts; by it a balancing bias is moved. group: as for `metrics`. Raises
+        RuntimeError before the first labelled forward pass."""
+        if self._sums is None:
+            raise RuntimeError("attach: no forward pass with labels has been run in this step, so nothing is counted")
+        return all_sum(self._sums.counts_LE, group)
 
     @torch.no_grad()
     def inspect(self, batches: Iterable[Mapping[str, Any]], step: int = 0) -> dict[str, Any]:
