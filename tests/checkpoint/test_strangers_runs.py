@@ -20,7 +20,8 @@ from tests.helpers.strangers import (
     sign,
     verb,
 )
-from titan_moe.checkpoint.dcp import check_part, check_storage
+from titan_moe.checkpoint.dcp import check_storage
+from titan_moe.checkpoint.parts import PartReader
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.config.load import load_config
 from titan_moe.errors import UserError
@@ -216,7 +217,7 @@ def test_a_compressed_part_is_refused(tmp_path: Path) -> None:
         archive.writestr("archive/data/0", bytes(64 << 20))
     Info.length = (tmp_path / "part").stat().st_size
     with (tmp_path / "part").open("rb") as file, pytest.raises(pickle.UnpicklingError, match="unpacks to"):
-        check_part(file, Info)
+        PartReader(file, Info)
 
 
 def test_a_symbolic_link_among_a_checkpoints_files_is_refused(stranger: Path, tmp_path: Path) -> None:
