@@ -1,64 +1,28 @@
-"""Draws docs/images/sp_cp.png: what sp and cp do, as a schematic, and what they did, read from the tables of docs/results.md.
+"""Draws docs/images/sp_cp.png: what sp and cp do, as a schematic, and what they did, from the numbers of the results pages.
 
 python scripts/draw_losses.py [PICTURE]
 """
 
-import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from draw_architecture import FAINT, INK, PAPER, arrow
 from matplotlib import pyplot as plt
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from results_sources import Source, find_source
 
 from titan_moe.config.load import load_config
+from titan_moe.errors import UserError
 from torchtitan_ext.terms.specialization import chance_overlap
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results.md"
 PICTURE = ROOT / "docs" / "images" / "sp_cp.png"
 
 GREY, SP, CP, CONTROL = "#9aa3b2", "#2d8a4e", "#3f6fc4", "#d9b26a"
 SETTINGS = {"nano": "experts from scratch", "nano_upcycled": "experts copied from a dense model"}
-NUMBER = r"([+-]?[\d.]+)"
-
-
-class Difference(NamedTuple):
-    """A difference to the baseline and its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def table(kind: str, sweep: str, first_words: str) -> dict[str, dict[str, str]]:
-    """Rows by their first cell of the table of docs/results.md whose comment is `<!-- kind sweep: first_words...`."""
-    page = RESULTS.read_text(encoding="utf-8")
-    found = re.search(rf"<!-- {kind} {sweep}: {re.escape(first_words)}.*?-->\n(.*?)<!-- end -->", page, re.DOTALL)
-    if found is None:
-        raise SystemExit(f"{RESULTS} has no table `{kind} {sweep}: {first_words}`")
-    lines = [line for line in found.group(1).splitlines() if line.startswith("|")]
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-
-
-def difference(cell: str) -> Difference:
-    """From "+0.01 [-0.02, +0.03]"."""
-    found = re.fullmatch(rf"{NUMBER} \[{NUMBER}, {NUMBER}\]", cell)
-    if found is None:
-        raise SystemExit(f"{RESULTS}: {cell!r} is not a difference with an interval")
-    return Difference(*map(float, found.groups()))
-
-
-def with_baseline(
-    sweep: str, control: str, arm: str, measure: str, differences: dict[str, dict[str, str]]
-) -> list[float]:
-    """A measure of the arms lb, control, arm. lb's value is the arm's less its difference to lb."""
-    row = table("between", sweep, f"{control}; {arm}")[measure]
-    value = float(row[arm])
-    return [value - difference(differences[arm][measure]).mean, float(row[control]), value]
 
 
 def draw_specialization(axis: Any) -> None:
@@ -99,20 +63,31 @@ def bars(axis: Any, values: list[float], names: tuple[str, ...], colors: tuple[s
     axis.set_ylim(0, max(values) * 1.22)
 
 
-def draw_losses(axis: Any, arm: str, color: str) -> None:
+def means(source: Source, arms: Sequence[str], measure: str) -> list[float]:
+    """A measure of these arms. Raises UserError where one is not known."""
+    found = [source.mean(arm, measure) for arm in arms]
+    known = [value for value in found if value is not None]
+    if len(known) < len(arms):
+        raise UserError(f"{source.name}: {measure} of {arms[found.index(None)]} is not known")
+    return known
+
+
+def draw_losses(axis: Any, sources: Sequence[Source], arm: str, color: str) -> None:
     """Validation loss of an arm less lb's, with its 95% interval, in both settings."""
-    for number, sweep in enumerate(SETTINGS):
-        row = table("sweep", sweep, "arm; loss")[arm]
-        found = difference(row["difference to lb"])
+    for number, source in enumerate(sources):
+        found = source.difference(arm, "loss")
+        if found is None:
+            raise UserError(f"{source.name}: the loss of {arm} is not known")
         axis.plot([found.low, found.high], [number, number], color=color, linewidth=2.5)
         axis.plot([found.mean], [number], "o", color=color, markersize=8)
-        axis.text(found.mean, number + 0.17, row["difference to lb"].split()[0], ha="center", size=9, color=INK)
+        axis.text(found.mean, number + 0.17, f"{found.mean:+.4f}", ha="center", size=9, color=INK)
     axis.axvline(0, color=FAINT, linewidth=1)
     axis.set_yticks(range(2), ["from scratch", "copied"], size=8.5)
     axis.set_ylim(1.5, -0.5)
     axis.set_xlim(-0.08, 0.08)
     axis.set_xticks([-0.05, 0, 0.05], ["-0.05", "0", "+0.05"], size=8.5)
-    axis.set_title("validation loss minus lb's (nats)\nfive seeds, 95% intervals", size=9.5, color=INK)
+    seeds = " and ".join(map(str, dict.fromkeys(source.seeds(arm) for source in sources)))
+    axis.set_title(f"validation loss minus lb's (nats)\n{seeds} seeds, 95% intervals", size=9.5, color=INK)
 
 
 def main(picture: Path) -> None:
@@ -121,22 +96,22 @@ def main(picture: Path) -> None:
     grid = figure.subplots(2, 4, width_ratios=(1.5, 1, 1, 1.1))
     draw_specialization(grid[0, 0])
     draw_coupling(grid[1, 0])
-    for column, (sweep, words) in enumerate(SETTINGS.items(), start=1):
-        moe = table("differences", sweep, "moe/overlap")
-        values = with_baseline(sweep, "lb,shuffled sp", "lb,sp", "overlap", moe)
+    sources = [find_source(sweep) for sweep in SETTINGS]
+    for column, source in enumerate(sources, start=1):
+        sweep, words = source.name, SETTINGS[source.name]
+        values = means(source, ("lb", "lb,shuffled sp", "lb,sp"), "moe/overlap")
         axis = grid[0, column]
         bars(axis, values, ("lb", "random\npairs", "lb, sp"), (GREY, CONTROL, SP), f"overlap\n{words}")
         chance = chance_overlap(load_config(f"{sweep}.toml", []).model.moe.hidden_dim)
         axis.plot([-0.5, 2.7], [chance, chance], color=INK, linewidth=1, linestyle=":")
         axis.text(2.75, chance, f"chance\n{chance:.2g}", va="center", ha="left", size=8.5, color=INK)
         axis.set_xlim(-0.5, 3.3)
-        inspected = table("differences", sweep, "inspect/kappa")
-        values = with_baseline(sweep, "lb,entropy", "lb,cp", "domain_information", inspected)
+        values = means(source, ("lb", "lb,entropy", "lb,cp"), "inspect/domain_information")
         names = ("lb", "entropy\npenalty", "lb, cp")
         bars(grid[1, column], values, names, (GREY, CONTROL, CP), f"expert and kind of text (nats)\n{words}")
         grid[1, column].set_xlim(-0.5, 3.3)
-    draw_losses(grid[0, 3], "lb,sp", SP)
-    draw_losses(grid[1, 3], "lb,cp", CP)
+    draw_losses(grid[0, 3], sources, "lb,sp", SP)
+    draw_losses(grid[1, 3], sources, "lb,cp", CP)
     for axis in grid.flat:
         axis.set_facecolor(PAPER)
         axis.spines[["top", "right", "left"]].set_visible(False)
@@ -145,4 +120,7 @@ def main(picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURE)
+    try:
+        main(Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURE)
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,6 +1,7 @@
 """README and docs: commands parse, snippets run, links exist, pictures are drawn from what they show, lines are
 short."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -33,6 +34,7 @@ def test_documented_commands_parse_and_their_configurations_are_valid(
         if block.startswith("# "):
             (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block)
     monkeypatch.chdir(tmp_path)
+    importlib.import_module("titan_moe.analysis.controls")  # its terms stay registered for later tests of this process
     before = dict(REGISTRY)
     try:
         for line in "\n".join(blocks(page, "bash")).replace(" && ", "\n").splitlines():

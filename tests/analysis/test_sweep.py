@@ -155,6 +155,9 @@ def test_results_on_tasks_are_compared_over_seeds(tmp_path: Path) -> None:
     assert f"| piqa | acc | sp | 3 | 0.7333 ± 0.12 | +0.1333 [{test.low:+.4f}, {test.high:+.4f}] |" in text
     rows = {(row["arm"], row["measure"]): row for row in csv.DictReader((tmp_path / "comparisons.csv").open())}
     assert float(rows["sp", "eval/piqa/acc"]["low"]) == pytest.approx(test.low)
+    assert not any(measure.startswith("eval_") for _, measure in rows)
+    assert results[cells[0].name]["eval_error/piqa/acc"] == 0.1
+    assert results[cells[0].name]["eval_chance/piqa/acc"] == 0.5
     assert evaluated(tmp_path / cells[0].name, 4, "piqa").exists()
 
 

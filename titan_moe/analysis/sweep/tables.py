@@ -32,6 +32,8 @@ SHOWN = (
     "inspect/persistence_top1",
 )
 EVAL = "eval/"  # before the names of tasks and their measures
+EVAL_ERROR = "eval_error/"  # before the same: standard errors over documents
+EVAL_CHANCE = "eval_chance/"  # and what guessing gives
 SIGNIFICANT = 0.05
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -63,11 +65,11 @@ def result_of(run: Path, validations: int) -> dict[str, float]:
     if newest.exists():
         summary = json.loads(newest.read_text(encoding="utf-8"))["summary"]
         result |= {f"inspect/{key}": value for key, value in summary.items()}
-    return result | {
-        f"{EVAL}{task}/{measure}": row.value
-        for (task, measure), (step, row) in newest_results(run).items()
-        if step == steps[-1]["step"]
-    }
+    for (task, measure), (step, row) in newest_results(run).items():
+        if step == steps[-1]["step"]:
+            numbers = {EVAL: row.value, EVAL_ERROR: row.standard_error, EVAL_CHANCE: row.chance}
+            result |= {f"{kind}{task}/{measure}": value for kind, value in numbers.items() if value is not None}
+    return result
 
 
 def inspected(run: Path, step: int) -> Path:
@@ -130,6 +132,8 @@ def comparisons(groups: dict[Group, dict[int, dict[str, float]]], sweep: Sweep) 
         losses = [paired(differences(groups, group, sweep.baseline, "loss"), sweep.equivalence) for group in arms]
         for group, loss, p in zip(arms, losses, holm([loss.p for loss in losses]), strict=True):
             for key in next(iter(groups[group].values())):
+                if key.startswith((EVAL_ERROR, EVAL_CHANCE)):
+                    continue
                 result = paired(differences(groups, group, sweep.baseline, key), sweep.equivalence)
                 row: Row = {**dict(zip(sweep.grid, grid_point, strict=True)), "arm": group.arm, "measure": key}
                 row |= {"pairs": result.pairs, "difference": result.mean, "low": result.low, "high": result.high}
