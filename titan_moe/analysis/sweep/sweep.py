@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,8 @@ class SweepState:
             self.results[cell.name] = result
             row = CellRow(key=self.keys[cell.name], cell=cell.name, measured=measured(self.sweep), result=result)
             write_row(self.folder, row)
+            if self.sweep.discard and cell.arm not in self.sweep.before:
+                shutil.rmtree(RunDir(self.configs[cell.name]).checkpoints)
 
     def start(self) -> None:
         """Starts cells while there is room."""
