@@ -17,6 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from results_sources import EVIDENCE, ROOT, SWEEPS, TABLE_PAGES, Source, find_source
 
+from titan_moe.analysis.sweep.grid import config_path, read_sweep
 from titan_moe.config.load import load_config
 from titan_moe.errors import UserError
 from torchtitan_ext.terms.specialization import chance_overlap
@@ -72,15 +73,16 @@ def forest(axis: Any, source: Source, measure: str, title: str, values: bool, na
 
 
 def draw_loss(figure: Any, sources: Sequence[Source]) -> None:
-    for axis, source in zip(figure.subplots(1, 2), sources, strict=True):
+    for axis, source in zip(figure.subplots(1, len(sources)), sources, strict=True):
         forest(axis, source, "loss", f"{SETTINGS[source.name]}\n{counted(source)}", values=False)
         axis.set_xlabel("validation loss minus that of lb (nats); left is better", size=9)
 
 
 def draw_overlap(figure: Any, sources: Sequence[Source]) -> None:
-    for axis, source in zip(figure.subplots(1, 2), sources, strict=True):
+    for axis, source in zip(figure.subplots(1, len(sources)), sources, strict=True):
         forest(axis, source, "moe/overlap", f"{SETTINGS[source.name]}\n{counted(source)}", values=True)
-        chance = chance_overlap(load_config(f"{source.name}.toml", []).model.moe.hidden_dim)
+        path, sweep = read_sweep(source.name)
+        chance = chance_overlap(load_config(config_path(path, sweep.config), []).model.moe.hidden_dim)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

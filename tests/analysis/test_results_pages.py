@@ -193,6 +193,35 @@ def test_the_pages_tables_are_those_that_the_command_makes(tmp_path: Path, resul
         assert copy.read_text() == path.read_text(), path.name
 
 
+def test_numbers_read_from_tables_are_those_of_the_rows(
+    tmp_path: Path, sweeps: Path, results: Callable[..., int]
+) -> None:
+    """To the digits of the tables. The baseline's mean is that of a table of two arms less the difference."""
+    make_rows("plain", sweeps / "plain")
+    path = page(
+        tmp_path,
+        "sweep plain: arm; seeds; loss; difference to lb",
+        "differences plain: moe/overlap; inspect/kappa",
+        "between plain: lb,sp; lb,cp; moe/overlap",
+    )
+    nothing = tmp_path / "nothing"
+    assert results("--sweeps", sweeps, "--evidence", nothing, "--pages", path) == 0
+    sources = importlib.import_module("results_sources")
+    rows, read = sources.find_rows("plain", nothing, sweeps), sources.find_source("plain", nothing, nothing, [path])
+    assert isinstance(read, sources.PageTables)
+    assert read.arms() == rows.arms() == ["lb", "lb,sp", "lb,cp", "lb,erc"]
+    for arm in rows.arms():
+        assert read.seeds(arm) == rows.seeds(arm) == 4
+        for measure in ("loss", "moe/overlap"):
+            assert read.mean(arm, measure) == pytest.approx(rows.mean(arm, measure), rel=5e-4, abs=1.5e-4)
+        for measure in ("loss", "moe/overlap", "inspect/kappa"):
+            found, wanted = read.difference(arm, measure), rows.difference(arm, measure)
+            assert (found is None) == (wanted is None) == (arm == "lb")
+            assert found is None or found == pytest.approx(wanted, abs=5.1e-5)
+    assert read.mean("lb", "inspect/kappa") is None
+    assert read.difference("lb,cp", "loss").deviation == pytest.approx(stats.tstd(rows.gaps("lb,cp", "loss")), abs=2e-4)
+
+
 @pytest.mark.usefixtures("results")
 def test_seeds_that_a_difference_takes_agree_with_simulated_tests() -> None:
     """The table's second column: with so many seeds a t test finds the difference with the stated probability."""
