@@ -125,5 +125,6 @@ def write_placement(
         return
     if placement and ranks:
         print_table(table(placement, ranks, config.training.batch_size))
-    write_order(path, order, checkpoint=str(checkpoint), traffic=facts(placement) if placement else {})
+    more = {"ranks": ranks, "traffic": facts(placement)} if placement else {"traffic": {}}
+    write_order(path, order, checkpoint=str(checkpoint), **more)
     print(path)
