@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.commands import TINY, environment, titan_moe
+from tests.helpers.commands import ROOT, TINY, environment, titan_moe
 from tests.helpers.ranks import launch
 from tests.helpers.runs import DEEPSEEK, train
 from titan_moe.analysis.evaluate.scores import Batches, Scored, log_likelihoods
@@ -222,3 +222,20 @@ def on_two_ranks(*words: str) -> subprocess.CompletedProcess[str]:
         env=environment() | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_both_sides_with_the_same_results(run: Path) -> None:
+    words = ["--ranks", "2", "--samples=4", "--pairs=1", "--prompt=8", "--tokens=4"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/bench_paths.py"), str(run), *words],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith(f"| {run.name} ")]
+    assert [(row[1], row[2], row[-1]) for row in rows] == [("2", "score", "1.000"), ("2", "generate", "1.000")]
+    assert all(float(rate) > 0 for row in rows for rate in row[3:5])

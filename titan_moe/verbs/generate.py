@@ -4,8 +4,7 @@ examples: titan-moe generate runs/debug --prompt "def main(" --temperature 0
           titan-moe generate runs/debug --prompt "import" --prompt "class" --top-p 0.9 --stop "\\n\\n" --seed 1
           titan-moe generate runs/debug --interactive
           torchrun --nproc-per-node 2 -m titan_moe.cli generate runs/debug --prompt "class" --parallelism.tp=2
-          torchrun --nproc-per-node 2 -m titan_moe.cli generate runs/debug --prompt "class" --prompt "def" \\
-              --parallelism.ep=2 --share-prompts --placement runs/debug/order-2-ranks.json
+          torchrun --nproc-per-node 2 -m titan_moe.cli generate runs/debug --prompt a --share-prompts --parallelism.ep=2
 """
 
 import os
