@@ -42,19 +42,27 @@ def reorder(parameter: Tensor, indices: Tensor) -> None:
 
 
 def write_order(path: Path, order: Order, **facts: Any) -> None:
-    """Writes the JSON file that `checkpoint.expert_order` names. facts: further keys."""
+    """Writes the JSON file that `checkpoint.expert_order` and `--placement` name. facts: further keys; `ranks` among them:
+    the ranks that the order was made for."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps({"format": FORMAT, **facts, "order": order.tolist()}))
 
 
-def read_order(path: Path, layers: int, experts: int) -> Order:
-    """The order (L, E) from a file. Raises UserError when it is not such a file or of another model."""
+def read_order(
+    path: Path, layers: int, experts: int, origin: str = "checkpoint.expert_order", ranks: int | None = None
+) -> Order:
+    """The order (L, E) from a file. origin: the option that named it, for messages. ranks: over which the experts will be
+    spread. Raises UserError when it is not such a file, of another model, or made for another number of ranks."""
     try:
         raw = json.loads(read_file(path))
         order = np.array(raw["order"], dtype=np.int64)
-        right_format = raw["format"] == FORMAT
+        right_format, made_for = raw["format"] == FORMAT, raw.get("ranks")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"checkpoint.expert_order: {path}: not an order of experts: {error}") from error
+        raise UserError(f"{origin}: {path}: not an order of experts: {error}") from error
     if not right_format or order.shape != (layers, experts) or (np.sort(order, axis=1) != np.arange(experts)).any():
-        raise UserError(f"checkpoint.expert_order: {path}: not an order of {experts} experts in {layers} layers")
+        raise UserError(f"{origin}: {path}: not an order of {experts} experts in {layers} layers")
+    if ranks is not None and isinstance(made_for, int) and made_for != ranks:
+        raise UserError(
+            f"{origin}: {path}: made for {made_for} ranks, and parallelism.ep is {ranks}; run `titan-moe place --ranks {ranks}`"
+        )
     return order

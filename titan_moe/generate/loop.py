@@ -29,7 +29,8 @@ class Piece(NamedTuple):
     tokens: int
     """New tokens of this text so far, also those whose text is not complete yet."""
     ended: str = ""
-    """Why the text ended: "eos" (the model's end of a document), "stop" (a stop string), "length"; "": it goes on."""
+    """Why the text ended: "eos" (the model's end of a document), "stop" (a stop string), "length"; "whole": this piece is the
+    whole text, made on another rank perhaps; "": it goes on."""
 
 
 class _Text:
@@ -65,14 +66,16 @@ def generate(
     options: Options,
     anywhere: Callable[[bool], bool] = lambda here: here,
     agreed: Callable[[list[int]], list[int]] = list,
+    equal_before: Sequence[int] | None = None,
 ) -> Iterator[Piece]:
     """Continues texts, all in one batch, and yields every part as it is made; each text's last piece says why it ended.
 
     model: on one rank; or spread over ranks that each continue their own texts; or, by `replicate_tokens`, over ranks that
     continue the same texts. prompts: the tokens of each text, at least one; a document starts with `tokenizer.bos`. anywhere:
-    whether a condition holds on any rank, for ranks with their own texts. agreed: makes chosen tokens the same on all ranks."""
+    whether a condition holds on any rank, for ranks with their own texts. agreed: makes chosen tokens the same on all ranks.
+    equal_before: as for `Draws`."""
     device, vocabulary = model.embedding.device, model.settings.vocab_size
-    cache, draws = KeyValueCache(len(prompts), device), Draws(options.seed, prompts)
+    cache, draws = KeyValueCache(len(prompts), device), Draws(options.seed, prompts, equal_before)
     texts = [_Text(tokenizer, prompt, options) for prompt in prompts]
     running, new = list(range(len(prompts))), [list(prompt) for prompt in prompts]
     seen_BV = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
@@ -105,9 +108,10 @@ def complete(
     prompts: Sequence[Sequence[int]],
     options: Options,
     anywhere: Callable[[bool], bool] = lambda here: here,
+    equal_before: Sequence[int] | None = None,
 ) -> list[str]:
-    """The new part of each text. anywhere: as for `generate`."""
+    """The new part of each text. anywhere, equal_before: as for `generate`."""
     texts = [""] * len(prompts)
-    for piece in generate(model, tokenizer, prompts, options, anywhere):
+    for piece in generate(model, tokenizer, prompts, options, anywhere, equal_before=equal_before):
         texts[piece.text_number] += piece.text
     return texts

@@ -66,16 +66,26 @@ def keep_min_p(logits_BV: Tensor, p: float) -> Tensor:
     return logits_BV.masked_fill(probabilities < p * probabilities.amax(1, keepdim=True), -torch.inf)
 
 
+def earlier_equal(texts: Sequence[Sequence[int]]) -> list[int]:
+    """For each text, how many before it are equal to it."""
+    seen: dict[tuple[int, ...], int] = {}
+    counts = []
+    for ids in map(tuple, texts):
+        counts.append(seen.get(ids, 0))
+        seen[ids] = counts[-1] + 1
+    return counts
+
+
 class Draws:
     """Uniform numbers, a sequence of its own per text: a text does not depend on what else is in its batch."""
 
-    def __init__(self, seed: int, texts: Sequence[Sequence[int]]) -> None:
-        """texts: their first tokens. The n-th of equal texts has other numbers than the first."""
+    def __init__(self, seed: int, texts: Sequence[Sequence[int]], equal_before: Sequence[int] | None = None) -> None:
+        """texts: their first tokens. The n-th of equal texts has other numbers than the first. equal_before: how many texts
+        before each are equal to it, where these texts are only some; None: counted."""
         self.generators = []
-        before: dict[tuple[int, ...], int] = {}
-        for ids in map(tuple, texts):
-            before[ids] = before.get(ids, -1) + 1
-            key = hashlib.sha256(repr((seed, ids, before[ids])).encode()).digest()
+        counts = earlier_equal(texts) if equal_before is None else equal_before
+        for ids, before in zip(map(tuple, texts), counts, strict=True):
+            key = hashlib.sha256(repr((seed, ids, before)).encode()).digest()
             self.generators.append(torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1))
 
     def next(self, texts: Sequence[int]) -> Tensor:

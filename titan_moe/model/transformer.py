@@ -81,9 +81,7 @@ class Block(nn.Module):
 
         Under tensor parallelism h_BSD holds this rank's tokens; carry, rotary tables, mask and tokens cover all tokens.
         """
-        x_BSD = self.comm.gather_sequence(self.attention_norm(h_BSD))
-        h_BSD = h_BSD + self.comm.reduce_scatter_sequence(self.attention(x_BSD, rotary, mask))
-        x_BSD = self.comm.gather_sequence(self.feed_forward_norm(h_BSD))
+        h_BSD, x_BSD = self.attend(h_BSD, rotary, mask)
         x_TD = x_BSD.flatten(0, 1)
         topk_ids = None
         if self.moe is not None:
@@ -96,6 +94,19 @@ class Block(nn.Module):
                 carry.terms.clone(), carry.previous.clone(), carry.term_sums.clone(), carry.counts, carry.sums
             )
         return h_BSD + self.comm.reduce_scatter_sequence(out_TD.view_as(x_BSD)), carry, topk_ids
+
+    def attend(self, h_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask) -> tuple[Tensor, Tensor]:
+        """Hidden states after attention, and the inputs (B, S, D) of the feed-forward layer."""
+        x_BSD = self.comm.gather_sequence(self.attention_norm(h_BSD))
+        h_BSD = h_BSD + self.comm.reduce_scatter_sequence(self.attention(x_BSD, rotary, mask))
+        return h_BSD, self.comm.gather_sequence(self.feed_forward_norm(h_BSD))
+
+    def choose_experts(self, h_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
+        """The experts (T, k) that the router of this MoE layer chooses. The experts themselves do not run."""
+        assert self.moe is not None
+        _, x_BSD = self.attend(h_BSD, rotary, mask)
+        choice, _ = self.moe.router(x_BSD.flatten(0, 1))
+        return choice.topk_ids_TK
 
 
 class Transformer(nn.Module):
@@ -168,11 +179,7 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Carry, list[Tensor]]:
         """Hidden states (B, S, D), carry, and chosen experts (T, k) per MoE layer. layers: which blocks; None: all."""
         settings = self.settings
-        rotary = rotary_tables(
-            inputs.positions, settings.rotary_width, settings.rope_theta, accumulation_dtype(self.dtype)
-        )
-        documents = inputs.document_ids if settings.document_mask else None
-        mask = self.make_mask(inputs.sequence_positions, documents, self.dtype)
+        rotary, mask = self.attention_inputs(inputs)
         tokens = Tokens(inputs.token_weights, inputs.sequences, inputs.step, inputs.sequence_positions, inputs.fraction)
         routing = []
         for layer in range(settings.layers) if layers is None else layers:
@@ -180,6 +187,24 @@ class Transformer(nn.Module):
             if topk_ids is not None:
                 routing.append(topk_ids)
         return h_BSD, carry, routing
+
+    def attention_inputs(self, inputs: Inputs) -> tuple[tuple[Tensor, Tensor], Mask]:
+        """The rotary tables and the mask of a microbatch."""
+        settings = self.settings
+        rotary = rotary_tables(
+            inputs.positions, settings.rotary_width, settings.rope_theta, accumulation_dtype(self.dtype)
+        )
+        documents = inputs.document_ids if settings.document_mask else None
+        return rotary, self.make_mask(inputs.sequence_positions, documents, self.dtype)
+
+    def first_choices(self, inputs: Inputs) -> Tensor:
+        """The experts (T, k) that the first MoE layer's router chooses, at the cost of the dense layers before it and of its
+        attention."""
+        carry = self.empty_carry(inputs.tokens.numel(), inputs.tokens.device)
+        first = self.settings.moe.first_dense_layers
+        h_BSD, _, _ = self.run_blocks(inputs, self.embed(inputs.tokens), carry, range(first))
+        chosen_TK: Tensor = self.blocks()[first].choose_experts(h_BSD, *self.attention_inputs(inputs))
+        return chosen_TK
 
     def loss(self, h_BSD: Tensor, inputs: Inputs) -> Tensor:
         """Final norm, vocabulary projection and weighted cross-entropy, from the last block's hidden states."""

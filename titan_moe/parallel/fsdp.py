@@ -62,8 +62,10 @@ def apply_fsdp(model: Transformer, mesh: Mesh, reshard_after_forward: bool) -> N
             ignored_params=replicated,
         )
     fully_shard(model, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=False, ignored_params=replicated)
-    for method in ("evaluate", "logits"):
+    for method in ("evaluate", "logits", "first_choices"):
         register_fsdp_forward_method(model, method)
+    for block in model.blocks():
+        register_fsdp_forward_method(block, "choose_experts")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -54,6 +54,14 @@ def add_number(parser: argparse.ArgumentParser, option: str, default: int, meani
     parser.add_argument(option, type=number, default=default, metavar="N", help=f"{meaning} (default: {default})")
 
 
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """Adds `--placement`."""
+    meaning = (
+        "a file of `titan-moe place`: ranks hold the experts that it names, and take the texts that choose them first"
+    )
+    parser.add_argument("--placement", type=path_argument, metavar="FILE", help=meaning)
+
+
 def path_argument(text: str) -> Path:
     """The path that a user typed; no shell expands the `~` of `--output=~/page`. Raises UserError."""
     if "\0" in text or not text:

@@ -14,7 +14,7 @@ from argparse import ArgumentParser, Namespace
 from titan_moe.config.load import world_size_from_environment
 from titan_moe.errors import UserError
 from titan_moe.runtime.ranks import check_ranks
-from titan_moe.verbs.arguments import add_number, add_overrides, add_trust, path_argument
+from titan_moe.verbs.arguments import add_number, add_overrides, add_placement, add_trust, path_argument
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -27,6 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", type=path_argument, metavar="DIR", help=meaning)
     add_number(parser, "--limit", 0, "documents of each task or text; 0: all", 0)
     add_number(parser, "--batch-size", 16, "texts in a batch of a rank")
+    add_placement(parser)
     meaning = "run the code that the model writes for mbpp and humaneval, with limits but without a sandbox"
     parser.add_argument("--unsafe-code", action="store_true", help=meaning)
     add_trust(parser)
@@ -70,14 +71,14 @@ def run(arguments: Namespace) -> int:
             if mesh.first:
                 listed = "".join(f"\n  {line}" for line in tasks.missing.values())
                 print(f"Not measured, or in part, {len(tasks.missing)} of {len(names)} tasks:{listed}", file=sys.stderr)
-        loaded = load_model(checkpoint, config, mesh)
+        loaded = load_model(checkpoint, config, mesh, placement=a.placement)
         if a.text:
             rows = [loss._asdict() for loss in text_losses(loaded, a.text, a.limit, a.batch_size)]
             if mesh.first:
                 print(markdown(rows), end="")
                 print(write_results(checkpoint, "text", "text", rows, {"step": loaded.step}))
         if tasks is not None:
-            batches = Batches(a.batch_size, config.training.seq_len, mesh)
+            batches = Batches(a.batch_size, config.training.seq_len, mesh, by_router=loaded.placed)
             rows, documents = tasks.run(loaded, batches, a.limit)
             if mesh.first:
                 if tasks.cut:

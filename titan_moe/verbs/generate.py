@@ -4,6 +4,7 @@ examples: titan-moe generate runs/debug --prompt "def main(" --temperature 0
           titan-moe generate runs/debug --prompt "import" --prompt "class" --top-p 0.9 --stop "\\n\\n" --seed 1
           titan-moe generate runs/debug --interactive
           torchrun --nproc-per-node 2 -m titan_moe.cli generate runs/debug --prompt "class" --parallelism.tp=2
+          torchrun --nproc-per-node 2 -m titan_moe.cli generate runs/debug --prompt a --share-prompts --parallelism.ep=2
 """
 
 import os
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING
 from titan_moe.config.load import world_size_from_environment
 from titan_moe.errors import UserError
 from titan_moe.runtime.ranks import check_ranks
-from titan_moe.verbs.arguments import add_number, add_overrides, add_trust, path_argument
+from titan_moe.verbs.arguments import add_number, add_overrides, add_placement, add_trust, path_argument
 
 if TYPE_CHECKING:
+    from titan_moe.config.tables import Parallelism
     from titan_moe.generate.load import Loaded
     from titan_moe.generate.loop import Options, Piece
     from titan_moe.generate.ranks import SameOnAllRanks
@@ -49,6 +51,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     meaning = "end a text before this string (\\n and \\t as in C); may be given several times"
     parser.add_argument("--stop", action="append", default=[], type=stop_string, metavar="TEXT", help=meaning)
     add_number(parser, "--seed", 0, "of the random numbers; a text does not depend on the other prompts", 0)
+    meaning = "every rank continues prompts of its own, and texts appear when all have ended; needs parallelism.ep"
+    parser.add_argument("--share-prompts", action="store_true", help=meaning)
+    add_placement(parser)
     add_trust(parser)
     add_overrides(parser)
 
@@ -100,10 +105,13 @@ def run(arguments: Namespace) -> int:
     )
     (checkpoint,), config = from_checkpoint([a.path], False, words, world, a.trust)
     device = pick_device()
+    if a.share_prompts:
+        check_shared(config.parallelism, a.interactive)
     mesh = inference_mesh(config, world, device)
-    loaded = load_model(checkpoint, config, mesh, same_tokens=True)
+    loaded = load_model(checkpoint, config, mesh, same_tokens=not a.share_prompts, placement=a.placement)
     sampling = Sampling(a.repetition_penalty, a.temperature, a.top_k, a.top_p, a.min_p)
-    session = Session(loaded, Options(a.tokens or a.max_tokens, tuple(a.stop), a.seed, sampling), SameOnAllRanks())
+    options = Options(a.tokens or a.max_tokens, tuple(a.stop), a.seed, sampling)
+    session = Session(loaded, options, SameOnAllRanks(), a.share_prompts)
     if mesh.first:
         session.lead(a.prompt, a.interactive)
     else:
@@ -112,19 +120,34 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
+def check_shared(parallelism: "Parallelism", interactive: bool) -> None:
+    """Raises UserError for what can't go with `--share-prompts`."""
+    if interactive:
+        raise UserError("--share-prompts: with --interactive there is one prompt at a time; leave one of the two out")
+    if parallelism.ep == 1 or parallelism.tp > 1:
+        raise UserError(
+            "--share-prompts: needs ranks with experts of their own that can have texts of their own; start several and give "
+            "--parallelism.ep, and leave --parallelism.tp at 1"
+        )
+
+
 class Session:
     """Texts that all ranks make together."""
 
-    def __init__(self, loaded: "Loaded", options: "Options", same: "SameOnAllRanks") -> None:
-        self.loaded, self.options, self.same = loaded, options, same
+    def __init__(self, loaded: "Loaded", options: "Options", same: "SameOnAllRanks", share: bool = False) -> None:
+        """share: each rank continues prompts of its own."""
+        self.loaded, self.options, self.same, self.share = loaded, options, same, share
         self.several = same.group is not None
 
     def pieces(self, prompts: list[str]) -> "Iterator[Piece]":
         """Makes the texts of some prompts; every rank must read all pieces."""
         from titan_moe.generate.loop import generate
+        from titan_moe.generate.shared import shared_pieces
 
         tokenizer = self.loaded.tokenizer
         texts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
+        if self.share:
+            return shared_pieces(self.loaded, texts, self.options)
         return generate(self.loaded.model, tokenizer, texts, self.options, agreed=self.same.tokens)
 
     def lead(self, prompts: list[str], interactive: bool) -> None:

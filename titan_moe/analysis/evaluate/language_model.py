@@ -2,16 +2,14 @@
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from titan_moe.analysis.evaluate.scores import Batches, Scored, log_likelihoods, windows
 from titan_moe.generate.load import Loaded
-from titan_moe.generate.loop import Options, complete
+from titan_moe.generate.loop import Options
 from titan_moe.generate.sampling import Sampling
-from torchtitan_ext.collectives import all_sum
+from titan_moe.generate.shared import complete_on_ranks
 
 
 class LanguageModel(TemplateLM):
@@ -69,29 +67,10 @@ class LanguageModel(TemplateLM):
             temperature = float(settings.get("temperature") or 0.0)
             sampling = Sampling(temperature=temperature, top_p=float(settings.get("top_p") or 1.0))
             options = Options(max_tokens=new, stop=stop, sampling=sampling)
-            prompts = {n: self.tok_encode(requests[n].args[0]) for n in numbers}
-            self.cut += sum(len(ids) > self.max_length - new for ids in prompts.values())
-            numbers.sort(key=lambda n: -len(prompts[n]))
-            ranks, rank, size = self.loaded.mesh.degrees.data, self.loaded.mesh.data_rank, self.batches.size
-            for start in range(0, len(numbers), size * ranks):
-                self.batches.progress()
-                part = numbers[start : start + size * ranks][rank::ranks]
-                rows = [prompts[n][-(self.max_length - new) :] for n in part]
-                made = complete(self.loaded.model, self.loaded.tokenizer, rows, options, self.on_any_rank)
-                for n, text in zip(part, made, strict=True):
-                    texts[n] = text
-        return self.shared(texts)
-
-    def on_any_rank(self, here: bool) -> bool:
-        """Whether a condition holds on any rank; a collective."""
-        mesh = self.loaded.mesh
-        return bool(all_sum(torch.tensor(int(here), device=mesh.device), mesh.everyone))
-
-    def shared(self, texts: list[str]) -> list[str]:
-        """The texts of all ranks, of which each has made some and left the others empty; a collective."""
-        mesh = self.loaded.mesh
-        if mesh.everyone is None:
-            return texts
-        everyone: list[list[str]] = [[]] * mesh.degrees.world
-        dist.all_gather_object(everyone, texts, group=mesh.everyone)
-        return [next(filter(None, same), "") for same in zip(*everyone, strict=True)]
+            prompts = [self.tok_encode(requests[number].args[0]) for number in numbers]
+            self.cut += sum(len(ids) > self.max_length - new for ids in prompts)
+            rows = [ids[-(self.max_length - new) :] for ids in prompts]
+            made = complete_on_ranks(self.loaded, rows, options, self.batches.size, self.batches.progress)
+            for number, text in zip(numbers, made, strict=True):
+                texts[number] = text
+        return texts

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from titan_moe.data.corpora import open_corpus
 from titan_moe.data.prepare import cache_root
+from titan_moe.generate.buckets import own_batches
 from titan_moe.generate.cache import inference_inputs
 from titan_moe.generate.load import Loaded
 from titan_moe.model.transformer import Transformer
@@ -38,6 +39,8 @@ class Batches(NamedTuple):
     """Pad every batch to `size` texts of `length` tokens: a compiled model then sees one shape, that of training."""
     progress: Callable[[], None] = lambda: None
     """Called before every batch."""
+    by_router: bool = False
+    """Texts go to the ranks that hold the experts of their first router, instead of to the ranks in turn."""
 
 
 @torch.no_grad()
@@ -47,17 +50,21 @@ def log_likelihoods(model: Transformer, requests: Sequence[Scored], batches: Bat
     Of a longer text only the last `batches.length` + 1 tokens are used. Texts of similar length share a batch. A collective:
     all ranks call it with the same requests, run the model equally often, and get the same results."""
     mesh = batches.mesh
-    ranks, device = mesh.degrees.data, mesh.device
     order = [n for n in range(len(requests)) if requests[n].continuation]
     order.sort(key=lambda n: -len(requests[n].context) - len(requests[n].continuation))
-    sums_N2 = torch.zeros(len(requests), 2, dtype=torch.float64, device=device)
-    for start in range(0, len(order), batches.size * ranks):
+    sums_N2 = torch.zeros(len(requests), 2, dtype=torch.float64, device=mesh.device)
+    texts = [text_of(one, batches.length)[:-1] for one in requests]
+    for numbers in own_batches(texts, order, batches.size, mesh, model if batches.by_router else None):
         batches.progress()
-        numbers = order[start : start + batches.size * ranks][mesh.data_rank :: ranks]
         sums_B2 = score_batch(model, [requests[n] for n in numbers], batches)
         sums_N2[numbers] = sums_B2[: len(numbers)]
     sums_N2 = all_sum(sums_N2, mesh.ranks.data)
     return [(value, missed == 0) for value, missed in sums_N2.tolist()]
+
+
+def text_of(request: Scored, length: int) -> list[int]:
+    """The last `length` + 1 tokens of a text: as many inputs, and the label of the last one."""
+    return [*request.context, *request.continuation][-length - 1 :]
 
 
 def score_batch(model: Transformer, requests: Sequence[Scored], batches: Batches) -> Tensor:
@@ -66,7 +73,7 @@ def score_batch(model: Transformer, requests: Sequence[Scored], batches: Batches
     Under context parallelism: of the tokens on this rank. Without texts, as on a rank that has none left, a text of padding
     is run, because the others wait in the model's collectives."""
     degrees, device = batches.mesh.degrees, batches.mesh.device
-    texts = [[*one.context, *one.continuation][-batches.length - 1 :] for one in requests]
+    texts = [text_of(one, batches.length) for one in requests]
     counts = [min(len(one.continuation), len(ids) - 1) for one, ids in zip(requests, texts, strict=True)]
     rows = batches.size if batches.full else max(len(texts), 1)
     multiple = degrees.tp * (2 * degrees.cp if degrees.cp > 1 else 1)
@@ -124,7 +131,7 @@ def text_losses(loaded: Loaded, sources: Iterable[str], limit: int, batch_size: 
         for domain, documents in parts.items():
             length = config.training.seq_len
             rows = [row for ids, _ in documents for row in windows(ids, tokenizer.bos, length)]
-            batches = Batches(batch_size, length, loaded.mesh)
+            batches = Batches(batch_size, length, loaded.mesh, by_router=loaded.placed)
             nats = -sum(value for value, _ in log_likelihoods(loaded.model, rows, batches))
             tokens, size = sum(len(ids) for ids, _ in documents), sum(size for _, size in documents)
             loss = nats / max(tokens, 1)

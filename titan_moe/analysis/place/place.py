@@ -7,6 +7,7 @@ import numpy as np
 from rich.table import Table
 
 from titan_moe.analysis.inspect.inspection import Options, model_of
+from titan_moe.analysis.place.clock import BatchTime, Machine, Work, assumptions, clock, clock_table, means, work_of
 from titan_moe.analysis.place.placement import (
     Counts,
     Ranks,
@@ -23,6 +24,7 @@ from titan_moe.analysis.place.placement import (
 from titan_moe.analysis.processes import print_table
 from titan_moe.checkpoint.expert_order import write_order
 from titan_moe.config.tables import Config
+from titan_moe.data.loader import permuted
 from titan_moe.parallel.mesh import Mesh
 from torchtitan_ext.metrics import match_experts
 
@@ -36,9 +38,14 @@ class Placement(NamedTuple):
     """Bytes sent for a routed row on another rank: dispatch and combine, forward only."""
     rows: int
     """Routed rows of one sequence, all layers."""
+    times: dict[str, list[BatchTime]]
+    """The batches of the held-out half by arm, on a machine; empty without one."""
+    work: Work
 
 
-def for_ranks(checkpoint: Path, config: Config, mesh: Mesh, options: Options, ranks: int) -> Placement:
+def for_ranks(
+    checkpoint: Path, config: Config, mesh: Mesh, options: Options, ranks: int, machine: Machine | None = None
+) -> Placement:
     """Fits a placement to every second sequence of the text and measures it on both halves. Raises UserError."""
     inspected = model_of(checkpoint, config, mesh, options)
     tally = inspected.tally(sequences=inspected.sequences)
@@ -58,7 +65,11 @@ def for_ranks(checkpoint: Path, config: Config, mesh: Mesh, options: Options, ra
     traffic = {name: compare(fitted, other, *how, ranks) for name, how in names.items()}
     size = 2 * config.model.dim * inspected.model.dtype.itemsize
     rows = layers * config.model.moe.top_k * config.training.seq_len
-    return Placement(order_of(rank_of), traffic, size, rows)
+    work = work_of(config, inspected.prepared.tokenizer.vocab_size)
+    # In a fixed random order: the text has its domains one after another, and a server's requests are mixed.
+    mixed = other[permuted(np.arange(len(other), dtype=np.int64), len(other), key=0)]
+    times = clock(mixed, rank_of, machine, work) if machine else {}
+    return Placement(order_of(rank_of), traffic, size, rows, times, work)
 
 
 def compare(fitted: Counts, other: Counts, rank_of: Ranks, by_router: bool, ranks: int) -> dict[str, Traffic]:
@@ -111,19 +122,31 @@ def facts(placement: Placement) -> dict[str, Any]:
 
 
 def write_placement(
-    checkpoint: Path, config: Config, mesh: Mesh, options: Options, ranks: int | None, output: Path | None
+    checkpoint: Path,
+    config: Config,
+    mesh: Mesh,
+    options: Options,
+    ranks: int | None,
+    output: Path | None,
+    machine: Machine | None = None,
 ) -> None:
     """Writes an order of experts as JSON: for `ranks` ranks, whose traffic is printed too, or by paths when it is None.
 
-    output: the file; None: one in the run directory. Raises UserError.
+    output: the file; None: one in the run directory. machine: of as many ranks; prints its simulated time. Raises UserError.
     """
     name = f"order-{ranks}-ranks.json" if ranks else "order-by-paths.json"
     path = output or checkpoint.parent.parent / name
-    placement = for_ranks(checkpoint, config, mesh, options, ranks) if ranks else None
+    placement = for_ranks(checkpoint, config, mesh, options, ranks, machine) if ranks else None
     order = placement.order if placement else by_paths(checkpoint, config, mesh, options)
     if not mesh.first:
         return
     if placement and ranks:
         print_table(table(placement, ranks, config.training.batch_size))
-    write_order(path, order, checkpoint=str(checkpoint), traffic=facts(placement) if placement else {})
+        if machine:
+            print_table(clock_table(placement.times, machine, placement.work))
+            print("\n".join(assumptions(machine)))
+    more: dict[str, Any] = {"ranks": ranks, "traffic": facts(placement)} if placement else {"traffic": {}}
+    if placement and machine:
+        more["clock"] = {arm: means(times) for arm, times in placement.times.items()}
+    write_order(path, order, checkpoint=str(checkpoint), **more)
     print(path)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import LinearConstraint, linear_sum_assignment, milp
-from scipy.sparse import coo_array
+from scipy.optimize import linear_sum_assignment
 
 from titan_moe.errors import UserError
+from titan_moe.generate.buckets import assign_texts
 
 ROUNDS = 20
 
@@ -68,20 +68,9 @@ def source_by_first_router(counts: Counts, rank_of: Ranks) -> Ranks:
     """Sequences to the ranks whose experts their first router chose most: (N,).
 
     Ranks get equally many sequences, or one more. The assignment with the most local rows, a transport problem."""
-    sequences, ranks = counts.shape[0], int(rank_of.max()) + 1
+    ranks = int(rank_of.max()) + 1
     gain = np.stack([(counts[:, 0] * (rank_of[0] == rank)).sum(1) for rank in range(ranks)], axis=1)
-    variables = np.arange(sequences * ranks)
-    one_rank_each = coo_array((np.ones(len(variables)), (variables // ranks, variables)))
-    rank_sizes = coo_array((np.ones(len(variables)), (variables % ranks, variables)))
-    limits = [
-        LinearConstraint(one_rank_each, 1, 1),
-        LinearConstraint(rank_sizes, sequences // ranks, -(-sequences // ranks)),
-    ]
-    # The constraints are totally unimodular: the optimum of the linear program is integral.
-    solution = milp(-gain.reshape(-1).astype(np.float64), constraints=limits, bounds=(0, 1))
-    assert solution.x is not None, solution.message
-    source_rank: Ranks = solution.x.reshape(sequences, ranks).argmax(1)
-    return source_rank
+    return assign_texts(gain)
 
 
 def assign(gain: npt.NDArray[Any]) -> Ranks:
