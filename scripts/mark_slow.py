@@ -1,10 +1,12 @@
-"""Lists in tests/slow.txt the tests that take longer than 1.2 s; tests/conftest.py marks them `slow`.
+"""Lists in tests/slow.txt the tests that take longer than 1.2 s; tests/conftest.py marks them `slow`. And in tests/seconds.txt
+the files that take longer than 5 s; tests/conftest.py starts with the longest, so that all workers end at the same time.
 
     ./scripts/test.sh --durations=0 --durations-min=1 | tee times.txt
     python scripts/mark_slow.py times.txt
 
 Marks in test files stay. One test of each area is left out of the list whatever it takes, so that the everyday part still
-trains, resumes, stops, and computes on several ranks. Tests that the file does not time keep their line.
+trains, resumes, stops, and computes on several ranks. Tests that the file does not time keep their line, and so do files of
+which it times no test. Both lists are right only if the times are those of whole files.
 """
 
 import re
@@ -14,7 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests" / "slow.txt"
+FILES = ROOT / "tests" / "seconds.txt"
 SECONDS = 1.2
+FILE_SECONDS = 5
 EVERYDAY = (
     "tests/adapters/test_torchtitan.py::test_terms_and_gradients_equal_those_computed_token_by_token[qwen3]",
     "tests/adapters/test_trainers.py::test_weights_warm_up_by_the_trainers_step",
@@ -51,6 +55,15 @@ def main() -> None:
     slow = {name for name in slow if name not in EVERYDAY and not name.startswith(WHOLE_FILES)}
     LIST.write_text("".join(f"{name}\n" for name in sorted(slow)), encoding="utf-8")
     print(f"{len(slow)} tests in {LIST.relative_to(ROOT)}")
+
+    files = {name: int(time) for time, name in map(str.split, FILES.read_text(encoding="utf-8").splitlines())}
+    timed_files = {name.partition("::")[0] for name in seconds}
+    files |= {
+        file: round(sum(t for name, t in seconds.items() if name.startswith(f"{file}::"))) for file in timed_files
+    }
+    longest = sorted((-time, name) for name, time in files.items() if time >= FILE_SECONDS)
+    FILES.write_text("".join(f"{-time} {name}\n" for time, name in longest), encoding="utf-8")
+    print(f"{len(longest)} files in {FILES.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -9,4 +9,5 @@ _setup --dev || exit 1
 cd "$_root" || exit 1
 export PYTHONPATH="$_root${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_WAIT_POLICY=passive  # threads that wait leave the core to the other file's
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+# The order is that of tests/conftest.py: files that take longest first. pytest-xdist would start with the files of most tests.
+exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -13,15 +13,23 @@ from titan_moe.config.load import load_config
 from titan_moe.config.tables import Config
 from torchtitan_ext.terms import REGISTRY
 
-SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())  # scripts/mark_slow.py
+FOLDER = Path(__file__).parent
+# scripts/mark_slow.py writes both files.
+SLOW = frozenset((FOLDER / "slow.txt").read_text(encoding="utf-8").splitlines())
+SECONDS = {
+    file: int(seconds)
+    for seconds, file in map(str.split, (FOLDER / "seconds.txt").read_text(encoding="utf-8").splitlines())
+}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of slow.txt, before `-m` selects."""
+    """Marks the tests of slow.txt, before `-m` selects. And starts with the files that take longest: a long file at the end
+    would run on one worker while the others have nothing left to do."""
     for item in items:
         if item.nodeid in SLOW:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: -SECONDS.get(item.nodeid.partition("::")[0], 0))
 
 
 @pytest.fixture(autouse=True, scope="session")

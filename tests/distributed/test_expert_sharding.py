@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.layouts import assert_equal
-from tests.helpers.ranks import launch
+from tests.helpers.ranks import SharedRanks, launch
 from tests.helpers.steps import VOCABULARY, Outcome, config_of, mesh_of, train, whole
 from titan_moe.model import init
 from titan_moe.parallel import fsdp
@@ -43,9 +43,11 @@ def dimensions(words: list[str], world: int) -> list[int]:
 def test_dimension_and_result(name: str) -> None:
     """Two steps with all seven terms are those of one process."""
     world, layout, model, gate_up, down = LAYOUTS[name]
-    assert launch(world, dimensions, [*layout, *model], world)[0] == [gate_up, down]
+    words = [*layout, *model]
+    ranks = SharedRanks(world, {"dimensions": (dimensions, words, world), "steps": (train, [*words, SCOPE], world, 2)})
+    assert ranks["dimensions"][0] == [gate_up, down]
     wanted = train([*model, SCOPE], 1, 2)
-    for found in launch(world, train, [*layout, *model, SCOPE], world, 2):
+    for found in ranks["steps"]:
         assert_equal(found, wanted)
 
 

@@ -1,34 +1,21 @@
-"""No layout changes the result: five steps with all seven terms, in float64, against one process."""
+"""No layout changes the result: five steps with all seven terms, in float64, against one process.
+
+The cases of a layout share their ranks."""
+
+import functools
+from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers.layouts import LAYOUTS, SEQUENCE, alone, assert_equal, assert_every_token_seen
-from tests.helpers.ranks import launch
-from tests.helpers.steps import DEEPSEEK, VANILLA, gradients, train
+from tests.helpers.ranks import SharedRanks, launch
+from tests.helpers.steps import DEEPSEEK, VANILLA, Outcome, gradients, train
 
 GLOBAL = ["--regularizers.lb.scope=global", "--regularizers.v.scope=global"]
 
 
-def check(layout: str, words: list[str], baseline: list[str] | None = None) -> None:
-    world, degrees = LAYOUTS[layout]
-    wanted = alone(*(words if baseline is None else baseline))
-    results = launch(world, train, [*words, *degrees], world)
-    for found in results:
-        assert_equal(found, wanted)
-    assert_every_token_seen(results)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_deepseek_style(layout: str) -> None:
-    check(layout, [*DEEPSEEK, *SEQUENCE])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_vanilla(layout: str) -> None:
-    check(layout, [*VANILLA, *SEQUENCE])
-
+FLOAT32 = ["--training.dtype=float32"]
 
 VARIANTS = {
     "global-scopes": GLOBAL,
@@ -47,30 +34,83 @@ VARIANTS = {
     "documents-gqa": ["--model.document_mask=true", "--model.kv_heads=1", "--model.qk_norm=true"],
     "untied": ["--model.tie_embeddings=false"],
 }
+VARIED = ["ep2dp2", "cp2dp2ep4", "ep2tp2"]
+ACCUMULATING = ["hsdp2x2", "ep2dp2", "cp2ep2", "tp2dp2"]
+WITH_GRADIENTS = ["dp2", "hsdp2x2", "ep2", "cp2", "tp2", "cp2dp2ep4", "ep2tp2"]
+IN_FLOAT32 = ["hsdp2x2", "cp2dp2ep4", "ep2tp2"]
+
+
+@functools.cache
+def everyday(layout: str) -> SharedRanks:
+    world, degrees = LAYOUTS[layout]
+    words = [*DEEPSEEK, *SEQUENCE, *degrees]
+    cases: dict[str, tuple[Any, ...]] = {"deepseek": (train, words, world)}
+    if layout in WITH_GRADIENTS:
+        cases["gradients"] = (gradients, words, world)
+    if layout in IN_FLOAT32:
+        cases["float32"] = (train, [*words, *FLOAT32], world, 3)
+    return SharedRanks(world, cases)
+
+
+@functools.cache
+def slow(layout: str) -> SharedRanks:
+    world, degrees = LAYOUTS[layout]
+    cases = {"vanilla": [*VANILLA, *SEQUENCE]}
+    if layout in VARIED:
+        cases |= {name: [*DEEPSEEK, *SEQUENCE, *words] for name, words in VARIANTS.items() if possible(name, layout)}
+    if layout in ACCUMULATING:
+        data = world // (2 if "cp2" in layout or "tp2" in layout else 1)
+        for defer in ("true", "false"):
+            cases[f"defer={defer}"] = [*accumulation(defer), f"--training.microbatch_size={4 // data}"]
+    return SharedRanks(world, {name: (train, [*words, *degrees], world) for name, words in cases.items()})
+
+
+def possible(variant: str, layout: str) -> bool:
+    """One key-value head can't be cut in two."""
+    return (variant, layout) != ("documents-gqa", "ep2tp2")
+
+
+def accumulation(defer: str) -> list[str]:
+    return [*DEEPSEEK, *SEQUENCE, f"--parallelism.defer_reduction={defer}"]
+
+
+def check(results: list[Outcome], words: list[str]) -> None:
+    wanted = alone(*words)
+    for found in results:
+        assert_equal(found, wanted)
+    assert_every_token_seen(results)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_deepseek_style(layout: str) -> None:
+    check(everyday(layout)["deepseek"], [*DEEPSEEK, *SEQUENCE])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["ep2dp2", "cp2dp2ep4", "ep2tp2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vanilla(layout: str) -> None:
+    check(slow(layout)["vanilla"], [*VANILLA, *SEQUENCE])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", VARIED)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant: str, layout: str) -> None:
     """The baseline has the same micro-steps, so that scope `global` means the same tokens; recomputation is not in
     it."""
-    if (variant, layout) == ("documents-gqa", "ep2tp2"):
+    if not possible(variant, layout):
         pytest.skip("one key-value head can't be cut in two")
-    check(layout, [*DEEPSEEK, *SEQUENCE, *VARIANTS[variant]])
+    check(slow(layout)[variant], [*DEEPSEEK, *SEQUENCE, *VARIANTS[variant]])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["hsdp2x2", "ep2dp2", "cp2ep2", "tp2dp2"])
+@pytest.mark.parametrize("layout", ACCUMULATING)
 @pytest.mark.parametrize("defer", ["true", "false"])
 def test_accumulation(layout: str, defer: str) -> None:
     """Two micro-steps on the layout, and one, two or as many as sequences on one process."""
-    world, degrees = LAYOUTS[layout]
-    data = world // (2 if "cp2" in layout or "tp2" in layout else 1)
-    words = [*DEEPSEEK, *SEQUENCE, f"--parallelism.defer_reduction={defer}"]
-    found = launch(world, train, [*words, *degrees, f"--training.microbatch_size={4 // data}"], world)[0]
+    found = slow(layout)[f"defer={defer}"][0]
     for size in (1, 4, 8):
-        assert_equal(found, alone(*words, f"--training.microbatch_size={size}"))
+        assert_equal(found, alone(*accumulation(defer), f"--training.microbatch_size={size}"))
 
 
 def test_global_scope_with_accumulation() -> None:
@@ -79,29 +119,32 @@ def test_global_scope_with_accumulation() -> None:
     assert_equal(found, alone(*GLOBAL, "--training.microbatch_size=4"))
 
 
-@pytest.mark.parametrize("layout", ["dp2", "hsdp2x2", "ep2", "cp2", "tp2", "cp2dp2ep4", "ep2tp2"])
+@functools.cache
+def gradients_alone() -> dict[str, torch.Tensor]:
+    return gradients([*DEEPSEEK, *SEQUENCE], 1)
+
+
+@pytest.mark.parametrize("layout", WITH_GRADIENTS)
 def test_gradients_of_every_parameter(layout: str) -> None:
-    world, degrees = LAYOUTS[layout]
-    words = [*DEEPSEEK, *SEQUENCE]
-    wanted = gradients(words, 1)
-    for found in launch(world, gradients, [*words, *degrees], world):
+    wanted = gradients_alone()
+    for found in everyday(layout)["gradients"]:
         assert found.keys() == wanted.keys()
         for name, grad in found.items():
             torch.testing.assert_close(grad, wanted[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-FLOAT32 = ["--training.dtype=float32"]
+@functools.cache
+def float32_alone() -> Outcome:
+    return train([*DEEPSEEK, *SEQUENCE, *FLOAT32], 1, 3)
 
 
-@pytest.mark.parametrize("layout", ["hsdp2x2", "cp2dp2ep4", "ep2tp2"])
+@pytest.mark.parametrize("layout", IN_FLOAT32)
 def test_float32(layout: str) -> None:
     """Three steps: sums of some hundred float32 values of order 1 in another order move by 1e-6, less than any gap
     between a chosen expert's score and another's, so that no choice can flip."""
-    world, degrees = LAYOUTS[layout]
-    words = [*DEEPSEEK, *SEQUENCE, *FLOAT32]
-    wanted = train(words, 1, 3)
+    wanted = float32_alone()
     assert wanted.gap > 1e-4
-    assert_equal(launch(world, train, [*words, *degrees], world, 3)[0], wanted, tolerance=1e-5)
+    assert_equal(everyday(layout)["float32"][0], wanted, tolerance=1e-5)
 
 
 @pytest.mark.slow

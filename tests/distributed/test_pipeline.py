@@ -1,12 +1,16 @@
-"""Pipeline parallelism, alone and combined with other dimensions: five steps equal those of one process."""
+"""Pipeline parallelism, alone and combined with other dimensions: five steps equal those of one process.
 
+The cases of a layout share their ranks."""
+
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers.layouts import SEQUENCE, alone, assert_equal, assert_every_token_seen
-from tests.helpers.ranks import launch
+from tests.helpers.ranks import SharedRanks, launch
 from tests.helpers.steps import DEEPSEEK, VANILLA, Outcome, gradients, train
 
 UNTIED = [*SEQUENCE, "--model.layers=4", "--model.tie_embeddings=false"]
@@ -31,9 +35,54 @@ def layout_options(name: str) -> list[str]:
     return [f"--parallelism.pp={4 if name == 'four' else 2}", *LAYOUTS[name][1]]
 
 
-def check(name: str, words: list[str]) -> None:
+EVERYDAY = {
+    "1f1b": ["deepseek", "tied deepseek", "tied", "gradients", "tied gradients"],
+    "interleaved": ["deepseek", "tied deepseek", "gradients"],
+    "ep2": ["deepseek", "gradients"],
+    "tp2": ["tied deepseek", "tied gradients"],
+}
+VANILLAS = [name for name in LAYOUTS if name not in ("dp2", "hsdp2")]
+TIED_VANILLAS = ["gpipe", "dp2", "hsdp2", "ep2", "cp2", "four"]
+VARIANTS = [
+    ["--model.moe.first_dense_layers=2"],  # a stage without MoE layers
+    ["--regularizers.cp.source=transition", "--regularizers.lb.scope=sequence"],
+    ["--activation_checkpoint.mode=full"],
+    ["--activation_checkpoint.mode=selective"],
+    ["--regularizers.sp.method=sample", "--regularizers.cp.source=activated"],
+]
+
+
+def layout_of_variant(words: list[str]) -> str:
+    """One microbatch where cp chooses its transitions over a microbatch."""
+    return "one-micro-batch" if "transition" in words[0] else "1f1b"
+
+
+@functools.cache
+def everyday(name: str) -> SharedRanks:
     world = LAYOUTS[name][0]
-    results = launch(world, train, [*words, *layout_options(name)], world, seconds=240)
+    cases: dict[str, tuple[Any, ...]] = {}
+    for case in EVERYDAY[name]:
+        words = [*(TIED if "tied" in case else UNTIED), *(VANILLA if case == "tied" else DEEPSEEK)]
+        function = gradients if "gradients" in case else train
+        cases[case] = (function, [*words, *layout_options(name)], world)
+    return SharedRanks(world, cases)
+
+
+@functools.cache
+def slow(name: str) -> SharedRanks:
+    world = LAYOUTS[name][0]
+    cases: dict[str, list[str]] = {}
+    if name in VANILLAS:
+        cases["vanilla"] = [*UNTIED, *VANILLA]
+    if name in TIED_VANILLAS:
+        cases["tied vanilla"] = [*TIED, *VANILLA]
+    for words in VARIANTS:
+        if layout_of_variant(words) == name:
+            cases[" ".join(words)] = [*UNTIED, *DEEPSEEK, *words]
+    return SharedRanks(world, {case: (train, [*words, *layout_options(name)], world) for case, words in cases.items()})
+
+
+def check(results: list[Outcome], words: list[str]) -> None:
     assert_all_equal(results, alone(*words))
     assert_every_token_seen(results)
 
@@ -49,44 +98,34 @@ def assert_all_equal(results: list[Outcome], wanted: Outcome) -> None:
 
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "ep2"])
 def test_deepseek_style(name: str) -> None:
-    check(name, [*UNTIED, *DEEPSEEK])
+    check(everyday(name)["deepseek"], [*UNTIED, *DEEPSEEK])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("dp2", "hsdp2")])
+@pytest.mark.parametrize("name", VANILLAS)
 def test_vanilla(name: str) -> None:
-    check(name, [*UNTIED, *VANILLA])
+    check(slow(name)["vanilla"], [*UNTIED, *VANILLA])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--model.moe.first_dense_layers=2"],  # a stage without MoE layers
-        ["--regularizers.cp.source=transition", "--regularizers.lb.scope=sequence"],
-        ["--activation_checkpoint.mode=full"],
-        ["--activation_checkpoint.mode=selective"],
-        ["--regularizers.sp.method=sample", "--regularizers.cp.source=activated"],
-    ],
-)
+@pytest.mark.parametrize("words", VARIANTS)
 def test_variants(words: list[str]) -> None:
-    """One microbatch where cp chooses its transitions over a microbatch."""
-    check("one-micro-batch" if "transition" in words[0] else "1f1b", [*UNTIED, *DEEPSEEK, *words])
+    check(slow(layout_of_variant(words))[" ".join(words)], [*UNTIED, *DEEPSEEK, *words])
 
 
 @pytest.mark.parametrize("name", ["1f1b", pytest.param("interleaved", marks=pytest.mark.slow), "tp2"])
 def test_tied_embeddings(name: str) -> None:
-    check(name, [*TIED, *DEEPSEEK])
+    check(everyday(name)["tied deepseek"], [*TIED, *DEEPSEEK])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpipe", "dp2", "hsdp2", "ep2", "cp2", "four"])
+@pytest.mark.parametrize("name", TIED_VANILLAS)
 def test_tied_embeddings_in_more_layouts(name: str) -> None:
-    check(name, [*TIED, *VANILLA])
+    check(slow(name)["tied vanilla"], [*TIED, *VANILLA])
 
 
 def test_both_copies_of_a_tied_embedding_stay_bitwise_equal() -> None:
-    first, last = launch(2, train, [*TIED, *layout_options("1f1b")], 2)
+    first, last = everyday("1f1b")["tied"]
     assert torch.equal(first.parameters["embedding"], last.parameters["embedding"])
 
 
@@ -107,9 +146,8 @@ def test_a_checkpoint_with_tied_embeddings_changes_layout(save_on_pipeline: bool
     ("name", "words"), [("1f1b", UNTIED), ("interleaved", UNTIED), ("ep2", UNTIED), ("1f1b", TIED), ("tp2", TIED)]
 )
 def test_gradients_of_every_parameter(name: str, words: list[str]) -> None:
-    world = LAYOUTS[name][0]
     wanted = gradients([*words, *DEEPSEEK], 1)
-    results = launch(world, gradients, [*words, *DEEPSEEK, *layout_options(name)], world)
+    results = everyday(name)["gradients" if words is UNTIED else "tied gradients"]
     for result in results:
         for parameter, grad in result.items():
             torch.testing.assert_close(grad, wanted[parameter], rtol=1e-9, atol=1e-12, msg=parameter)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.ranks import launch
+from tests.helpers.ranks import launch_each
 from tests.helpers.steps import VOCABULARY, batch_of, config_of, mesh_of, rank_part, state, whole
 from titan_moe.errors import TrainingError
 from titan_moe.model.gemm import local
@@ -61,20 +61,20 @@ def spoil(model: torch.nn.Module) -> Any:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_ranks_stop_for_a_signal_to_one(layout: str) -> None:
-    results = [stops for _, _, stops in launch(2, steps_with, LAYOUTS[layout], False, 0, 2)]
+    words = LAYOUTS[layout]
+    at_once, deferred = launch_each(2, steps_with, (words, False, 0, 2), (words, True, 0, 2))
+    results = [stops for _, _, stops in at_once]
     wanted = [(1, False, None), (2, True, signal.SIGUSR1), (3, True, signal.SIGUSR1)]
     assert results == [wanted, wanted]
-    for *_, stops in launch(2, steps_with, LAYOUTS[layout], True, 0, 2):
+    for *_, stops in deferred:
         assert stops == [(1, False, None), (2, False, None), wanted[2]]  # with the read after step 3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_rank_updates_from_a_bad_gradient_of_one_on(layout: str) -> None:
-    for (ours, problem, _), (theirs, other, _) in zip(
-        launch(2, steps_with, LAYOUTS[layout], True, 2, 0),
-        launch(2, steps_with, LAYOUTS[layout], False, 2, 0),
-        strict=True,
-    ):
+    words = LAYOUTS[layout]
+    results = launch_each(2, steps_with, (words, True, 2, 0), (words, False, 2, 0))
+    for (ours, problem, _), (theirs, other, _) in zip(*results, strict=True):
         assert problem == other
         assert problem.startswith("step 2: grad_norm (gradient of ")
         assert all(torch.equal(x, theirs[name]) for name, x in ours.items())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.counting import counted
-from tests.helpers.ranks import launch
+from tests.helpers.ranks import launch, launch_each
 from tests.helpers.steps import VOCABULARY, batch_of, config_of, gradients, mesh_of, rank_part, train
 from titan_moe.optim import build_optimizer
 from titan_moe.parallel.parallelize import build_runner
@@ -44,7 +44,7 @@ def all_reduces(words: list[str], world: int) -> tuple[int, int]:
 def test_one_all_reduce_per_microbatch(name: str, layers: int) -> None:
     world, layout, microbatches = LAYOUTS[name]
     words = [*layout, f"--model.layers={layers}"]
-    plain, more = (launch(world, all_reduces, [*words, *also], world) for also in ([WITHOUT], []))
+    plain, more = launch_each(world, all_reduces, ([*words, WITHOUT], world), (words, world))
     last = range(world // 2, world) if "pp" in name else range(world)
     for rank, ((calls, size), (more_calls, more_size)) in enumerate(zip(plain, more, strict=True)):
         here = microbatches if rank in last else 0
@@ -74,9 +74,13 @@ def test_lb_can_be_measured_only(layout: list[str]) -> None:
         "--model.layers=4",
         *(layout or ["--training.microbatch_size=2"]),
     ]
-    plain = launch(2, train, words, 2, 2)
-    measured = launch(2, train, [*words, '--regularizers.measure=["lb"]'], 2, 2)
-    weighted = launch(2, train, [*words, "--regularizers.lb.weight=0.01"], 2, 1)
+    plain, measured, weighted = launch_each(
+        2,
+        train,
+        (words, 2, 2),
+        ([*words, '--regularizers.measure=["lb"]'], 2, 2),
+        ([*words, "--regularizers.lb.weight=0.01"], 2, 1),
+    )
     for found, wanted, other in zip(measured, plain, weighted, strict=True):
         assert found.rows[0]["lb"] == pytest.approx(other.rows[0]["lb"], rel=1e-12)
         assert all(torch.equal(value, wanted.parameters[name]) for name, value in found.parameters.items())

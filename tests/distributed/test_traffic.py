@@ -1,9 +1,11 @@
 """What the losses send: the formulas of docs/parallelism.md, counted by wrapping the collectives."""
 
+import functools
+
 import pytest
 
 from tests.helpers.counting import counted
-from tests.helpers.ranks import launch
+from tests.helpers.ranks import launch, launch_each
 from tests.helpers.steps import BATCH, SEQ, VOCABULARY, batch_of, config_of, mesh_of, rank_part, train
 from titan_moe.optim import build_optimizer
 from titan_moe.parallel.parallelize import build_runner
@@ -28,10 +30,15 @@ def bytes_sent(words: list[str]) -> dict[str, int]:
     return sent
 
 
+@functools.cache
+def sent_without_terms() -> list[dict[str, int]]:
+    return launch(WORLD, bytes_sent, [])
+
+
 def extra(words: list[str]) -> dict[str, int]:
     """What one step sends with these words beyond one without, mean over ranks: what leaves one for an expert comes home from
     another, so only together do they send as many rows there as back."""
-    plain, more = launch(WORLD, bytes_sent, []), launch(WORLD, bytes_sent, words)
+    plain, more = sent_without_terms(), launch(WORLD, bytes_sent, words)
     return {name: sum(b[name] - a[name] for a, b in zip(plain, more, strict=True)) // WORLD for name in plain[0]}
 
 
@@ -69,7 +76,7 @@ def test_a_sample_sends_the_rows_of_its_tokens_and_a_mask() -> None:
 
 def test_what_the_plain_layer_sends() -> None:
     """Rows to the experts and back, forward and backward; a gate weight with each row; and the counts, 8 experts in int64."""
-    total = sum(found["all-to-all"] for found in launch(WORLD, bytes_sent, []))
+    total = sum(found["all-to-all"] for found in sent_without_terms())
     assert total == WORLD * LAYERS * (4 * ROWS * DIM * 8 + 2 * ROWS * 8 + 8 * 8)
 
 
@@ -86,8 +93,8 @@ def test_bfloat16_on_ranks() -> None:
     1%, as in the test of bfloat16 against float32 on one process."""
     words = ["--training.dtype=bfloat16", *OFF, "--regularizers.sp.weight=0.1"]
     alone = train(words, 1, 2)
-    for layout in (["--parallelism.ep=2"], ["--parallelism.tp=2"], ["--parallelism.cp=2"]):
-        found = launch(WORLD, train, [*words, *layout], WORLD, 2)[0]
+    layouts = ("--parallelism.ep=2", "--parallelism.tp=2", "--parallelism.cp=2")
+    for found, *_ in launch_each(WORLD, train, *(([*words, layout], WORLD, 2) for layout in layouts)):
         for row, wanted in zip(found.rows, alone.rows, strict=True):
             assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
             assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=5e-2)

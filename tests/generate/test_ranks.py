@@ -1,5 +1,6 @@
 """Generation on tensor- and expert-parallel ranks: texts and log-probabilities of one process, with a part of the weights."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -76,15 +77,23 @@ def results(run: Path, words: list[str], world: int) -> dict[str, Any]:
     return {"logs": torch.cat(found), "texts": texts, "sizes": sizes}
 
 
+@functools.cache
+def one_process(run: Path, dtype: str) -> dict[str, Any]:
+    return results(run, [f"--training.dtype={dtype}"], 1)
+
+
+@functools.cache
+def on_ranks(run: Path, dtype: str, *layout: str) -> list[dict[str, Any]]:
+    world = 2 ** len(layout)
+    return launch(world, results, run, [f"--training.dtype={dtype}", *layout], world)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
 def test_texts_and_log_probabilities_are_those_of_one_process(
     run: Path, layout: list[str], dtype: str, tolerance: float
 ) -> None:
-    words = [f"--training.dtype={dtype}"]
-    world = 2 ** len(layout)
-    alone = results(run, words, 1)
-    ranks = launch(world, results, run, [*words, *layout], world)
+    alone, ranks = one_process(run, dtype), on_ranks(run, dtype, *layout)
     for rank in ranks:
         torch.testing.assert_close(rank["logs"], alone["logs"], rtol=0, atol=tolerance)
         assert torch.equal(rank["logs"], ranks[0]["logs"])
@@ -95,9 +104,9 @@ def test_texts_and_log_probabilities_are_those_of_one_process(
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
 def test_a_rank_has_its_shard_of_the_weights(run: Path, layout: list[str]) -> None:
-    world, degrees = 2 ** len(layout), {word[14:16]: 2 for word in layout}
-    alone = results(run, [], 1)["sizes"]
-    for rank in launch(world, results, run, layout, world):
+    degrees = {word[14:16]: 2 for word in layout}
+    alone = one_process(run, "float32")["sizes"]
+    for rank in on_ranks(run, "float32", *layout):
         for name, size in rank["sizes"].items():
             parts = degrees.get("tp", 1)
             if ".experts." in name:
