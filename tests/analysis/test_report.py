@@ -276,7 +276,7 @@ def test_wrong_arguments_and_broken_files_are_refused_in_one_line(tmp_path: Path
         write_report([run], Path("/dev/null/page"))
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="not a run directory: it has no config.toml; give"):
+    with pytest.raises(UserError, match=r"not a run directory: it has no config\.toml; give"):
         write_report([empty], tmp_path / "out")
     (run / "inspect" / "step-00000010.json").write_text("{")
     with pytest.raises(UserError, match=r"step-00000010\.json: can't be read"):
