@@ -29,7 +29,7 @@ EVERYDAY = (
     "tests/data/test_streams.py::test_a_writer_ends_with_its_parent",
     "tests/distributed/test_layouts.py::test_deepseek_style[dp2]",
     "tests/distributed/test_layouts.py::test_deepseek_style[ep2tp2]",
-    "tests/distributed/test_load_balance.py::test_one_all_reduce_per_microbatch[dp2-6]",
+    "tests/distributed/test_totals.py::test_one_all_reduce_per_microbatch[cp-ep2]",
     "tests/distributed/test_pipeline.py::test_tied_embeddings[tp2]",
     "tests/distributed/test_stopping.py::test_all_ranks_stop_for_a_signal_to_one[ep2]",
     "tests/evaluate/test_eval.py::test_log_likelihoods_are_those_of_the_harness_on_an_equal_model",

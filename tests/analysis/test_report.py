@@ -262,7 +262,7 @@ def test_wrong_arguments_and_broken_files_are_refused_in_one_line(tmp_path: Path
     run = write_run(tmp_path, "one", [])
     for words, message in (
         ([], "error: the following arguments are required: RUN; see `titan-moe report --help`"),
-        (["/nowhere"], "error: /nowhere: not a run directory: "),
+        (["/nowhere"], "error: /nowhere: not a run directory: there is no such directory; give the directory of a run"),
         ([str(run), "--nonsense"], "error: command line: unknown option --nonsense"),
     ):
         done = titan_moe("report", *words)
@@ -270,6 +270,14 @@ def test_wrong_arguments_and_broken_files_are_refused_in_one_line(tmp_path: Path
         assert message in done.stderr
     with pytest.raises(UserError, match="the same run is given twice"):
         write_report([run, run], tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"--output = '/dev/null/page': can't be written: Not a directory; name another one"
+    ):
+        write_report([run], Path("/dev/null/page"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match=r"not a run directory: it has no config\.toml; give"):
+        write_report([empty], tmp_path / "out")
     (run / "inspect" / "step-00000010.json").write_text("{")
     with pytest.raises(UserError, match=r"step-00000010\.json: can't be read"):
         write_report([run], tmp_path / "out")

@@ -58,6 +58,9 @@ def test_interactive_answers_every_line(run: Path) -> None:
     [
         ([], "--prompt: none is given"),
         (["--prompt=a", "--top-p=0"], "--top-p = '0'"),
+        (["--prompt=a", "--top-p=2"], "give a number above 0, at most 1"),
+        (["--prompt=a", "--min-p=5"], "give a number from 0 to 1"),
+        (["--prompt=a", "--tokens=0"], "--max-tokens = '0': new tokens per prompt, at most, 1 or more"),
         (["--prompt=a", "--temperature=nan"], "--temperature = 'nan'"),
         (["--prompt=a", "--stop="], "--stop = ''"),
         (["--prompt=a\udcff"], "--prompt = 'a\\udcff': is not UTF-8"),

@@ -10,6 +10,9 @@ from tests.helpers import reference
 from tests.helpers.losses import EXPERTS, KS, TOKENS, WIDTH, assert_same, generator, routing
 from torchtitan_ext.losses import expert_router_coupling_loss, orthogonality_loss, routing_variance_loss
 from torchtitan_ext.ops.response import coupling_noise, coupling_noise_bound
+from torchtitan_ext.ops.routing import labelled_counts
+from torchtitan_ext.terms import LayerView, Setting, Tokens
+from torchtitan_ext.terms.variance import RoutingVariance
 
 
 @pytest.mark.parametrize("k", KS)
@@ -56,6 +59,50 @@ def test_routing_variance_gradient_and_given_mean() -> None:
         for g, w in zip(gates.chunk(2), weights.chunk(2), strict=True)
     ]
     torch.testing.assert_close(sum(halves), routing_variance_loss(gates), rtol=1e-13, atol=0)
+
+
+def one_layer(gates_TK: Tensor, ids_TK: Tensor) -> LayerView:
+    """What v sees of a layer."""
+    tokens, count = len(gates_TK), ids_TK.max().item() + 1
+    none, weights_T = gates_TK.new_empty(0), torch.full((tokens,), 1 / tokens, dtype=gates_TK.dtype)
+    scores_TE = torch.zeros(tokens, int(count), dtype=gates_TK.dtype)
+    given = Tokens(weights_T.unsqueeze(0), none, none, none)
+    return LayerView(
+        0,
+        given,
+        scores_TE,
+        scores_TE,
+        ids_TK,
+        gates_TK,
+        none,
+        weights_T,
+        labelled_counts(ids_TK, int(count), weights_T),
+    )
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+@pytest.mark.parametrize("k", [2, EXPERTS])
+def test_routing_variance_from_sums_is_as_exact_as_from_deviations(k: int, spread: float) -> None:
+    """Scope `global` forms v from sums over tokens. In float32, also where the gates hardly vary, value and gradient are within
+    the rounding of the gates: a few units in the last place of a gate over its deviation from the mean."""
+    logits = (spread * torch.randn(TOKENS, k, dtype=torch.float64, generator=generator(7))).requires_grad_()
+    ids = torch.rand(TOKENS, EXPERTS, generator=generator(8)).topk(k, 1).indices
+    ids[0] = torch.arange(EXPERTS - k, EXPERTS)
+    term = RoutingVariance(RoutingVariance.Options(weight=1.0, scope="global"), Setting(k))
+    found = {}
+    for dtype in (torch.float64, torch.float32):
+        value = term.at_layer(one_layer(logits.softmax(1).to(dtype), ids))
+        found[dtype] = (value.detach().double(), *torch.autograd.grad(value, logits))
+    gates = torch.zeros(TOKENS, EXPERTS, dtype=torch.float64).scatter(1, ids, logits.softmax(1))
+    wanted = routing_variance_loss(gates)
+    exact = (wanted.detach(), *torch.autograd.grad(wanted, logits))
+    torch.testing.assert_close(found[torch.float64], exact, rtol=1e-9, atol=1e-16)
+    deviation = (gates - gates.mean(0)).abs().mean().item()
+    rounding = 8 * torch.finfo(torch.float32).eps * gates.max().item() / deviation
+    torch.testing.assert_close(found[torch.float32][0], exact[0], rtol=rounding, atol=0)
+    torch.testing.assert_close(
+        found[torch.float32][1], exact[1], rtol=rounding, atol=rounding * exact[1].abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

@@ -43,15 +43,20 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust", action="store_true", help=meaning)
 
 
-def add_number(parser: argparse.ArgumentParser, option: str, default: int, meaning: str, least: int = 1) -> None:
-    """Adds an option for an integer of at least `least`. UserError names the option, the value and the meaning."""
+def add_number(
+    parser: argparse.ArgumentParser, option: str, default: int, meaning: str, least: int = 1, alias: str = ""
+) -> None:
+    """Adds an option for an integer of at least `least`. UserError names the option, the value and the meaning.
+
+    alias: another name of the option."""
 
     def number(text: str) -> int:
         if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
             raise UserError(f"{option} = {text[:80]!r}: {meaning}, {least} or more")
         return int(text)
 
-    parser.add_argument(option, type=number, default=default, metavar="N", help=f"{meaning} (default: {default})")
+    names = [option, *filter(None, [alias])]
+    parser.add_argument(*names, type=number, default=default, metavar="N", help=f"{meaning} (default: {default})")
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:

@@ -36,18 +36,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     meaning = "read prompts from stdin, one a line, each a new document"
     parser.add_argument("--interactive", action="store_true", help=meaning)
     meaning = "new tokens per prompt, at most"
-    add_number(parser, "--max-tokens", 128, meaning)
-    add_number(parser, "--tokens", 0, "the same as --max-tokens, when not 0", 0)
-    add_fraction(
-        parser, "--temperature", 1.0, "divides the logits; 0: always the most probable token", lambda x: x >= 0
-    )
+    add_number(parser, "--max-tokens", 128, meaning, alias="--tokens")
+    meaning = "divides the logits; 0: always the most probable token"
+    add_fraction(parser, "--temperature", 1.0, meaning, lambda x: x >= 0, "0 or more")
     add_number(parser, "--top-k", 0, "sample from this many most probable tokens; 0: from all", 0)
     meaning = "sample from the most probable tokens that together have this probability; 1: from all"
-    add_fraction(parser, "--top-p", 1.0, meaning, lambda x: 0 < x <= 1)
+    add_fraction(parser, "--top-p", 1.0, meaning, lambda x: 0 < x <= 1, "above 0, at most 1")
     meaning = "sample from tokens with at least this fraction of the largest probability; 0: from all"
-    add_fraction(parser, "--min-p", 0.0, meaning, lambda x: 0 <= x <= 1)
+    add_fraction(parser, "--min-p", 0.0, meaning, lambda x: 0 <= x <= 1, "from 0 to 1")
     meaning = "divides positive logits of tokens in the text, multiplies negative ones; 1: off"
-    add_fraction(parser, "--repetition-penalty", 1.0, meaning, lambda x: x > 0)
+    add_fraction(parser, "--repetition-penalty", 1.0, meaning, lambda x: x > 0, "above 0")
     meaning = "end a text before this string (\\n and \\t as in C); may be given several times"
     parser.add_argument("--stop", action="append", default=[], type=stop_string, metavar="TEXT", help=meaning)
     add_number(parser, "--seed", 0, "of the random numbers; a text does not depend on the other prompts", 0)
@@ -59,9 +57,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def add_fraction(
-    parser: ArgumentParser, option: str, default: float, meaning: str, valid: Callable[[float], bool]
+    parser: ArgumentParser, option: str, default: float, meaning: str, valid: Callable[[float], bool], allowed: str
 ) -> None:
-    """Adds an option for a number. UserError names the option, the value and the meaning."""
+    """Adds an option for a number. UserError names the option, the value, the meaning and the values that are allowed."""
 
     def number(text: str) -> float:
         try:
@@ -69,7 +67,7 @@ def add_fraction(
         except ValueError:
             value = float("nan")
         if not (valid(value) and abs(value) < float("inf")):
-            raise UserError(f"{option} = {text[:80]!r}: {meaning}")
+            raise UserError(f"{option} = {text[:80]!r}: {meaning}; give a number {allowed}")
         return value
 
     parser.add_argument(option, type=number, default=default, metavar="X", help=f"{meaning} (default: {default:g})")
@@ -110,7 +108,7 @@ def run(arguments: Namespace) -> int:
     mesh = inference_mesh(config, world, device)
     loaded = load_model(checkpoint, config, mesh, same_tokens=not a.share_prompts, placement=a.placement)
     sampling = Sampling(a.repetition_penalty, a.temperature, a.top_k, a.top_p, a.min_p)
-    options = Options(a.tokens or a.max_tokens, tuple(a.stop), a.seed, sampling)
+    options = Options(a.max_tokens, tuple(a.stop), a.seed, sampling)
     session = Session(loaded, options, SameOnAllRanks(), a.share_prompts)
     if mesh.first:
         session.lead(a.prompt, a.interactive)

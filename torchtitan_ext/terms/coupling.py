@@ -40,7 +40,8 @@ def coupling_loss(
     total = accumulate(scores[0]).sum() * 0.0
     for layer in range(len(scores) - 1):
         if source == "transition":
-            total = total + transition_coupling(scores[layer], scores[layer + 1], top_k, weights)
+            transitions = transition_matrix(scores[layer], scores[layer + 1], weights)
+            total = total + transition_coupling(transitions, top_k)
             continue
         mass = coupling_source_mass(scores[layer], None if topk_ids is None else topk_ids[layer], source)
         total = total + weighted_sum(
@@ -82,24 +83,26 @@ def joint_coupling(source_mass: Tensor, target_mass: Tensor, form: str = "mass")
     raise ValueError(f"coupling_loss: form={form!r} is not one of 'mass', 'log'")
 
 
-def transition_coupling(
-    earlier: Tensor, later: Tensor, top_k: int, weights: Tensor | None = None, group: Group | None = None
-) -> Tensor:
-    """cp by transitions for one pair of layers: minus the sum of the k largest entries of every row of
-    `C = S_l^T S_{l+1} / T`; the choice carries no gradient.
-
-    earlier, later: scores (T, E). weights: (T,), replace 1/T. group: the ranks that hold the other tokens; the choice is made
-    over all of them, and their results add up.
-    """
-    from torchtitan_ext.collectives import all_sum
+def transition_matrix(earlier: Tensor, later: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`C = S_l^T S_{l+1} / T` of one pair of layers, (E, E). earlier, later: scores (T, E). weights: (T,), replace 1/T."""
     from torchtitan_ext.ops.routing import accumulate, mean_weights
 
     earlier, later = accumulate(earlier), accumulate(later)
     if weights is None:
         weights = mean_weights(earlier, earlier.shape[:1])
-    transitions = (earlier * weights.to(earlier.dtype).unsqueeze(1)).t() @ later
-    chosen = all_sum(transitions.detach(), group).topk(top_k, dim=1).indices
-    return -transitions.gather(1, chosen).sum()
+    return (earlier * weights.to(earlier.dtype).unsqueeze(1)).t() @ later
+
+
+def transition_coupling(transitions: Tensor, top_k: int, group: Group | None = None) -> Tensor:
+    """cp by transitions: minus the sum of the k largest entries of every row of C; the choice carries no gradient.
+
+    transitions: (..., E, E), C of one or more pairs of layers. group: the ranks that hold the other tokens; the choice is
+    made over all of them, in one collective, and their results add up.
+    """
+    from torchtitan_ext.collectives import all_sum
+
+    chosen = all_sum(transitions.detach(), group).topk(top_k, dim=-1).indices
+    return -transitions.gather(-1, chosen).sum()
 
 
 class CouplingOptions(TermOptions):
@@ -147,13 +150,28 @@ class Coupling(Term):
         top_k = self.setting.top_k
         if view.layer == 0:
             return view.previous.sum() * 0.0
-        if self.options.source == "transition":
-            return transition_coupling(view.previous, view.scores_TE, top_k, view.weights_T, self.ranks.data)
         target_T = coupling_target_mass(view.scores_TE, top_k) if view.sums is None else view.sums.largest_mass_T
         return weighted_sum(joint_coupling(view.previous.squeeze(1), target_T, self.options.form), view.weights_T)
+
+    def sums_width(self, experts: int) -> int:
+        return experts**2 if self.options.source == "transition" else 0
+
+    def token_sums(self, view: LayerView) -> Tensor:
+        """Transitions from the MoE layer before, flat; zeros at the first."""
+        assert view.previous is not None
+        if view.layer == 0:
+            return view.previous.new_zeros(view.scores_TE.shape[1] ** 2)
+        return transition_matrix(view.previous, view.scores_TE, view.weights_T).flatten()
+
+    def total(self, sums_Ln: Tensor, counts_LE: Tensor) -> Tensor:
+        experts = counts_LE.shape[1]
+        pairs_PEE = sums_Ln.unflatten(1, (experts, experts))
+        if len(pairs_PEE) > 1:
+            pairs_PEE = pairs_PEE[1:]  # of all layers; the first of them has no layer before it
+        return transition_coupling(pairs_PEE, self.setting.top_k, self.ranks.data)
 
     def traffic(self, sizes: Sizes) -> Iterable[Line]:
         s = sizes
         if self.options.source == "transition" and s.token_ranks > 1:
-            pairs = s.steps * s.forwards * max(s.moe_layers - 1, 0)
+            pairs = s.steps * (s.all_moe_layers - 1) * s.last_stage
             yield Line("all-reduce", "cp: transitions", pairs * s.experts**2 * s.exact)

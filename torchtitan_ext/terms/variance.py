@@ -41,6 +41,14 @@ def routing_variance_loss(
     raise ValueError(f"routing_variance_loss: variant={variant!r} is not one of 'paper', 'code'")
 
 
+def normalized_gates(view: LayerView) -> Tensor:
+    """Gate weights that sum to 1 over a token's experts, 0 for all others: (T, E)."""
+    from torchtitan_ext.ops.routing import normalize_scores
+
+    normalized_TK = normalize_scores(view.gates_TK)
+    return view.scores_TE.new_zeros(view.scores_TE.shape).scatter(1, view.topk_ids_TK, normalized_TK)
+
+
 class RoutingVarianceOptions(MatchedOptions):
     """v, variance of the gate weights (Guo et al.)."""
 
@@ -66,24 +74,54 @@ class RoutingVariance(Term):
         return "v divides gates by their sum, which makes a single gate always 1" if model.top_k == 1 else None
 
     def value(self, view: LayerView) -> Tensor:
-        from torchtitan_ext.ops.routing import normalize_scores, weighted_mean
+        from torchtitan_ext.ops.routing import weighted_mean
 
-        weights, scope, ranks = view.tokens.weights, self.options.scope, self.ranks
-        normalized_TK = normalize_scores(view.gates_TK)
-        gates_TE = view.scores_TE.new_zeros(view.scores_TE.shape).scatter(1, view.topk_ids_TK, normalized_TK)
+        weights, scope = view.tokens.weights, self.options.scope
+        gates_TE = normalized_gates(view)
         if scope == "sequence":
             gates_TE = gates_TE.unflatten(0, weights.shape)
         else:
             weights = view.weights_T
-        group = {"sequence": ranks.sequence, "global": ranks.data, "microbatch": None}[scope]
         mean = None
         if self.options.variant == "paper":
+            group = self.ranks.sequence if scope == "sequence" else None
             mean = weighted_mean(gates_TE, weights.to(gates_TE.dtype), group)
         return routing_variance_loss(gates_TE, self.options.variant, mean, weights=weights)
+
+    def sums_width(self, experts: int) -> int:
+        return experts + 2 if self.options.scope == "global" and self.options.variant == "paper" else 0
+
+    def token_sums(self, view: LayerView) -> Tensor:
+        """Of the gate weights' distances to 1/E: the sum of each expert's, that of all their squares; and the sum of weights.
+
+        Distances, because they are the smaller, the less the gates vary: the difference of squares in `total` then loses no
+        digits of a small variance."""
+        import torch
+
+        gates_TE = normalized_gates(view)
+        distances_TE = gates_TE - 1.0 / gates_TE.shape[1]
+        weights_T = view.weights_T.to(gates_TE.dtype)
+        squares = (distances_TE.square().sum(1) * weights_T).sum()
+        return torch.cat([weights_T @ distances_TE, torch.stack([squares, weights_T.sum()])])
+
+    def total(self, sums_Ln: Tensor, counts_LE: Tensor) -> Tensor:
+        """With m the mean over all ranks: the sum over tokens of w (d - m)^2 is `squares - 2 m sum(w d) + m^2 sum(w)`. m has no
+        gradient, as in `routing_variance_loss`."""
+        import torch
+
+        from torchtitan_ext.collectives import all_sum
+
+        experts = counts_LE.shape[1]
+        sums_LE, squares_L1, weight_L1 = sums_Ln.split([experts, 1, 1], 1)
+        everywhere = all_sum(torch.cat([sums_LE, weight_L1], 1), self.ranks.data)
+        total_L1 = everywhere[:, experts:]
+        mean_LE = everywhere[:, :experts] / torch.where(total_L1 > 0, total_L1, 1.0)
+        return -(squares_L1.sum() + (mean_LE.square() * weight_L1 - 2.0 * mean_LE * sums_LE).sum()) / experts
 
     def traffic(self, sizes: Sizes) -> Iterable[Line]:
         scope = self.options.scope
         if self.options.variant == "paper" and sizes.scope_ranks(scope) > 1:
-            means = 1 if scope == "global" else sizes.sequences
-            numbers = sizes.layer_passes * means * (sizes.experts + 1)
+            once = sizes.steps * sizes.all_moe_layers * sizes.last_stage
+            means = once if scope == "global" else sizes.layer_passes * sizes.sequences
+            numbers = means * (sizes.experts + 1)
             yield Line("all-reduce", "v: mean gates", numbers * sizes.exact)

@@ -15,6 +15,7 @@ from titan_moe.analysis.report.figures import plots
 from titan_moe.analysis.report.runs import Run, read_runs
 from titan_moe.analysis.sweep.statistics import paired
 from titan_moe.analysis.sweep.tables import write_csv
+from titan_moe.errors import UserError
 from titan_moe.runtime.files import own_folder, write_file
 
 BLOCKS = 10  # of paired steps; their means are treated as independent samples
@@ -46,7 +47,10 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     runs = read_runs(paths)
     if folder.parent in paths:
         own_folder(folder.parent, folder.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output = {str(folder)!r}: can't be written: {error.strerror}; name another one") from error
     sections = []
     for title, drawn in plots(runs):
         for plot in drawn:

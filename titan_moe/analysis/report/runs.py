@@ -27,6 +27,9 @@ class Run:
             self.config = RunConfig.model_validate(values)
         except ValidationError as error:
             raise UserError(f"{path / 'config.toml'}: not a run's configuration: {first_mistake(error)}") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            what = "it has no config.toml" if path.is_dir() else "there is no such directory"
+            raise UserError(f"{path}: not a run directory: {what}; give the directory of a run") from error
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a run directory: {one_line(error)}") from error
         self.all_rows = read_rows(path / "metrics.jsonl")
