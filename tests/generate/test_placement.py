@@ -56,7 +56,7 @@ def requests() -> list[Scored]:
 
 
 def evaluated(run: Path, world: int, words: list[str], placement: Path | None) -> dict[str, Any]:
-    """Log-likelihoods as `eval` takes them, and the indices of the experts whose weights are here, by layer."""
+    """Log-likelihoods as `eval` takes them."""
     (checkpoint,), config = from_checkpoint([run], False, words, world)
     mesh = Mesh(resolve(config.parallelism, world, str), CPU)
     loaded = load_model(checkpoint, config, mesh, placement=placement)
@@ -64,11 +64,21 @@ def evaluated(run: Path, world: int, words: list[str], placement: Path | None) -
     return {"scores": scores, "placed": loaded.placed}
 
 
-@pytest.mark.parametrize("words", [["--parallelism.ep=2"], ["--parallelism.ep=2", "--parallelism.tp=2"]], ids=" ".join)
-def test_scores_with_placed_experts_are_those_of_one_process(run: Path, words: list[str]) -> None:
+LAYOUTS = {  # ranks and options; the last one also shards each rank's experts by FSDP
+    "ep": (2, ["--parallelism.ep=2"]),
+    "ep tp": (4, ["--parallelism.ep=2", "--parallelism.tp=2"]),
+    "ep fsdp": (4, ["--parallelism.ep=2", "--training.batch_size=4"]),
+}
+
+
+@pytest.mark.parametrize(
+    "layout", ["ep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ep tp", "ep fsdp"))]
+)
+def test_scores_with_placed_experts_are_those_of_one_process(run: Path, layout: str) -> None:
     """In float64, up to the order of sums."""
     one = evaluated(run, 1, [], None)["scores"]
-    for two in launch(2 ** len(words), evaluated, run, 2 ** len(words), words, run / "order.json"):
+    world, words = LAYOUTS[layout]
+    for two in launch(world, evaluated, run, world, words, run / "order.json"):
         assert two["placed"]
         assert [greedy for _, greedy in two["scores"]] == [greedy for _, greedy in one]
         assert [value for value, _ in two["scores"]] == pytest.approx([value for value, _ in one], rel=1e-10)

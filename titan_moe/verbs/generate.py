@@ -140,11 +140,12 @@ class Session:
     def pieces(self, prompts: list[str]) -> "Iterator[Piece]":
         """Makes the texts of some prompts; every rank must read all pieces."""
         from titan_moe.generate.loop import generate
-        from titan_moe.generate.shared import shared_pieces
 
         tokenizer = self.loaded.tokenizer
         texts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
         if self.share:
+            from titan_moe.generate.shared import shared_pieces
+
             return shared_pieces(self.loaded, texts, self.options)
         return generate(self.loaded.model, tokenizer, texts, self.options, agreed=self.same.tokens)
 
