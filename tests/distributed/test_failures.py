@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers.commands import ROOT
 from tests.helpers.rank_runs import EXACT, TERMS, assert_same_run, rows, run_train
+from tests.helpers.runs import Make, train
 
 pytestmark = pytest.mark.slow
 
@@ -115,15 +116,16 @@ def test_a_stuck_rank_is_reported_and_its_stack_is_written(tiny_options: list[st
     assert not processes_of(tmp_path)
 
 
-def test_a_restarted_run_equals_an_undisturbed_one(tiny_options: list[str], tmp_path: Path) -> None:
+def test_a_restarted_run_equals_an_undisturbed_one_of_one_process(
+    tiny_options: list[str], tiny_config: Make, tmp_path: Path
+) -> None:
     mark = tmp_path / "killed"
     body = f"(not os.path.exists({str(mark)!r})) and (open({str(mark)!r}, 'x').close(), os.kill(os.getpid(), 9))"
-    words = [*tiny_options, *EXACT, *TERMS, "--training.steps=12", "--checkpoint.interval=2"]
+    words = [*EXACT, *TERMS, "--regularizers.lb.scope=sequence", "--training.steps=12", "--checkpoint.interval=2"]
     words += [extension(tmp_path, body), CUSTOM]
-    mark.touch()
-    assert run_train(2, *words, "--job.name=reference").returncode == 0
-    mark.unlink()
-    done = run_train(2, *words, "--job.name=restarted", MAX_RESTARTS="1")
+    train(tiny_config(*words, "--job.name=reference"))
+    assert not mark.exists()
+    done = run_train(2, *tiny_options, *words, "--job.name=restarted", MAX_RESTARTS="1")
     assert mark.exists()
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(tmp_path / "runs" / "restarted", tmp_path / "runs" / "reference")

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import ROOT
-from tests.helpers.rank_runs import EXACT, TERMS, assert_same_run, run_train
+from tests.helpers.rank_runs import EXACT, TERMS, assert_same_run
+from tests.helpers.runs import Make, train
 
 ADDRESSES = {"node-a": "10.213.7.1", "node-b": "10.213.7.2"}
 SECONDS = 15  # after which a collective fails
-WORDS = [*EXACT, *TERMS, "--training.steps=6", "--regularizers.lb.scope=sequence", "--parallelism.ep=2"]
+ONE_PROCESS = [*EXACT, *TERMS, "--training.steps=6", "--regularizers.lb.scope=sequence"]
+WORDS = [*ONE_PROCESS, "--parallelism.ep=2"]
 
 
 def ip(*words: str) -> None:
@@ -112,15 +114,15 @@ def started(nodes: dict[str, str], words: list[str], **environment: str) -> Iter
             process.communicate()
 
 
-def test_two_nodes_train_as_one_does(nodes: dict[str, str], tiny_options: list[str], tmp_path: Path) -> None:
-    words = [*tiny_options, *WORDS]
-    reference = run_train(4, *words, "--job.name=one-node")
-    assert reference.returncode == 0, reference.stderr
-    with started(nodes, [*words, "--job.name=two-nodes"]) as processes:
+def test_two_nodes_train_as_one_process_does(
+    nodes: dict[str, str], tiny_options: list[str], tiny_config: Make, tmp_path: Path
+) -> None:
+    train(tiny_config(*ONE_PROCESS, "--job.name=one-process"))
+    with started(nodes, [*tiny_options, *WORDS, "--job.name=two-nodes"]) as processes:
         for host, process in processes.items():
             output, errors = process.communicate(timeout=200)
             assert process.returncode == 0, f"{host}: {output}{errors}"
-    assert_same_run(tmp_path / "runs" / "two-nodes", tmp_path / "runs" / "one-node")
+    assert_same_run(tmp_path / "runs" / "two-nodes", tmp_path / "runs" / "one-process")
 
 
 def test_a_lost_node_is_named(nodes: dict[str, str], tiny_options: list[str], tmp_path: Path) -> None:
@@ -149,11 +151,10 @@ def test_a_lost_node_is_named(nodes: dict[str, str], tiny_options: list[str], tm
 
 
 def test_both_nodes_restart_when_a_rank_of_either_is_killed(
-    nodes: dict[str, str], tiny_options: list[str], tmp_path: Path
+    nodes: dict[str, str], tiny_options: list[str], tiny_config: Make, tmp_path: Path
 ) -> None:
+    train(tiny_config(*ONE_PROCESS, "--training.steps=60", "--job.name=one-process"))
     words = [*tiny_options, *WORDS, "--training.steps=60", "--checkpoint.interval=2"]
-    reference = run_train(4, *words, "--job.name=one-node")
-    assert reference.returncode == 0, reference.stderr
     metrics = tmp_path / "runs" / "restarted" / "metrics.jsonl"
     killed: set[int] = set()
     with started(nodes, [*words, "--job.name=restarted"], MAX_RESTARTS="2") as processes:
@@ -166,7 +167,7 @@ def test_both_nodes_restart_when_a_rank_of_either_is_killed(
             output, errors = process.communicate(timeout=200)
             assert process.returncode == 0, f"{host}: {output}{errors}"
     assert len(killed) == 2
-    assert_same_run(metrics.parent, tmp_path / "runs" / "one-node")
+    assert_same_run(metrics.parent, tmp_path / "runs" / "one-process")
 
 
 def test_a_lost_node_0_is_a_failure_of_the_run_and_no_mistake(
