@@ -110,3 +110,9 @@ def test_products_of_pytorch_before_and_after_are_the_same() -> None:
     for _ in range(3):
         assert torch.equal(a @ b, before)
         assert all(torch.equal(x, y) for x, y in zip(products(case), ours, strict=True))
+
+
+def test_offsets_beyond_the_rows_are_an_error() -> None:
+    case = case_of((3, 2), 32, 32, torch.bfloat16)
+    with pytest.raises(IndexError, match="the experts have 9 rows, but there are 5"):
+        native.grouped(case.x_RD, case.weight_END, torch.tensor([3, 9]))

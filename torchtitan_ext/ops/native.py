@@ -67,17 +67,15 @@ def grouped(x_RD: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:
     x: bfloat16, its rows sorted by expert. weight: bfloat16 or float32, rounded to bfloat16. offsets: (E,) int32, the end of
     each expert's rows. Needs `tiles()`, as do the two below."""
     out_RN = x_RD.new_empty(len(x_RD), weight_END.shape[1])
-    weight_END = weight_END.contiguous()
-    _call(
-        "grouped_forward", weight_END.dtype, (x_RD.contiguous(), weight_END, offsets_E, out_RN), tuple(weight_END.shape)
-    )
+    tensors = (x_RD.contiguous(), weight_END.contiguous(), _ends(offsets_E, len(x_RD)), out_RN)
+    _call("grouped_forward", weight_END.dtype, tensors, tuple(weight_END.shape))
     return out_RN
 
 
 def grouped_rows_gradient(grad_RN: Tensor, weight_END: Tensor, offsets_E: Tensor) -> Tensor:
     """The gradient of x from that of `grouped`, rounded once to bfloat16: (R, N), (E, N, D) -> (R, D)."""
     grad_RD = grad_RN.new_empty(len(grad_RN), weight_END.shape[2])
-    tensors = (grad_RN.contiguous(), weight_END.contiguous(), offsets_E, grad_RD)
+    tensors = (grad_RN.contiguous(), weight_END.contiguous(), _ends(offsets_E, len(grad_RN)), grad_RD)
     _call("grouped_backward_rows", weight_END.dtype, tensors, tuple(weight_END.shape))
     return grad_RD
 
@@ -86,8 +84,17 @@ def grouped_weight_gradient(grad_RN: Tensor, x_RD: Tensor, offsets_E: Tensor, dt
     """The gradient of the weight, (E, N, D), in bfloat16 or in float32 without rounding."""
     sizes = (len(offsets_E), grad_RN.shape[1], x_RD.shape[1])
     grad_END = grad_RN.new_empty(sizes, dtype=dtype)
-    _call("grouped_backward_weight", dtype, (grad_RN.contiguous(), x_RD.contiguous(), offsets_E, grad_END), sizes)
+    tensors = (grad_RN.contiguous(), x_RD.contiguous(), _ends(offsets_E, len(x_RD)), grad_END)
+    _call("grouped_backward_weight", dtype, tensors, sizes)
     return grad_END
+
+
+def _ends(offsets_E: Tensor, rows: int) -> Tensor:
+    """The offsets as the kernels read them. Raises IndexError for offsets beyond the rows."""
+    ends = offsets_E.to(torch.int32).contiguous()
+    if len(ends) and not 0 <= int(ends[-1]) <= rows:
+        raise IndexError(f"the experts have {int(ends[-1])} rows, but there are {rows}")
+    return ends
 
 
 def token_gram(z_RF: Tensor, rows_TK: Tensor, out_TKK: Tensor) -> None:
