@@ -1,6 +1,7 @@
 """What run_train.sh starts: ranks by visible GPUs, threads by CPUs, nodes by SLURM; and where its ranks listen."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import parse_args
 
 from tests.helpers.commands import ROOT
 from titan_moe.errors import UserError
@@ -63,6 +65,9 @@ def test_cpus_are_shared_among_ranks_and_a_users_number_of_threads_stays(setting
         ({"NPROC": "0"}, "NPROC = '0' is not a number, 1 or more"),
         ({"NPROC": "²"}, "NPROC = '²'"),
         ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS = '-1'"),
+        ({"NUMA": "near"}, "NUMA = 'near' must be one of node, socket, exclusive, core-complex"),
+        ({"NUMA": "node"}, "binds several ranks to the cores near their GPUs, and there is one"),
+        ({"NUMA": "node", "NPROC": "2"}, "binds ranks to the cores near their GPUs, and there is no GPU"),
         ({"NNODES": "2"}, "NODE_RANK = '' must be this node's number, 0 to 1"),
         ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK = '2' must be"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "RDZV_ENDPOINT = '' must be host:port"),
@@ -79,6 +84,18 @@ def test_mistakes_are_one_line_and_status_2(settings, environment: dict[str, str
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_ranks_are_bound_near_their_gpus(settings, tmp_path: Path) -> None:
+    """torchrun calls numactl; without it that is said before ranks start."""
+    if shutil.which("numactl") is None:
+        assert "needs the program numactl" in settings(2, NUMA="node")[1].stderr
+    tool = tmp_path / "numactl"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    assert settings(2, NUMA="node")[0]["NUMA"] == "node"
+    assert settings(2)[0]["NUMA"] == "''"
+    parse_args(["--numa-binding", "node", "script"])  # torchrun has the option
 
 
 def test_endpoints_as_people_write_them(settings) -> None:

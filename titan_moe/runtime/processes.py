@@ -1,6 +1,6 @@
 """Says how many ranks run_train.sh starts on this node, as assignments that the shell reads. Does not import torch.
 
-    eval "$(python -m titan_moe.runtime.processes)"     sets NPROC NNODES NODE_RANK RDZV_ENDPOINT OMP_NUM_THREADS
+    eval "$(python -m titan_moe.runtime.processes)"     sets NPROC NNODES NODE_RANK RDZV_ENDPOINT NUMA OMP_NUM_THREADS
 
 NPROC is what the user has set, else the number of visible GPUs, else 1. Under SLURM or mpirun the nodes come from its
 variables when it has started one task per node.
@@ -19,6 +19,8 @@ from titan_moe.runtime.ranks import check_resolves, is_port, split_address
 from titan_moe.runtime.scheduler import Task, number, task_of
 
 DEFAULTS = {"NPROC": 0, "NNODES": 1, "NODE_RANK": 0, "RDZV_TIMEOUT": 600, "MAX_RESTARTS": 0}
+NUMA_MODES = ("node", "socket", "exclusive", "core-complex")
+"""What torchrun's --numa-binding takes."""
 LEAST = {"NPROC": 1, "NNODES": 1, "RDZV_TIMEOUT": 1}
 
 
@@ -57,7 +59,8 @@ def settings() -> dict[str, str]:
         endpoint = checked_endpoint(endpoint)
     if values["NPROC"] > 1:
         limit_threads(values["NPROC"])
-    assignments = {name: str(value) for name, value in values.items()} | {"RDZV_ENDPOINT": endpoint}
+    numa = checked_numa(os.environ.get("NUMA", ""), values["NPROC"] * values["NNODES"])
+    assignments = {name: str(value) for name, value in values.items()} | {"RDZV_ENDPOINT": endpoint, "NUMA": numa}
     if os.environ.get("OMP_NUM_THREADS"):
         assignments["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
     elif values["NPROC"] * values["NNODES"] > 1:  # else torchrun would set 1
@@ -81,6 +84,21 @@ def checked_endpoint(text: str) -> str:
         raise UserError(f"RDZV_ENDPOINT = {text!r} must be host:port of node 0, the same on every node")
     check_resolves(host, "RDZV_ENDPOINT")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def checked_numa(mode: str, ranks: int) -> str:
+    """NUMA: how ranks are bound to the CPU cores near their GPUs; empty: not. Raises UserError when they cannot be bound."""
+    if not mode:
+        return ""
+    if mode not in NUMA_MODES:
+        raise UserError(f"NUMA = {mode!r} must be one of {', '.join(NUMA_MODES)}")
+    if ranks == 1:
+        raise UserError(f"NUMA = {mode!r} binds several ranks to the cores near their GPUs, and there is one; unset it")
+    if visible_gpus() == 0:
+        raise UserError(f"NUMA = {mode!r} binds ranks to the cores near their GPUs, and there is no GPU; unset it")
+    if shutil.which("numactl") is None:
+        raise UserError(f"NUMA = {mode!r} needs the program numactl, which is not on PATH; install it, or unset NUMA")
+    return mode
 
 
 def visible_gpus() -> int:
