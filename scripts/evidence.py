@@ -8,7 +8,8 @@ Rows are files of docs/evidence/SWEEP/, one per cell. A cell that has one is not
 an unfinished one goes on from its newest checkpoint if runs/sweeps/SWEEP is still there. Nothing is committed.
 
 runs/evidence is all that another machine needs: copy it there. Exit status: 0 when the time is over or nothing is left, 1
-when a cell failed, 2 for the user's mistake, 130 after Ctrl-C; then running cells have saved, and rows are kept.
+when a cell failed, 2 for the user's mistake, 130 after Ctrl-C, 143 after SIGTERM. After both, running cells have saved and
+rows are kept; after SIGKILL the rows of this sitting are in runs/sweeps/SWEEP/cells only, and the next sitting keeps them.
 """
 
 import argparse
@@ -16,14 +17,15 @@ import gzip
 import hashlib
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from titan_moe.analysis.sweep.grid import cells_of, read_sweep
+from titan_moe.analysis.sweep.grid import read_sweep
 from titan_moe.analysis.sweep.rows import FOLDER
-from titan_moe.analysis.sweep.sweep import run_sweep
+from titan_moe.analysis.sweep.sweep import SweepState, run_sweep
 from titan_moe.config.load import load_config
 from titan_moe.data.corpora import domains
 from titan_moe.data.prepare import prepare
@@ -36,7 +38,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = Path("runs") / "evidence" / "text"
 TOKENIZER = "tokenizer.model"
 SUMS = ROOT / "docs" / "evidence" / "text.json"
-SWEEPS = ("evidence", "evidence_upcycled")
+STYLES = ("evidence", "evidence_upcycled", "evidence_deepseek", "evidence_upcycled_bias")
+MORE = "_more"
+SWEEPS = (*STYLES, *(f"{style}{MORE}" for style in STYLES))
+"""In the order in which they are wanted. Those with the other arms share the baseline's rows with those before."""
 PIECES = 8192
 
 
@@ -82,28 +87,22 @@ def check_text() -> None:
             )
 
 
-def keep(cells: Path, rows: Path) -> int:
-    """Copies rows that are not there yet. Returns how many are there."""
-    rows.mkdir(parents=True, exist_ok=True)
-    for path in sorted(cells.glob("*.json")):
-        if not (rows / path.name).exists():
-            shutil.copyfile(path, rows / path.name)
-    return len(list(rows.glob("*.json")))
-
-
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     """Runs the sweeps one after the other until the minutes are over."""
+    for name in options.sweeps:  # a mistake is found before anything runs
+        SweepState(name, "", options.output / read_sweep(name)[0].stem, overrides, 1, options.trust)
     end, status = time.monotonic() + 60 * options.minutes, 0
     for name in options.sweeps:
-        path, sweep = read_sweep(name)
-        folder, rows = options.output / path.stem, options.rows / path.stem
-        before, began = len(list(rows.glob("*.json"))), time.monotonic()
-        left = end - began
-        if left <= 0:
-            print(f"{path.stem}: not started, the time is over")
+        stem, began = read_sweep(name)[0].stem, time.monotonic()
+        if began >= end:
+            print(f"{stem}: not started, the time is over")
             continue
+        folder, rows = options.output / stem, options.rows / stem
+        cells = SweepState(name, "", folder, overrides, 1, options.trust).cells
+        share_baseline(options.rows, stem, [cell.name for cell in cells if cell.arm == "lb"])
+        keep(folder / FOLDER, rows)
+        before = count(rows)
         try:
-            sources = [rows] if before else []
             status = max(
                 status,
                 run_sweep(
@@ -112,19 +111,41 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
                     folder,
                     overrides,
                     options.processes,
-                    minutes=left / 60,
-                    sources=sources,
+                    minutes=(end - began) / 60,
+                    sources=[rows] if before else [],
                     trust=options.trust,
                 ),
             )
         finally:
-            done = keep(folder / FOLDER, rows)
-            report(path.stem, before, done, len(cells_of(path, sweep)), time.monotonic() - began)
+            keep(folder / FOLDER, rows)
+            report(stem, before, count(rows), len(cells), time.monotonic() - began)
     return status
 
 
+def share_baseline(rows: Path, sweep: str, cells: Sequence[str]) -> None:
+    """Gives a sweep with the other arms the baseline's rows of the sweep before: the same runs."""
+    first = rows / sweep.removesuffix(MORE)
+    for cell in cells if sweep.endswith(MORE) else ():
+        if (first / f"{cell}.json").exists() and not (rows / sweep / f"{cell}.json").exists():
+            (rows / sweep).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(first / f"{cell}.json", rows / sweep / f"{cell}.json")
+
+
+def keep(cells: Path, rows: Path) -> None:
+    """Copies rows that are not there yet."""
+    for path in sorted(cells.glob("*.json")):
+        if not (rows / path.name).exists():
+            rows.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, rows / path.name)
+
+
+def count(rows: Path) -> int:
+    return len(list(rows.glob("*.json")))
+
+
 def report(name: str, before: int, done: int, wanted: int, seconds: float) -> None:
-    """Prints how many cells are done, and how long the others take if each takes as long as those of this sitting."""
+    """Prints how many cells are done, and how long the others take if each takes as long as those of this sitting, in which
+    preparation and unfinished cells count too."""
     new = done - before
     line = f"{name}: {done} of {wanted} cells have rows, {new} of them new"
     if new and done < wanted:
@@ -163,4 +184,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from tests.helpers.commands import ROOT
+from titan_moe.analysis.sweep.rows import CellRow, measured, merge
 from titan_moe.analysis.sweep.sweep import SweepState
 
 SWEEP = f"""
@@ -60,18 +61,35 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     sys.modules.pop("evidence", None)
 
 
-@pytest.mark.parametrize(("name", "cells"), [("evidence", 100), ("evidence_upcycled", 110)])
-def test_all_cells_have_a_configuration_and_the_first_seed_comes_first(
-    script: ModuleType, tmp_path: Path, name: str, cells: int
-) -> None:
-    assert name in script.SWEEPS
-    state = SweepState(name, "", tmp_path, [], 1)
-    assert len(state.cells) == cells
-    seeds = [cell.seed for cell in state.order]
-    assert seeds == sorted(seeds)
-    arms = [(cell.arm, cell.grid_point) for cell in state.order if cell.arm != "dense"]
-    assert arms[:2] == [("lb", ("vanilla",)), ("lb,sp,cp", ("vanilla",))]
-    assert {point for _, point in arms[:10]} == {("vanilla",)}
+def test_all_cells_have_a_configuration_and_pairs_come_early(script: ModuleType, tmp_path: Path) -> None:
+    states = {name: SweepState(name, "", tmp_path, [], 1) for name in script.SWEEPS}
+    counts = {name: len(state.cells) for name, state in states.items()}
+    assert counts == {
+        "evidence": 20,
+        "evidence_upcycled": 25,
+        "evidence_deepseek": 20,
+        "evidence_upcycled_bias": 25,
+        "evidence_more": 45,
+        "evidence_upcycled_more": 50,
+        "evidence_deepseek_more": 45,
+        "evidence_upcycled_bias_more": 50,
+    }
+    order = [cell.name for cell in states["evidence"].order]
+    assert order[:5] == ["lb--seed0", "lb,sp,cp--seed0", "lb,sp--seed0", "lb,cp--seed0", "lb--seed1"]
+    config = states["evidence_deepseek"].configs["lb--seed0"]
+    assert (config.model.moe.shared_experts, config.balancer.rate) == (1, 1e-3)
+
+
+def test_the_baseline_of_the_other_arms_is_not_run_again(script: ModuleType, tmp_path: Path) -> None:
+    first, more = (SweepState(name, "", tmp_path / name, [], 1) for name in ("evidence", "evidence_more"))
+    assert first.keys["lb--seed0"] == more.keys["lb--seed0"]
+    row = CellRow(key=first.keys["lb--seed0"], cell="lb--seed0", measured=measured(first.sweep), result={"loss": 4.0})
+    (tmp_path / "rows" / "evidence").mkdir(parents=True)
+    (tmp_path / "rows" / "evidence" / "lb--seed0.json").write_text(row.model_dump_json())
+    script.share_baseline(tmp_path / "rows", "evidence_more", [cell.name for cell in more.cells if cell.arm == "lb"])
+    assert merge(more.folder, [tmp_path / "rows" / "evidence_more"], more.keys, measured(more.sweep)) == 1
+    more.open()
+    assert [cell.name for cell in more.waiting()][:2] == ["lb,sp,cp_x10--seed0", "lb,sp,cp_x1,x10--seed0"]
 
 
 def command(sweep: Path, folder: Path, corpus: Path, cache: Path, minutes: str) -> list[str]:
@@ -95,7 +113,7 @@ def test_a_sweep_goes_on_elsewhere_with_its_rows_only(tmp_path: Path, corpus_dir
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    # Ctrl-C while the first cell trains: its process saves, and there is no row yet.
+    # SIGTERM while the first cell trains: its process saves, and there is no row yet.
     words = command(sweep, tmp_path / "one", corpus_dir, cache_dir, "9")
     process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -104,11 +122,11 @@ def test_a_sweep_goes_on_elsewhere_with_its_rows_only(tmp_path: Path, corpus_dir
             if log.exists() and "parameters" in log.read_text():
                 break
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         out, errors = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130, errors
+    assert process.returncode == 143, errors
     assert "small: 0 of 3 cells have rows, 0 of them new" in out
 
     assert "small: 3 of 3 cells have rows, 3 of them new" in run("one", "9")
@@ -131,6 +149,7 @@ def test_a_sweep_goes_on_elsewhere_with_its_rows_only(tmp_path: Path, corpus_dir
         (["--minutes=0"], "--minutes = '0': wants a positive number"),
         (["--minutes=5"], "there is no text; python scripts/evidence.py --text makes it"),
         (["--minutes=5", "--sweeps=nothing", "--data.corpus=docs"], "no sweep 'nothing'"),
+        (["--minutes=5", "--data.corpus=docs", "--model.width=3"], "model.width"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -146,6 +165,7 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_another_text_is_refused(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
