@@ -111,6 +111,14 @@ def test_a_users_own_runs_need_no_trust_wherever_they_are_and_without_their_text
     assert RunDir(config).path == tmp_path / "elsewhere/debug"
 
 
+def test_a_run_does_not_go_on_with_its_text_where_another_one_is_named_that_does_not_exist(
+    run: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    words = [*TINY, f"--data.cache_dir={cache_dir}", f"--job.output_dir={run.parent}", "--training.steps=6"]
+    with pytest.raises(UserError, match=r"data\.corpus = '.*/nowhere': neither a corpus .* nor a file or folder"):
+        verb("train", *words, f"--data.corpus={tmp_path}/nowhere")
+
+
 @pytest.mark.parametrize("link", ["inspect", "inspect/step-00000004.json"])
 def test_inspect_writes_through_no_symbolic_link(stranger: Path, tmp_path: Path, link: str) -> None:
     target = tmp_path / "target"

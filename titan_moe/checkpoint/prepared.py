@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from titan_moe.checkpoint.run_dir import RunDir, newest_of
 from titan_moe.checkpoint.state import State, read_state
@@ -38,7 +39,7 @@ def prepare_run(config: Config, run_dir: RunDir, newest: Path | None = None) -> 
         None if config.tokenizer.path else stored_tokenizer(run_of(checkpoint), state.tokenizer, cache_root(config))
     )
     streamed = is_streamed(config.data.corpus)
-    if newest is not None and tokenizer is not None and (streamed or text_is_gone(config)):
+    if newest is not None and tokenizer is not None and (streamed or text_is_gone(config, state)):
         prepared = stored_text(state.data, tokenizer, cache_root(config))
         if prepared is not None and not (streamed and prepared.manifest.stream):
             # Of a stream: an earlier version tokenised it before training, and the run goes on in the order of that version.
@@ -48,11 +49,18 @@ def prepare_run(config: Config, run_dir: RunDir, newest: Path | None = None) -> 
     return prepare(config, tokenizer=tokenizer)
 
 
-def text_is_gone(config: Config) -> bool:
-    """Whether `data.corpus` names a path where there is nothing."""
-    corpus = config.data.corpus
-    named = [corpus] if isinstance(corpus, str) else corpus
-    return any("/" in name and not Path(name).expanduser().exists() for name in named)
+def text_is_gone(config: Config, state: State) -> bool:
+    """Whether `data.corpus` is that of the checkpoint and names a path where there is nothing."""
+    named = as_paths(config.data.corpus)
+    return named == as_paths(state.config.get("data", {}).get("corpus")) and any(
+        "/" in name and not Path(name).exists() for name in named
+    )
+
+
+def as_paths(corpus: Any) -> list[str]:
+    """`data.corpus` as a list, with `~` replaced; empty for what is none."""
+    named = corpus if isinstance(corpus, list) else [corpus]
+    return [str(Path(name).expanduser()) for name in named if isinstance(name, str)]
 
 
 def run_of(checkpoint: Path) -> Path:
