@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.fsdp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +23,8 @@ from tests.helpers.torchtitan_models import (
 )
 
 pytest.importorskip("torchtitan")
+if not hasattr(torch.distributed.fsdp, "DataParallelMeshDims"):
+    pytest.skip("torchtitan 0.3 needs torch 2.13 or newer", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast", "ignore:.*register_constant")
 
 TERMS = {"lb": 0.1, "z": 1e-2, "sp": 5.0, "cp": 0.3, "o": 10.0, "v": 0.5}

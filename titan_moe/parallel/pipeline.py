@@ -21,6 +21,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from titan_moe.config.degrees import layers_per_stage, micro_steps, stage_layers
 from titan_moe.config.tables import Config
+from titan_moe.errors import UserError
 from titan_moe.model.gemm import local
 from titan_moe.model.transformer import Inputs, Transformer
 from titan_moe.parallel.mesh import Mesh
@@ -124,11 +125,16 @@ class _Stage(nn.Module):
 
 
 class PipelineRunner(Runner):
-    """This rank's stages and the schedule that runs them."""
+    """This rank's stages and the schedule that runs them. Raises UserError with torch 2.11."""
 
     def __init__(self, model: Transformer, config: Config, mesh: Mesh) -> None:
         super().__init__(model, config)
         assert mesh.pp is not None
+        if torch.__version__.startswith("2.11."):
+            raise UserError(
+                f"parallelism.pp = {mesh.degrees.pp}: torch {torch.__version__} can't send whole numbers between stages; "
+                "install torch 2.13 or newer, or set it to 1"
+            )
         self.group, self.tp = mesh.pp, mesh.degrees.tp
         self.kind = SCHEDULES[config.parallelism.pp_schedule]
         self.micro_steps = micro_steps(config, mesh.degrees)
