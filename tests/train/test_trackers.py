@@ -21,6 +21,8 @@ from tests.helpers.runs import Make, rows, train
 from titan_moe.checkpoint.run_dir import RunDir
 from titan_moe.cli import parse
 from titan_moe.config import extensions
+from titan_moe.config.load import load_config
+from titan_moe.data.prepare import prepare
 from titan_moe.errors import UserError
 
 SIX = ["--metrics.interval=2", "--metrics.tensorboard=false", "--checkpoint.interval=0"]
@@ -199,6 +201,7 @@ def test_a_tracker_of_the_users_gets_rows_images_and_the_start(
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_leaves_the_terminal_as_it_was(presses: int, tiny_options: list[str]) -> None:
     """The bar is drawn on stderr's terminal only, never hides the cursor, and no part of it is left at the end."""
+    prepare(load_config("debug", tiny_options))  # else the bar of tokenising is drawn too
     ours, theirs = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     words = [*tiny_options, "--training.steps=4000", "--validation.interval=0", "--metrics.interval=20"]
