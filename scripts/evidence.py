@@ -89,16 +89,17 @@ def check_text() -> None:
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     """Runs the sweeps one after the other until the minutes are over."""
+    states = {}
     for name in options.sweeps:  # a mistake is found before anything runs
-        SweepState(name, "", options.output / read_sweep(name)[0].stem, overrides, 1, options.trust)
+        folder = options.output / read_sweep(name)[0].stem
+        states[name] = SweepState(name, "", folder, overrides, 1, options.trust)
     end, status = time.monotonic() + 60 * options.minutes, 0
-    for name in options.sweeps:
-        stem, began = read_sweep(name)[0].stem, time.monotonic()
+    for name, state in states.items():
+        began, folder, cells = time.monotonic(), state.folder, state.cells
+        stem, rows = folder.name, options.rows / folder.name
         if began >= end:
             print(f"{stem}: not started, the time is over")
             continue
-        folder, rows = options.output / stem, options.rows / stem
-        cells = SweepState(name, "", folder, overrides, 1, options.trust).cells
         share_baseline(options.rows, stem, [cell.name for cell in cells if cell.arm == "lb"])
         keep(folder / FOLDER, rows)
         before = count(rows)
@@ -124,17 +125,14 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def share_baseline(rows: Path, sweep: str, cells: Sequence[str]) -> None:
     """Gives a sweep with the other arms the baseline's rows of the sweep before: the same runs."""
-    first = rows / sweep.removesuffix(MORE)
-    for cell in cells if sweep.endswith(MORE) else ():
-        if (first / f"{cell}.json").exists() and not (rows / sweep / f"{cell}.json").exists():
-            (rows / sweep).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(first / f"{cell}.json", rows / sweep / f"{cell}.json")
+    if sweep.endswith(MORE):
+        keep(rows / sweep.removesuffix(MORE), rows / sweep, cells)
 
 
-def keep(cells: Path, rows: Path) -> None:
-    """Copies rows that are not there yet."""
+def keep(cells: Path, rows: Path, names: Sequence[str] | None = None) -> None:
+    """Copies rows that are not there yet. names: of these cells only."""
     for path in sorted(cells.glob("*.json")):
-        if not (rows / path.name).exists():
+        if (names is None or path.stem in names) and not (rows / path.name).exists():
             rows.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, rows / path.name)
 
